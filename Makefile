@@ -1,0 +1,30 @@
+# make test, make check, make demo: each makes .venv first if it is missing or out of date.
+# ARGS goes through to pytest, or to the example.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOURCES = $(wildcard src tests examples benchmarks)
+
+# c10d looks up its peer's host name in the DNS; where that is slow it takes seconds.
+test demo: export RES_OPTIONS = timeout:1 attempts:1
+demo: export OMP_NUM_THREADS = 1
+
+.PHONY: demo test check
+
+demo: $(STAMP)
+	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+		--nproc-per-node 4 examples/async_checkpoint.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	touch $@
