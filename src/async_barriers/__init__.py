@@ -1,0 +1,38 @@
+"""Barriers that can be awaited, for asynchronous checkpointing of distributed training."""
+
+from __future__ import annotations
+
+from ._barrier import Barrier
+from ._config import BARRIER_REGISTRY, BarrierConfig, create_barrier_from_config, register_barrier
+from ._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+)
+from ._values import BarrierProgress, BarrierResult
+from .dist_barrier import DistBarrier
+from .store_barrier import StoreBarrier, TCPStoreBarrier
+
+__all__ = [
+    # the barriers
+    "Barrier",
+    "StoreBarrier",
+    "TCPStoreBarrier",
+    "DistBarrier",
+    # building one from configuration
+    "BarrierConfig",
+    "BARRIER_REGISTRY",
+    "register_barrier",
+    "create_barrier_from_config",
+    # values
+    "BarrierResult",
+    "BarrierProgress",
+    # errors
+    "BarrierError",
+    "BarrierTimeoutError",
+    "BrokenBarrierError",
+    "BarrierConnectionError",
+    "BarrierClosedError",
+]

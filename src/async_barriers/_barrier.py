@@ -1,0 +1,207 @@
+"""`Barrier`: what every barrier can do, whatever is underneath."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from enum import Enum
+from types import TracebackType
+from typing import ClassVar, Final, TypeVar
+
+import anyio
+
+from ._values import BarrierResult
+
+BarrierT = TypeVar("BarrierT", bound="Barrier")
+Publish = Callable[[Mapping[int, bytes]], Awaitable[bytes | None]]
+
+# c10d drops a connection that brings more than 8 MiB; half of it is a round figure.
+MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
+# How long a break may take to reach the store before its caller goes on without it. Law 5
+# and law 8 leave a second in all.
+UNDO_SECS = 0.8
+
+
+class Configured(Enum):
+    """Stands for "the timeout the barrier was built with", since None means "no deadline"."""
+
+    TIMEOUT = "as configured"
+
+
+CONFIGURED: Final = Configured.TIMEOUT
+Timeout = float | None | Configured
+
+
+class Barrier(abc.ABC):
+    """Lets the ranks of one training job wait for each other without blocking an event loop.
+
+    One crossing is a *phase*, identified by its name and by how many times this rank has
+    crossed that name. A phase ends in one verdict, released or broken, the same for all ranks.
+    Works on asyncio and trio; one barrier belongs to one event loop at a time.
+    """
+
+    barrier_type: ClassVar[str]
+
+    @abc.abstractmethod
+    async def execute_barrier(
+        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+    ) -> BarrierResult:
+        """Enter the next phase of ``name`` and wait until every rank has.
+
+        :param name: phases of different names are independent of each other
+        :param timeout_secs: the deadline in seconds from now; None for no deadline
+        :raises BarrierTimeoutError: a deadline, of this rank or another, broke the phase
+        :raises BrokenBarrierError: another rank gave up, or this barrier is of no more use
+        :raises BarrierConnectionError: the store was lost or never reached
+        :raises BarrierClosedError: the barrier is closed
+
+        **Cancellation:** breaks the phase for everyone, unless it was decided before, and
+        returns within 1 s. The turn is used up: the next call enters the next phase.
+        """
+
+    async def connect(self) -> None:  # noqa: B027  (a barrier may have nothing to connect to)
+        """Reach the store, but not the peers; the first crossing does it otherwise.
+
+        :raises BarrierConnectionError: the store was not reached in time
+
+        **Cancellation:** nothing was entered and nothing is broken; connecting again is safe.
+        """
+
+    async def commit(
+        self,
+        publish: Publish,
+        *,
+        payload: bytes = b"",
+        name: str = "",
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> bytes:
+        """Publish a checkpoint once every rank has finished its part, or not at all.
+
+        :param publish: called on the leader alone, with the payloads of all ranks, when all
+            have entered; what it returns is returned on every rank (``b""`` for None)
+        :param payload: what this rank brings, such as its manifest; 4 MiB at most
+        :param leader: the rank that publishes; all ranks must name the same
+        :raises: as `execute_barrier`. If ``publish`` raises, the leader gets its exception
+            and the others get `BrokenBarrierError`.
+
+        **Cancellation and deadlines:** as `execute_barrier` until all have entered. From then
+        on only the leader settles the phase; another rank that stops waiting breaks nothing,
+        and its deadline raises `BarrierTimeoutError` with ``in_doubt = True``. The leader's
+        own deadline or cancellation cancels ``publish`` and breaks the phase.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot commit")
+
+    async def abort(self, reason: str, name: str = "") -> None:
+        """Break this rank's current phase of ``name``, or else its next one without entering.
+
+        Peers get `BrokenBarrierError` with this rank and ``reason``.
+
+        **Cancellation:** the break may or may not reach the peers.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot abort")
+
+    async def aclose(self) -> None:  # noqa: B027  (nor anything to close)
+        """Break the phases this rank still awaits, and let go of threads and connections.
+
+        Idempotent. **Cancellation:** closing goes on without waiting for it.
+        """
+
+    def phase(
+        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+    ) -> AbstractAsyncContextManager[None]:
+        """Enter the next phase of ``name`` when the body of ``async with`` has succeeded.
+
+        If the body raises or is cancelled, the phase is broken with that as the reason, so
+        that no peer waits for work that will not come, and the exception goes on.
+
+        :param timeout_secs: for the waiting after the body; the body itself has no deadline
+        """
+        return _Phase(self, name, timeout_secs)
+
+    async def _fail(self, reason: str, name: str) -> None:
+        """Use up this rank's next turn of ``name`` by breaking it."""
+        await self.abort(reason, name)
+
+    async def __aenter__(self: BarrierT) -> BarrierT:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+class _Phase(AbstractAsyncContextManager[None]):
+    def __init__(self, barrier: Barrier, name: str, timeout_secs: Timeout) -> None:
+        self._barrier = barrier
+        self._name = name
+        self._timeout_secs = timeout_secs
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is None:
+            await self._barrier.execute_barrier(self._name, timeout_secs=self._timeout_secs)
+        elif not isinstance(exc, GeneratorExit):
+            with anyio.CancelScope(shield=True):
+                await self._barrier._fail(reason_of(exc), self._name)
+
+
+def reason_of(exc: BaseException) -> str:
+    """How peers are told what went wrong here."""
+    if isinstance(exc, anyio.get_cancelled_exc_class()):
+        return "its task was cancelled"
+    return f"it raised {type(exc).__name__}: {exc}"
+
+
+def check_timeout(what: str, value: float | None) -> float | None:
+    """Refuse what is no positive, finite number of seconds; None means none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number of seconds or None, not {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{what} is {value}; it must be positive and finite, or None")
+    return float(value)
+
+
+def check_world(rank: int, world_size: int) -> None:
+    """Refuse a rank outside its world."""
+    for what, value in (("rank", rank), ("world size", world_size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{what} must be an integer, not {value!r}")
+    if world_size < 1:
+        raise ValueError(f"world size is {world_size}; it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank {rank} is outside the world; with {world_size} ranks it must be "
+            f"0 to {world_size - 1}"
+        )
+
+
+def checked_blob(what: str, value: bytes | None) -> bytes:
+    """Refuse what is no bytes or too many of them; None stands for none."""
+    if value is None:
+        return b""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
+    if len(value) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"{what} has {len(value)} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")
+    return bytes(value)

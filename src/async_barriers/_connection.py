@@ -1,0 +1,262 @@
+"""One connection to a torch store: the few operations that the protocol is made of.
+
+The only module that calls c10d stores, and the only one that knows their exceptions: each
+becomes a `BarrierConnectionError` here, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+from ._errors import BarrierConnectionError
+
+T = TypeVar("T")
+
+# c10d knows no endless wait, and its milliseconds must fit a C int.
+_FOREVER = timedelta(days=7)
+_RETRY_SECS = 0.1
+# Opening a connection takes the GIL many times: 16 threads doing so at once starved an
+# event loop for 99 ms, so they take turns.
+_opening = threading.BoundedSemaphore(8)
+
+
+class Connection:
+    """A store of any kind, in terms that every kind has. Not for use by two threads at once."""
+
+    def __init__(self, store: Store) -> None:
+        # torch's stubs lack half of the stores' methods.
+        self._store: Any = store
+
+    def append(self, key: str, line: bytes) -> None:
+        """Add ``line`` at the end of the value, atomically."""
+        # FileStore's own append is a get and a set: two ranks may lose a line to each other.
+        current = self.read(key) or b""
+        while (winner := self.compare_set(key, current, current + line)) != current + line:
+            current = winner
+
+    def add(self, key: str, amount: int) -> int:
+        """Count up, atomically; the sum."""
+        total: int = self._do(self._store.add, key, amount)
+        return total
+
+    def set(self, key: str, value: bytes) -> None:
+        self._do(self._store.set, key, value)
+
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        """Set ``key`` if it holds ``expected`` (b"": is absent); what it holds afterwards."""
+        return _bytes(self._do(self._store.compare_set, key, expected, desired))
+
+    def read(self, key: str) -> bytes | None:
+        """The value, or None where there is none; never waits for it."""
+        if not self._do(self._store.check, [key]):
+            return None
+        return _bytes(self._do(self._store.get, key))
+
+    def await_value(self, key: str) -> bytes:
+        """Block until ``key`` exists; its value."""
+        while True:
+            try:
+                self._do(self._store.wait, [key], _FOREVER)
+            except BarrierConnectionError as exc:
+                if _timed_out(exc.__cause__):
+                    continue
+                raise
+            return _bytes(self._do(self._store.get, key))
+
+    def delete(self, key: str) -> None:
+        self._do(self._store.delete_key, key)
+
+    def set_many(self, keys: Sequence[str], value: bytes) -> None:
+        for key in keys:
+            self.set(key, value)
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self.read(key) for key in keys]
+
+    def list_keys(self) -> list[str]:
+        """All keys of the store; none where it cannot tell."""
+        list_keys = getattr(self._store, "list_keys", None)
+        try:
+            return list(self._do(list_keys)) if list_keys else []
+        except BarrierConnectionError:
+            return []
+
+    def interrupt(self) -> None:
+        """From any thread: end the call under way. Only sockets can; see TCPConnection."""
+
+    def close(self) -> None:
+        """Let go of the store."""
+        del self._store
+
+    def _do(self, operation: Callable[..., T], *args: Any) -> T:
+        # Not `_translated`: a context manager costs as much as a write to the store.
+        try:
+            return operation(*args)
+        except Exception as exc:
+            raise BarrierConnectionError(f"the store was lost ({_first_line(exc)})") from exc
+
+
+class HashConnection(Connection):
+    """A HashStore, whose append is atomic."""
+
+    def append(self, key: str, line: bytes) -> None:
+        self._do(self._store.append, key, line)
+
+
+class TCPConnection(HashConnection):
+    """A TCPStore, bare or in PrefixStores, in as few round trips as it allows."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        store.set_timeout(_FOREVER)
+        # c10d tells its socket's descriptor in its repr only. A copy of it lets us end a call
+        # that c10d itself would never return from.
+        found = re.search(r"fd=(\d+)", repr(_innermost(store)))
+        self._socket = socket.socket(fileno=os.dup(int(found[1]))) if found else None
+
+    def read(self, key: str) -> bytes | None:
+        # One round trip where check and get take three. An absent key answers with what we
+        # expected, and no value of ours looks like this one.
+        value = _bytes(self._do(self._store.compare_set, key, b"\0", b"\0"))
+        return None if value == b"\0" else value
+
+    def await_value(self, key: str) -> bytes:
+        while True:
+            try:
+                value: bytes = self._do(self._store.get, key)
+                return value
+            except BarrierConnectionError as exc:
+                if not _timed_out(exc.__cause__):
+                    raise
+
+    def set_many(self, keys: Sequence[str], value: bytes) -> None:
+        self._do(self._store.multi_set, list(keys), [value.decode()] * len(keys))
+
+    def interrupt(self) -> None:
+        if self._socket is not None:
+            # The other side may have been faster.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        super().close()
+        if self._socket is not None:
+            self._socket.close()
+
+
+def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connection:
+    """A connection of our own to where ``store`` leads; its timeout and its lock stay its owner's.
+
+    Blocks until ``deadline`` (on the `time.monotonic` clock) or until ``stop`` is set.
+
+    :raises BarrierConnectionError: the store could not be reached by then
+    """
+    base = _innermost(store)
+    if isinstance(base, TCPStore):
+        # clone() would try for as long as its owner's timeout says.
+        await_port(base.host, base.port, deadline, stop)
+        return clone_tcp(store)
+    if isinstance(base, HashStore):
+        return HashConnection(_clone(store))
+    try:
+        return Connection(_clone(store))
+    except BarrierConnectionError:
+        # A store written in Python need not have clone(); then it has no connections either.
+        return Connection(store)
+
+
+def clone_tcp(store: Store) -> TCPConnection:
+    """A new connection to the server that ``store`` is connected to."""
+    with _opening:
+        return TCPConnection(_clone(store))
+
+
+def connect_to_port(
+    host: str, port: int, use_libuv: bool, deadline: float, stop: threading.Event
+) -> Connection:
+    """A connection to the TCPStore that another process hosts; else as `connect_to`."""
+    await_port(host, port, deadline, stop)
+    timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    with _opening, _translated(f"no store can be reached at {host}:{port}"):
+        return TCPConnection(
+            TCPStore(
+                host,
+                port,
+                is_master=False,
+                timeout=timeout,
+                wait_for_workers=False,
+                use_libuv=use_libuv,
+            )
+        )
+
+
+def host_store(host: str, port: int, use_libuv: bool) -> TCPStore:
+    """Host a TCPStore in this process; it lives as long as the object."""
+    with _translated(
+        f"rank 0 cannot host a store at {host}:{port}; is the port taken, or the address "
+        "another machine's?"
+    ):
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, use_libuv=use_libuv)
+
+
+def await_port(host: str, port: int, deadline: float, stop: threading.Event) -> None:
+    """Block until something listens at ``host:port``.
+
+    c10d's own waiting for it cannot be called off and prints warnings.
+    """
+    while True:
+        try:
+            remaining = max(_RETRY_SECS, deadline - time.monotonic())
+            socket.create_connection((host, port), timeout=min(remaining, 5.0)).close()
+            return
+        except OSError as exc:
+            if time.monotonic() >= deadline or stop.wait(_RETRY_SECS):
+                raise BarrierConnectionError(
+                    f"no store answers at {host}:{port} ({exc}); is the process that hosts it up, "
+                    "and do address and port agree?"
+                ) from exc
+
+
+def _clone(store: Any) -> Store:
+    with _translated("the store cannot be reached"):
+        clone: Store = store.clone()
+        return clone
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """c10d raises nothing but its own errors; each becomes ours, with what it says."""
+    try:
+        yield
+    except Exception as exc:
+        raise BarrierConnectionError(f"{what} ({_first_line(exc)})") from exc
+
+
+def _innermost(store: Store) -> Store:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def _timed_out(exc: BaseException | None) -> bool:
+    # c10d and FileStore say it in words only, and each in its own class.
+    return exc is not None and "timeout" in str(exc).lower() and "wait" in str(exc).lower()
+
+
+def _first_line(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {str(exc).partition(chr(10))[0]}"
+
+
+def _bytes(value: bytes | str) -> bytes:
+    # A store written in Python may hand back what c10d never would.
+    return value.encode() if isinstance(value, str) else value

@@ -1,0 +1,485 @@
+"""How a coroutine crosses: deadline, cancellation, progress, errors.
+
+The event loop's side of a store barrier. It owns no thread and no key: it takes a turn from
+the session, awaits the future of its verdict, and breaks the phase where it stops waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from typing import TypeVar
+
+import anyio
+
+from . import _progress
+from ._barrier import (
+    CONFIGURED,
+    UNDO_SECS,
+    Barrier,
+    Configured,
+    Publish,
+    Timeout,
+    check_timeout,
+    check_world,
+    checked_blob,
+    reason_of,
+)
+from ._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    describe,
+    plural_ranks,
+)
+from ._keys import Keys, check_name
+from ._protocol import Turn
+from ._session import Session
+from ._values import BarrierProgress, BarrierResult
+from ._verdict import Broken, Gathered, Released, Verdict
+from ._worker import outcome
+
+T = TypeVar("T")
+
+# How long closing waits: for the peers of a rank that hosts the store, and for the threads.
+_PEERS_SECS = 3.0
+_THREADS_SECS = 0.5
+_THREAD_GONE_SECS = 0.01
+
+logger = logging.getLogger(__name__)
+
+
+class CrossingBarrier(Barrier):
+    """What StoreBarrier and TCPStoreBarrier share: all but where the store comes from."""
+
+    def __init__(
+        self,
+        session: Session,
+        prefix: str,
+        timeout_secs: float | None,
+        warn_after_secs: float | None,
+        on_progress: Callable[[BarrierProgress], object] | None,
+    ) -> None:
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
+        self._session = session
+        self._keys = Keys(prefix)
+        self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
+        self._warn_after_secs = check_timeout("warn_after_secs", warn_after_secs)
+        self._on_progress = on_progress
+        self._closed = False
+        self._joining = anyio.Lock()
+        self._publishing: dict[Turn, _Publication] = {}
+        # A barrier that is dropped without aclose() must not leave its threads behind.
+        weakref.finalize(self, _abandon, session).atexit = False
+
+    # -- the API -----------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        await self._ready(math.inf)
+
+    async def execute_barrier(
+        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+    ) -> BarrierResult:
+        timeout = self._check_call(name, timeout_secs)
+        crossing = await self._begin(name, timeout)
+        verdict = await crossing.released()
+        waited = anyio.current_time() - crossing.started
+        return BarrierResult(name, crossing.turn.sequence, waited, verdict.last_rank)
+
+    def phase(
+        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+    ) -> AbstractAsyncContextManager[None]:
+        # What is wrong with the call is said before the body runs, not after.
+        self._check_call(name, timeout_secs)
+        return super().phase(name, timeout_secs=timeout_secs)
+
+    async def commit(
+        self,
+        publish: Publish,
+        *,
+        payload: bytes = b"",
+        name: str = "",
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> bytes:
+        timeout = self._check_call(name, timeout_secs)
+        check_world(leader, self._session.world_size)
+        brought = checked_blob("payload", payload)
+        crossing = await self._begin(name, timeout, leader)
+        verdict = await crossing.decided(brought)
+        if isinstance(verdict, Gathered):
+            return await self._publish(crossing, publish, verdict)
+        return verdict.result
+
+    async def abort(self, reason: str, name: str = "") -> None:
+        self._check_call(name, CONFIGURED)
+        turn = self._session.open_turn(name)
+        if turn is None:
+            return await self._break_next(reason, name)
+        if (publication := self._publishing.get(turn)) is not None:
+            publication.scope.cancel()
+            return await publication.settled.wait()
+        await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+
+    async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        session = self._session
+        try:
+            # What was published must not be declared broken: publish itself has to end first.
+            publications = list(self._publishing.values())
+            with anyio.move_on_after(_PEERS_SECS):
+                for publication in publications:
+                    publication.scope.cancel()
+                    await publication.settled.wait()
+            if session.used:
+                with anyio.move_on_after(_PEERS_SECS if session.hosts else UNDO_SECS):
+                    await outcome(session.farewell())
+        except BarrierConnectionError as exc:
+            logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
+        finally:
+            lanes = session.retire()
+            with anyio.move_on_after(_THREADS_SECS, shield=True):
+                for lane in lanes:
+                    await outcome(lane.ended)
+                    lane.join(_THREAD_GONE_SECS)
+            session.abandon()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what only an open barrier needs."""
+
+    async def _fail(self, reason: str, name: str) -> None:
+        try:
+            self._check_call(name, CONFIGURED)
+            with anyio.move_on_after(UNDO_SECS):
+                await self._break_next(reason, name)
+        except BarrierError as exc:
+            # The caller's own exception is on its way, and says more.
+            logger.debug("%s could not be broken: %s", describe(name), exc)
+
+    # -- taking a turn -----------------------------------------------------------------
+
+    @property
+    def _init_secs(self) -> float:
+        return self._session.init_secs
+
+    def _check_call(self, name: str, timeout_secs: Timeout) -> float | None:
+        check_name(self._keys, name)
+        if self._closed:
+            raise BarrierClosedError(describe(self._keys.prefix))
+        if isinstance(timeout_secs, Configured):
+            return self._timeout_secs
+        return check_timeout("timeout_secs", timeout_secs)
+
+    async def _ready(self, within_secs: float) -> None:
+        """Join, or join again where the generation ended or the store was lost."""
+        session = self._session
+        within_secs = min(within_secs, self._init_secs)
+        with anyio.move_on_after(within_secs):
+            async with self._joining:
+                if self._closed:
+                    raise BarrierClosedError(describe(self._keys.prefix))
+                if not session.stands:
+                    await outcome(session.join())
+        if session.replaced:
+            raise BrokenBarrierError(
+                self._keys.prefix,
+                0,
+                session.rank,
+                f"another process joined as rank {session.rank} and took this one's place; "
+                "look for two processes with this rank, or close a barrier before you build "
+                "it anew",
+            )
+        if not session.stands:
+            raise BarrierConnectionError(
+                f"rank {session.rank} did not reach the store of {describe(self._keys.prefix)} "
+                f"within {within_secs:g} s; is the process that hosts it up?"
+            )
+
+    async def _begin(
+        self, name: str, timeout_secs: float | None, leader: int | None = None
+    ) -> Crossing:
+        started = anyio.current_time()
+        while (turn := self._session.take_turn(name, leader)) is None:
+            elapsed = anyio.current_time() - started
+            await self._ready(math.inf if timeout_secs is None else timeout_secs - elapsed)
+        return Crossing(
+            self._session, turn, started, timeout_secs, self._warn_after_secs, self._on_progress
+        )
+
+    async def _break_next(self, reason: str, name: str) -> None:
+        while (turn := self._session.take_turn(name)) is None:
+            await self._ready(self._init_secs)
+        try:
+            await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+        finally:
+            self._session.forget(turn)
+
+    # -- the leader's part -------------------------------------------------------------
+
+    async def _publish(self, crossing: Crossing, publish: Publish, gathered: Gathered) -> bytes:
+        turn = crossing.turn
+        if not turn.claim():
+            # Another task of ours broke it in the same instant: hear what came of that.
+            answer = await _answer(self._session.call(turn, turn.await_verdict))
+            return crossing.accept(answer).result
+        publication = self._publishing[turn] = _Publication(crossing.deadline)
+        try:
+            return await self._publish_and_settle(crossing, publish, gathered, publication)
+        finally:
+            del self._publishing[turn]
+            self._session.forget(turn)
+            publication.settled.set()
+
+    async def _publish_and_settle(
+        self,
+        crossing: Crossing,
+        publish: Publish,
+        gathered: Gathered,
+        publication: _Publication,
+    ) -> bytes:
+        session, turn = self._session, crossing.turn
+        rank = session.rank
+        returned: bytes | None = None
+        published = False
+        complaint: Exception | None = None
+        verdict: Verdict
+        try:
+            with publication.scope:
+                payloads = await outcome(session.call(turn, turn.payloads))
+                returned = await publish(payloads)
+                published = True
+        except BaseException as exc:
+            verdict = Broken(rank, f"publish failed: {reason_of(exc)}")
+            settled = session.call(turn, lambda store: turn.settle(store, verdict))
+            if not isinstance(exc, GeneratorExit):
+                await _answer(settled)
+            raise
+        if published:
+            try:
+                verdict = Released(gathered.last_rank, checked_blob("publish's result", returned))
+            except (TypeError, ValueError) as exc:
+                # Published it is, and its peers may rely on that.
+                complaint, verdict = exc, Released(gathered.last_rank)
+        elif crossing.timeout_secs is not None and anyio.current_time() >= crossing.deadline:
+            reason = f"rank {rank} was still publishing, and was stopped"
+            verdict = Broken(rank, reason, crossing.timeout_secs)
+        else:
+            verdict = Broken(rank, "publishing was stopped by abort or close")
+        answer = await _answer(session.call(turn, lambda store: turn.settle(store, verdict)))
+        if answer is None:
+            raise BarrierConnectionError(
+                f"{describe(turn.name, turn.sequence)}: rank {rank} "
+                f"{'published' if published else 'did not publish'}, but the store was lost "
+                "before its peers could be told",
+                in_doubt=True,
+            )
+        if complaint is not None:
+            raise complaint
+        return crossing.accept(answer).result
+
+
+class _Publication:
+    """A publish under way on this rank."""
+
+    def __init__(self, deadline: float) -> None:
+        self.scope = anyio.CancelScope(deadline=deadline)
+        self.settled = anyio.Event()
+
+
+class Crossing:
+    """One rank's way through one phase, on the event loop."""
+
+    def __init__(
+        self,
+        session: Session,
+        turn: Turn,
+        started: float,
+        timeout_secs: float | None,
+        warn_after_secs: float | None,
+        on_progress: Callable[[BarrierProgress], object] | None,
+    ) -> None:
+        self.turn = turn
+        self.started = started
+        self.timeout_secs = timeout_secs
+        self.deadline = math.inf if timeout_secs is None else started + timeout_secs
+        self._session = session
+        self._warn_after_secs = math.inf if warn_after_secs is None else warn_after_secs
+        self._on_progress = on_progress
+
+    async def released(self) -> Released:
+        """Enter, and wait until everyone has; for `execute_barrier`."""
+        verdict = await self.decided()
+        assert isinstance(verdict, Released)
+        return verdict
+
+    async def decided(self, payload: bytes = b"") -> Released | Gathered:
+        """Enter, and wait for the verdict, or as the leader of a commit until all are in."""
+        verdict: Verdict | Gathered | None = None
+        try:
+            verdict = await self._await_verdict(payload)
+            return verdict if isinstance(verdict, Gathered) else self.accept(verdict)
+        finally:
+            if not isinstance(verdict, Gathered):
+                self._session.forget(self.turn)
+
+    def accept(self, verdict: Verdict | None) -> Released:
+        """The verdict, if it is to go on; else the error that it means."""
+        turn, session = self.turn, self._session
+        if verdict is None:
+            raise self._lost()
+        if isinstance(verdict, Released):
+            session.all_joined = True
+            return verdict
+        if verdict.timeout_secs is not None:
+            raise BarrierTimeoutError(
+                turn.name,
+                turn.sequence,
+                verdict.missing,
+                verdict.timeout_secs,
+                detail=verdict.reason,
+            )
+        if session.closing and verdict.rank == session.rank:
+            raise BarrierClosedError(describe(turn.name, turn.sequence))
+        raise BrokenBarrierError(turn.name, turn.sequence, verdict.rank, verdict.reason)
+
+    async def _await_verdict(self, payload: bytes) -> Verdict | Gathered:
+        session, turn = self._session, self.turn
+        report_at = self.started + self._warn_after_secs
+        absent_at = math.inf if session.all_joined else self.started + session.init_secs
+        try:
+            future = session.enter(turn, payload)
+            while True:
+                # One scope for all that may come before the verdict: scopes cost as much as
+                # round trips do.
+                with anyio.CancelScope(deadline=min(self.deadline, report_at, absent_at)):
+                    return await outcome(future)
+                now = anyio.current_time()
+                if future.done():
+                    continue
+                if now >= self.deadline:
+                    return await self._time_out(future)
+                if now >= absent_at:
+                    absent_at = math.inf
+                    if absent := await _answer(session.not_joined()):
+                        return await self._miss(absent)
+                if now >= report_at:
+                    report_at += self._warn_after_secs
+                    await self._report()
+        except BarrierConnectionError as exc:
+            return await self._break_after_loss(exc)
+        except BarrierError:
+            raise
+        except BaseException as exc:
+            broken = session.give_up(turn, reason_of(exc))
+            # A coroutine that is thrown away cannot wait; the break goes on without it.
+            if not isinstance(exc, GeneratorExit) and await _answer(broken) is None:
+                session.start_afresh(turn)
+            raise
+
+    async def _time_out(self, future: Future[Verdict | Gathered]) -> Verdict:
+        assert self.timeout_secs is not None
+        turn = self.turn
+        verdict = await _answer(self._session.give_up(turn, "", self.timeout_secs))
+        if verdict is None:
+            self._session.start_afresh(turn)
+            raise self._lost()
+        if isinstance(verdict, Gathered):
+            raise BarrierTimeoutError(
+                turn.name,
+                turn.sequence,
+                (),
+                self.timeout_secs,
+                detail=f"all ranks had entered and rank {verdict.leader} was publishing, or died "
+                "over it; look there for whether it published",
+                in_doubt=True,
+            )
+        return verdict
+
+    async def _miss(self, absent: tuple[int, ...]) -> Verdict:
+        init_secs = self._session.init_secs
+        verdict = await _answer(
+            self._session.give_up(
+                self.turn,
+                f"{plural_ranks(absent)} did not join again after a restart; start them again, or "
+                "allow a longer timeout_barrier_init_secs",
+                init_secs,
+                absent,
+            )
+        )
+        if verdict is None or isinstance(verdict, Gathered):
+            raise self._lost()
+        return verdict
+
+    async def _break_after_loss(self, exc: BarrierConnectionError) -> Verdict:
+        session, turn = self._session, self.turn
+        session.lost()
+        # The store itself may be well; then the others need not wait for their deadlines.
+        verdict = await _answer(session.give_up(turn, "it lost its connection to the store"))
+        if verdict is None:
+            session.start_afresh(turn)
+        if verdict is None or isinstance(verdict, Gathered):
+            raise self._lost(exc) from exc.__cause__
+        if isinstance(verdict, Broken) and verdict.rank == session.rank:
+            raise self._lost(exc, in_doubt=False) from exc.__cause__
+        return verdict
+
+    def _lost(
+        self, exc: BarrierConnectionError | None = None, *, in_doubt: bool | None = None
+    ) -> BarrierConnectionError:
+        turn = self.turn
+        waited = anyio.current_time() - self.started
+        why = "the store did not answer" if exc is None else str(exc)
+        return BarrierConnectionError(
+            f"{describe(turn.name, turn.sequence)}: rank {turn.rank} waited {waited:.1f} s, then "
+            f"{why}; see whether the process that hosts the store is alive and can be reached",
+            in_doubt=turn.entered if in_doubt is None else in_doubt,
+        )
+
+    async def _report(self) -> None:
+        turn = self.turn
+        surveyed = await _answer(self._session.survey(turn), shield=False)
+        if surveyed is None:
+            return
+        arrived, missing = surveyed
+        waited = anyio.current_time() - self.started
+        progress = BarrierProgress(
+            turn.name, turn.sequence, arrived, turn.world_size, missing, waited
+        )
+        _progress.report(progress, self._on_progress)
+
+
+async def _answer(future: Future[T], *, shield: bool = True) -> T | None:
+    """What the store says within `UNDO_SECS`; None where it does not answer.
+
+    Shielded, since it undoes what a cancelled caller did; bounded for the same reason.
+    """
+    try:
+        with anyio.move_on_after(UNDO_SECS, shield=shield):
+            return await outcome(future)
+    except BarrierConnectionError as exc:
+        logger.debug("the store does not answer: %s", exc)
+    return None
+
+
+async def _require(future: Future[T], within_secs: float, turn: Turn) -> T:
+    with anyio.move_on_after(within_secs):
+        return await outcome(future)
+    raise BarrierConnectionError(
+        f"{describe(turn.name, turn.sequence)}: the store did not answer within {within_secs:g} s"
+    )
+
+
+def _abandon(session: Session) -> None:
+    if session.used and not session.closing:
+        session.farewell()
+    session.retire()

@@ -1,0 +1,115 @@
+"""Every error that this library raises of its own accord."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def describe(name: str, sequence: int | None = None) -> str:
+    """How messages speak of a phase: ``barrier 'step-100' #3``."""
+    return f"barrier {name!r}" if sequence is None else f"barrier {name!r} #{sequence}"
+
+
+def plural_ranks(ranks: tuple[int, ...]) -> str:
+    """``rank 3`` or ``ranks 3, 5``; long lists end in a count, the attribute has them all."""
+    shown = ", ".join(map(str, ranks[:20]))
+    rest = len(ranks) - 20
+    return f"rank{'s' if len(ranks) != 1 else ''} {shown}{f' and {rest} more' if rest > 0 else ''}"
+
+
+class BarrierError(Exception):
+    """The base of all errors of this library.
+
+    :ivar in_doubt: True where this rank entered the phase and could not learn its verdict,
+        so that other ranks may have been released. False everywhere else.
+    """
+
+    in_doubt: bool
+
+    def __init__(self, message: str, *, in_doubt: bool = False) -> None:
+        super().__init__(message)
+        self.in_doubt = in_doubt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The message is built by __init__ from other arguments than those that
+        # Exception remembers, so the default way to unpickle would call it wrongly.
+        return (_rebuild, (type(self), str(self), self.__dict__))
+
+
+def _rebuild(cls: type[BarrierError], message: str, state: dict[str, Any]) -> BarrierError:
+    error = cls.__new__(cls, message)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class BarrierTimeoutError(BarrierError, TimeoutError):
+    """A deadline broke the phase; every rank that learns of it gets this error.
+
+    :ivar name: the name given at the call
+    :ivar sequence: which crossing of that name it was, from 0
+    :ivar missing_ranks: exactly the ranks that had not entered when the deadline fired, sorted
+    :ivar timeout_secs: the deadline that fired, in seconds
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sequence: int,
+        missing_ranks: tuple[int, ...],
+        timeout_secs: float,
+        *,
+        detail: str = "",
+        in_doubt: bool = False,
+    ) -> None:
+        if not detail:
+            detail = (
+                f"{plural_ranks(missing_ranks)} had not entered; look for a crash or a stall "
+                "there, or allow a longer timeout_secs"
+                if missing_ranks
+                else "no rank was missing"
+            )
+        super().__init__(
+            f"{describe(name, sequence)} timed out after {timeout_secs:g} s: {detail}",
+            in_doubt=in_doubt,
+        )
+        self.name = name
+        self.sequence = sequence
+        self.missing_ranks = missing_ranks
+        self.timeout_secs = timeout_secs
+
+
+class BrokenBarrierError(BarrierError):
+    """A rank broke the phase, or this barrier can no longer be used.
+
+    :ivar name: the name given at the call
+    :ivar sequence: which crossing of that name it was, from 0
+    :ivar rank: the rank that broke it; None where no rank is to blame
+    :ivar reason: why, in words
+    """
+
+    def __init__(
+        self, name: str, sequence: int, rank: int | None, reason: str, *, in_doubt: bool = False
+    ) -> None:
+        culprit = "" if rank is None else f" by rank {rank}"
+        super().__init__(
+            f"{describe(name, sequence)} was broken{culprit}: {reason}", in_doubt=in_doubt
+        )
+        self.name = name
+        self.sequence = sequence
+        self.rank = rank
+        self.reason = reason
+
+
+class BarrierConnectionError(BarrierError, ConnectionError):
+    """The store cannot be reached, or was lost before or while waiting.
+
+    torch's own exception, where there was one, is the ``__cause__``.
+    """
+
+
+class BarrierClosedError(BarrierError):
+    """The barrier was used after ``aclose()``, or closed while this call waited."""
+
+    def __init__(self, barrier: str) -> None:
+        super().__init__(f"{barrier} is closed; build a new one to go on")

@@ -1,0 +1,180 @@
+"""Which life of which rank takes part: generations, and who is in the present one.
+
+Every process that builds a barrier claims its rank in the present *generation*, and phases
+live in generations. A rank that is claimed already was restarted (or shares its number by
+mistake): the newcomer ends the generation with one atomic write and claims its rank in the
+next one. So one generation never holds two lives of a rank, which is why a count of
+arrivals can be trusted, and no phase of an old life can be passed by a new one.
+
+Members of a generation that is over are woken by a key of their own, the *mail*.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from ._connection import Connection
+from ._errors import BarrierError
+from ._keys import Keys
+
+_JOINED = (1 << 31) - 1
+_LEFT = 1 << 31
+_HOST_LEAVES = 1 << 62
+# How many ends of generations are remembered, for members that were asleep meanwhile.
+_REMEMBERED = 8
+
+OVER = b"over"
+CLOSED = b"closed"
+HOST_LEAVES = b"host leaves"
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One life of a rank in one generation."""
+
+    keys: Keys
+    rank: int
+    world_size: int
+    token: str
+    generation: int
+
+    @property
+    def mail(self) -> str:
+        return self.keys.mail(self.generation, self.rank)
+
+    def successor(self, store: Connection) -> tuple[int, bool] | None:
+        """The rank that ended this generation, and whether it took our own place.
+
+        None while the generation lasts.
+        """
+        value = store.read(self.keys.over(self.generation))
+        if value is None:
+            return None
+        rank = int(json.loads(value)["rank"])
+        return rank, rank == self.rank
+
+    def not_joined(self, store: Connection) -> tuple[int, ...]:
+        """The ranks that have not joined this generation, sorted."""
+        ranks = range(self.world_size)
+        found = store.read_many([self.keys.member(rank) for rank in ranks])
+        return tuple(r for r in ranks if _generation_of(found[r]) < self.generation)
+
+    def leave(self, store: Connection) -> None:
+        """Tell a host that waits in `host_leave` that this rank needs the store no more."""
+        roll = store.add(self.keys.roll(self.generation), _LEFT)
+        if roll & _HOST_LEAVES and _all_left(roll):
+            store.set(self.keys.all_left(self.generation), b"1")
+
+    def host_leave(self, store: Connection) -> None:
+        """Have all other members leave, and block until they have."""
+        others = [self.keys.mail(self.generation, r) for r in range(self.world_size)]
+        del others[self.rank]
+        store.set_many(others, HOST_LEAVES)
+        roll = store.add(self.keys.roll(self.generation), _HOST_LEAVES)
+        # One counter holds both facts, so either the last one to leave sees that we wait,
+        # or we see that it has left.
+        if not _all_left(roll):
+            store.await_value(self.keys.all_left(self.generation))
+
+    def wait_no_longer(self, store: Connection) -> None:
+        """End a `host_leave` under way on another connection."""
+        store.set(self.keys.all_left(self.generation), b"1")
+
+
+def _all_left(roll: int) -> bool:
+    return roll // _LEFT & _JOINED >= (roll & _JOINED) - 1
+
+
+def join(
+    store: Connection,
+    keys: Keys,
+    rank: int,
+    world_size: int,
+    token: str,
+    previous: Membership | None = None,
+) -> Membership:
+    """Claim ``rank`` in the present generation, ending it first if another life holds it.
+
+    :return: ``previous`` itself where that membership still holds
+    :raises BarrierError: the members have another world size, or something else wrote to our keys
+    """
+    try:
+        return _join(store, keys, rank, world_size, token, previous)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise BarrierError(
+            f"something else wrote to the keys of barrier {keys.prefix!r} in the store ({exc!r}); "
+            "choose another prefix, or delete the keys under " + repr(keys.root)
+        ) from exc
+
+
+def _join(
+    store: Connection,
+    keys: Keys,
+    rank: int,
+    world_size: int,
+    token: str,
+    previous: Membership | None,
+) -> Membership:
+    while True:
+        generation = _present(store, keys, world_size)
+        mine = store.read(keys.member(rank))
+        claim = json.dumps({"generation": generation, "token": token}).encode()
+        if mine == claim:
+            return previous or Membership(keys, rank, world_size, token, generation)
+        if _generation_of(mine) == generation:
+            _end(store, keys, generation, rank, world_size)
+            continue
+        agreed = int(store.compare_set(keys.world(generation), b"", b"%d" % world_size))
+        if agreed != world_size:
+            if mine is None:
+                raise BarrierError(
+                    f"rank {rank} of barrier {keys.prefix!r} was built with world size "
+                    f"{world_size}, but its peers with {agreed}; all ranks must give the same"
+                )
+            # The whole job came back with another size.
+            _end(store, keys, generation, rank, max(world_size, agreed))
+            continue
+        if store.compare_set(keys.member(rank), mine or b"", claim) != claim:
+            continue
+        store.add(keys.roll(generation), 1)
+        # The mail of a former life stays: it may live on, a duplicate that has to be told. If
+        # this generation ended meanwhile, our mail says so already: no need to look.
+        return Membership(keys, rank, world_size, token, generation)
+
+
+def _present(store: Connection, keys: Keys, world_size: int) -> int:
+    generation = int(store.read(keys.generation) or b"0")
+    while store.read(keys.over(generation)) is not None:
+        # Whoever ended it died before it could tell (or is just about to; twice is no harm).
+        _tell(store, keys, generation, world_size)
+        generation += 1
+    return generation
+
+
+def _end(store: Connection, keys: Keys, generation: int, rank: int, world_size: int) -> None:
+    entry = json.dumps({"rank": rank}).encode()
+    store.compare_set(keys.over(generation), b"", entry)
+    _tell(store, keys, generation, world_size)
+    if generation >= _REMEMBERED:
+        for spent in (keys.over, keys.world, keys.roll, keys.all_left):
+            store.delete(spent(generation - _REMEMBERED))
+    _sweep(store, keys, generation - 1)
+
+
+def _tell(store: Connection, keys: Keys, generation: int, world_size: int) -> None:
+    store.set_many([keys.mail(generation, rank) for rank in range(world_size)], OVER)
+    store.set(keys.generation, b"%d" % (generation + 1))
+
+
+def _sweep(store: Connection, keys: Keys, upto: int) -> None:
+    """Delete what the dead of generations before ``upto`` left behind, where keys can be listed."""
+    marks = (f"{keys.root}/phase/", f"{keys.root}/mail/")
+    for key in store.list_keys():
+        for mark in marks:
+            if key.startswith(mark) and int(key[len(mark) :].partition("/")[0]) < upto:
+                store.delete(key)
+
+
+def _generation_of(member: bytes | None) -> int:
+    return -1 if member is None else int(json.loads(member)["generation"])

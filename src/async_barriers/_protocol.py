@@ -1,0 +1,260 @@
+"""One rank's part in one phase: what it writes to the store, in which order.
+
+Blocking calls on one connection, no threads and no event loop, so that it can be read
+beside the laws. Why it is safe is argued in docs/design.md; in short:
+
+* *enter*: append my arrival to the phase's log, then count it. Whoever counts the last one
+  reads the log, judges it and announces the verdict; the others block on the verdict.
+* *give up*: append a break to the log, read it back, judge it, announce. The order of the
+  log decides between a break and the last arrival, so all who judge it agree.
+* *depart*: when I know the verdict and no call of mine uses the phase any more, I count
+  myself out. The last one out deletes the keys: nobody is left to read them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from . import _verdict
+from ._connection import Connection
+from ._errors import BarrierConnectionError
+from ._keys import PhaseKeys
+from ._verdict import Broken, Gathered, Released, Verdict
+
+# The counter of a phase: arrivals in the low bits, departures above them, and one bit that
+# says that somebody wrote a summary.
+_RANKS = (1 << 31) - 1
+_DEPARTED = 1 << 31
+_SUMMARISED = 1 << 62
+
+
+class Turn:
+    """One rank's part in one phase. Its methods may run in several threads at once."""
+
+    def __init__(
+        self,
+        keys: PhaseKeys,
+        name: str,
+        sequence: int,
+        rank: int,
+        world_size: int,
+        leader: int | None = None,
+    ) -> None:
+        self.keys = keys
+        self.name = name
+        self.sequence = sequence
+        self.rank = rank
+        self.world_size = world_size
+        self.leader = leader
+        self.entered = False
+        self.verdict: Verdict | None = None
+        self._arrived_at = 0
+        self._has_payload = False
+        self._summary_seen = 0
+        self._lock = threading.Lock()
+        self._users = 0
+        self._departed = False
+        self._claimed = False
+
+    @property
+    def known_verdict(self) -> Verdict:
+        """The verdict, after `hold` said that this rank has departed."""
+        assert self.verdict is not None
+        return self.verdict
+
+    def hold(self) -> bool:
+        """Keep this rank from departing until `release`; False if it has departed."""
+        with self._lock:
+            self._users += not self._departed
+            return not self._departed
+
+    def release(self, store: Connection) -> None:
+        """Undo one `hold`. The last one departs, if the verdict is known."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._departed or self.verdict is None:
+                return
+            self._departed = True
+        self._depart(store, self.verdict)
+
+    def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
+        """Arrive and wait for the verdict; a commit's leader waits only until all are in."""
+        self.entered = True
+        if payload:
+            store.set(self.keys.payload(self.rank), payload)
+            self._has_payload = True
+        # Appended before it is counted: whoever counts world_size arrivals finds them all.
+        store.append(self.keys.log, _verdict.arrival(self.rank, self.leader))
+        self._arrived_at = store.add(self.keys.count, 1) & _RANKS
+        if self._arrived_at >= self.world_size:
+            judged = self._decide(store)
+        elif self.rank == self.leader:
+            store.await_value(self.keys.gathered)
+            judged = self._decide(store)
+        else:
+            return self.await_verdict(store)
+        if isinstance(judged, Gathered) and self.rank != self.leader:
+            return self.await_verdict(store)
+        return judged
+
+    def give_up(
+        self,
+        store: Connection,
+        reason: str,
+        timeout_secs: float | None = None,
+        missing: tuple[int, ...] | None = None,
+        by: int | None = None,
+    ) -> Verdict | Gathered:
+        """Break the phase, unless it is decided; what was decided either way.
+
+        ``by`` is the rank to blame, if not this one. For all but the leader a commit in which
+        everyone has arrived is `Gathered`, and giving up leaves it to the leader; for the
+        leader too, once it has begun to publish.
+        """
+        blamed = self.rank if by is None else by
+        store.append(self.keys.log, _verdict.breaking(blamed, reason, timeout_secs, missing))
+        judged = self._decide(store)
+        if isinstance(judged, Gathered) and judged.leader == self.rank and self.claim():
+            return self.settle(store, Broken(blamed, reason, timeout_secs))
+        return judged
+
+    def claim(self) -> bool:
+        """Take the leader's right to settle; True for the first that asks, in this process."""
+        with self._lock:
+            claimed, self._claimed = self._claimed, True
+            return not claimed
+
+    def settle(self, store: Connection, verdict: Verdict) -> Verdict:
+        """The leader's word on a commit in which everyone has arrived.
+
+        Only the leader gives it, so a plain compare-and-set makes it final: told twice, on
+        two connections, the first one stands.
+        """
+        winner = store.compare_set(self.keys.verdict, b"", _verdict.encode(verdict))
+        self.verdict = _verdict.decode(winner)
+        return self.verdict
+
+    def payloads(self, store: Connection) -> dict[int, bytes]:
+        """What every rank brought; for the leader of a commit in which everyone has arrived."""
+        found = store.read_many([self.keys.payload(rank) for rank in range(self.world_size)])
+        return {rank: payload or b"" for rank, payload in enumerate(found)}
+
+    def survey(self, store: Connection) -> tuple[int, tuple[int, ...]]:
+        """How many ranks had arrived, and who had not.
+
+        One rank reads all arrivals and leaves a summary for the others, who read no more
+        than that. A summary serves a rank that has not used it yet and is counted in it.
+        """
+        key = self.keys.summary
+        for _ in range(5):
+            value = store.read(key) or b"0"
+            number, missing = _read_summary(value)
+            known = None if missing is None else self.world_size - len(missing)
+            if known is not None and number != self._summary_seen and known >= self._arrived_at:
+                break
+            if known is not None or value == b"0":
+                claim = b"%d by %d" % (number + 1, self.rank)
+                before = b"" if value == b"0" else value
+                if store.compare_set(key, before, claim) == claim:
+                    if not before:
+                        store.add(self.keys.count, _SUMMARISED)
+                    number += 1
+                    missing = self._missing(store)
+                    store.set(key, b"%d:%s" % (number, _ranges(missing)))
+                    break
+            time.sleep(0.02)  # another rank is reading; it takes it less than this
+        else:
+            # The rank that claimed the reading has died over it.
+            missing = self._missing(store)
+        assert missing is not None
+        self._summary_seen = number
+        return self.world_size - len(missing), missing
+
+    def _missing(self, store: Connection) -> tuple[int, ...]:
+        return _verdict.missing(store.read(self.keys.log) or b"", self.world_size)
+
+    def _decide(self, store: Connection) -> Verdict | Gathered:
+        judged = self._judge(store)
+        if judged is None:
+            absent = ", ".join(map(str, self._missing(store)))
+            store.append(
+                self.keys.log,
+                _verdict.breaking(
+                    self.rank,
+                    f"{self.world_size} arrivals were counted, but none of rank {absent}; "
+                    "do two processes share a rank?",
+                ),
+            )
+            judged = self._judge(store)
+            assert judged is not None
+        # Everyone who judges the log announces the same, so it does no harm that several
+        # may: the verdict key is a copy of what the log says, and a bell.
+        if isinstance(judged, Gathered):
+            store.set(self.keys.gathered, b"g")
+            return judged
+        self.verdict = judged
+        store.set(self.keys.verdict, _verdict.encode(judged))
+        if isinstance(judged, Broken):
+            store.set(self.keys.gathered, b"g")
+        return judged
+
+    def _judge(self, store: Connection) -> Verdict | Gathered | None:
+        log = store.read(self.keys.log)
+        if log is None:
+            raise BarrierConnectionError("the keys of this phase have vanished from the store")
+        return _verdict.judge(log, self.world_size)
+
+    def await_verdict(self, store: Connection) -> Verdict:
+        """Block until the phase is decided."""
+        value = store.await_value(self.keys.verdict)
+        try:
+            self.verdict = _verdict.decode(value)
+        except ValueError as exc:
+            judged = self.give_up(store, f"something else wrote to its verdict ({exc})")
+            if isinstance(judged, Gathered):
+                # Only the leader knows, and what it said was overwritten.
+                raise BarrierConnectionError("the verdict of this commit was overwritten") from exc
+            return judged
+        return self.verdict
+
+    def _depart(self, store: Connection, verdict: Verdict) -> None:
+        keys = self.keys
+        if self._has_payload:
+            store.delete(keys.payload(self.rank))
+        count = store.add(keys.count, _DEPARTED)
+        if count // _DEPARTED & _RANKS < self.world_size:
+            return
+        spent = [keys.log, keys.verdict]
+        if self.leader is not None or isinstance(verdict, Broken):
+            spent.append(keys.gathered)
+        if count & _SUMMARISED:
+            spent.append(keys.summary)
+        for key in (*spent, keys.count):
+            store.delete(key)
+
+
+def _read_summary(value: bytes) -> tuple[int, tuple[int, ...] | None]:
+    """Its number and who was missing; None while the rank that claimed it still reads."""
+    number, colon, ranges = value.partition(b":")
+    if not colon:
+        return int(number.split()[0]), None
+    missing: list[int] = []
+    for span in ranges.split(b",") if ranges else ():
+        first, _, last = span.partition(b"-")
+        missing.extend(range(int(first), int(last or first) + 1))
+    return int(number), tuple(missing)
+
+
+def _ranges(ranks: tuple[int, ...]) -> bytes:
+    """``3,5-9``: thousands of missing ranks are mostly neighbours."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return b",".join(b"%d" % a if a == b else b"%d-%d" % (a, b) for a, b in spans)
+
+
+__all__ = ["Broken", "Gathered", "Released", "Turn"]
