@@ -1,0 +1,108 @@
+"""What every test gets: both event loops, a bound, and a watch on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+
+import pytest
+import trio
+from blockbuster import BlockBuster, BlockBusterFunction
+from torch.distributed import Store, TCPStore
+from worlds import KINDS, OVER_A_STORE, World
+
+BOUND_SECS = 40
+# Everything of a store that talks to it.
+STORE_CALLS = (
+    "add append barrier check clone compare_set delete_key get list_keys multi_get multi_set "
+    "num_keys set wait"
+)
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that hangs fails, with the stacks of all threads."""
+
+    def fail(signum: int, frame: FrameType | None) -> None:
+        faulthandler.dump_traceback(all_threads=True)
+        raise TimeoutError(f"{request.node.nodeid} did not end within {BOUND_SECS} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, BOUND_SECS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def unblocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A blocking call that the library makes on an event loop's thread raises (law 7)."""
+    # blockbuster asks asyncio only whether this thread runs a loop.
+    monkeypatch.setattr(
+        "blockbuster.blockbuster.asyncio", SimpleNamespace(get_running_loop=_running_loop)
+    )
+    watch = BlockBuster("async_barriers")
+    for owner, name in [(Store, name) for name in STORE_CALLS.split()] + [(TCPStore, "__init__")]:
+        watch.functions[f"{owner.__name__}.{name}"] = BlockBusterFunction(
+            owner, name, scanned_modules="async_barriers"
+        )
+    # A thread that said it ended is gone in microseconds, and waited for 10 ms at most.
+    watch.functions["threading.Lock.acquire"].can_block_in("async_barriers/_worker.py", "join")
+    watch.activate()
+    try:
+        yield
+    finally:
+        watch.deactivate()
+
+
+def _running_loop() -> object:
+    if trio.lowlevel.in_trio_run():
+        return trio.lowlevel.current_trio_token()
+    return asyncio.get_running_loop()
+
+
+async def _world(kind: str, tmp_path: Path) -> AsyncIterator[World]:
+    world = World(kind, tmp_path)
+    try:
+        yield world
+    finally:
+        await world.aclose()
+
+
+@pytest.fixture(params=KINDS)
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """Every kind of barrier over every kind of store."""
+    async for made in _world(request.param, tmp_path):
+        yield made
+
+
+@pytest.fixture(params=OVER_A_STORE)
+async def shared(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """A store that outlives every barrier over it."""
+    async for made in _world(request.param, tmp_path):
+        yield made
+
+
+@pytest.fixture
+async def memory(tmp_path: Path) -> AsyncIterator[World]:
+    """The quickest store, with a hook for faults."""
+    async for made in _world("python", tmp_path):
+        yield made
+
+
+@pytest.fixture
+async def tcp(tmp_path: Path) -> AsyncIterator[World]:
+    """The store that training jobs use."""
+    async for made in _world("tcp", tmp_path):
+        yield made

@@ -1,0 +1,411 @@
+"""What a crossing promises, for every barrier over every store on both event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from worlds import AnyBarrier, Outcome, Tasks, World, close, gather, library_threads
+
+from async_barriers import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierProgress,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    TCPStoreBarrier,
+)
+from async_barriers._connection import connect_to
+from async_barriers._protocol import Turn
+from async_barriers._verdict import Broken, Released
+
+pytestmark = pytest.mark.anyio
+
+
+def starts(tasks: Tasks, ranks: list[AnyBarrier], name: str = "", **options: Any) -> list[Outcome]:
+    """Have ``ranks`` enter ``name``, each in a task of its own."""
+    return [
+        tasks.start(lambda rank=rank: rank.execute_barrier(name, **options))  # type: ignore[misc]
+        for rank in ranks
+    ]
+
+
+async def crosses_again(ranks: list[AnyBarrier], name: str) -> int:
+    """Cross ``name`` with everyone; its sequence number, which all must agree on (law 10)."""
+    results = await gather(lambda r=rank: r.execute_barrier(name) for rank in ranks)  # type: ignore[misc]
+    assert len({result.sequence for result in results}) == 1
+    sequence: int = results[0].sequence
+    return sequence
+
+
+async def test_a_deadline_names_exactly_who_is_missing(world: World) -> None:
+    """On every rank, the late ones included, and the next crossing works (laws 2, 3, 6, 10)."""
+    ranks = await world.barriers(4)
+    async with Tasks() as tasks:
+        waiting = starts(tasks, [ranks[1]], "x", timeout_secs=0.8) + starts(tasks, [ranks[3]], "x")
+        errors = [await outcome.raised(BarrierTimeoutError) for outcome in waiting]
+        errors += [
+            await outcome.raised(BarrierTimeoutError)
+            for outcome in starts(tasks, [ranks[0], ranks[2]], "x")
+        ]
+    for error in errors:
+        assert error.missing_ranks == (0, 2)
+        assert (error.name, error.sequence, error.timeout_secs) == ("x", 0, 0.8)
+        assert "ranks 0, 2 had not entered" in str(error)
+        assert not error.in_doubt
+    assert all(outcome.secs < 1.8 for outcome in waiting)
+    assert await crosses_again(ranks, "x") == 1
+
+
+async def test_cancelling_breaks_the_phase(world: World) -> None:
+    """Peers learn at once who was cancelled, however long their own deadlines (laws 3, 4, 8)."""
+    ranks = await world.barriers(3)
+    async with Tasks() as tasks:
+        waiting = starts(tasks, ranks[:2], "x", timeout_secs=None)
+        await world.entered(0, 1, name="x")
+        cancelled_at = anyio.current_time()
+        waiting[0].scope.cancel()
+        error = await waiting[1].raised(BrokenBarrierError)
+        await waiting[0].ended.wait()
+        assert waiting[0].scope.cancelled_caught
+        assert anyio.current_time() - cancelled_at < 1
+        assert (error.rank, error.reason) == (0, "its task was cancelled")
+        with pytest.raises(BrokenBarrierError, match="broken by rank 0"):
+            await ranks[2].execute_barrier("x")
+    assert await crosses_again(ranks, "x") == 1
+
+
+async def test_a_body_that_raises_breaks_its_phase(world: World) -> None:
+    """The rank's own exception goes on, and peers are told of it (law 3)."""
+    ranks = await world.barriers(2)
+    async with Tasks() as tasks:
+        (waiting,) = starts(tasks, ranks[:1], "x")
+        await world.entered(0, name="x")
+        with pytest.raises(OSError, match="disk full"):
+            async with ranks[1].phase("x"):
+                raise OSError("disk full")
+        error = await waiting.raised(BrokenBarrierError)
+    assert (error.rank, error.reason) == (1, "it raised OSError: disk full")
+
+    async def body() -> None:
+        async with ranks[1].phase("x"):
+            pass
+
+    async with Tasks() as tasks:
+        waiting = tasks.start(body)
+        assert (await ranks[0].execute_barrier("x")).sequence == 1
+        await waiting.returned()
+
+
+async def test_abort_before_and_after_entering(world: World) -> None:
+    """It breaks what this rank awaits, or else uses up its next turn."""
+    ranks = await world.barriers(2)
+    await ranks[0].abort("no disk", "x")
+    with pytest.raises(BrokenBarrierError, match="broken by rank 0: no disk"):
+        await ranks[1].execute_barrier("x")
+    async with Tasks() as tasks:
+        (waiting,) = starts(tasks, ranks[:1], "x")
+        await world.entered(0, name="x", sequence=1)
+        await ranks[0].abort("second thoughts", "x")
+        assert (await waiting.raised(BrokenBarrierError)).rank == 0
+        with pytest.raises(BrokenBarrierError, match="second thoughts"):
+            await ranks[1].execute_barrier("x")
+    assert await crosses_again(ranks, "x") == 2
+
+
+async def test_closing_breaks_what_is_awaited(world: World) -> None:
+    """The waiting call is told so, its peers too, and later calls are refused."""
+    ranks = await world.barriers(2)
+    async with Tasks() as tasks:
+        waiting = starts(tasks, ranks, "x") if world.owns_store else starts(tasks, ranks[1:], "x")
+        if world.owns_store:
+            await waiting[1].ended.wait()
+            waiting = starts(tasks, ranks[1:], "y")
+            await world.entered(1, name="y")
+        else:
+            await world.entered(1, name="x")
+        await ranks[1].aclose()
+        await ranks[1].aclose()
+        await waiting[-1].raised(BarrierClosedError)
+        with pytest.raises(BarrierClosedError, match="is closed; build a new one"):
+            await ranks[1].execute_barrier("x")
+        with pytest.raises(BarrierClosedError):
+            await ranks[1].connect()
+        with pytest.raises(BrokenBarrierError, match="broken by rank 1: it closed its barrier"):
+            await ranks[0].execute_barrier("y" if world.owns_store else "x")
+
+
+async def test_names_are_independent(world: World) -> None:
+    """Sixteen phases at once, entered in opposite orders by two ranks (law 9)."""
+    names = [f"n{number}" for number in range(16)]
+    ranks = await world.barriers(2, lanes=4)
+    orders = (names, names[::-1])
+    results = await gather(
+        lambda r=rank, n=name: r.execute_barrier(n)  # type: ignore[misc]
+        for rank, order in zip(ranks, orders, strict=True)
+        for name in order
+    )
+    assert sorted(result.name for result in results) == sorted(names * 2)
+
+
+async def test_many_phases_leave_nothing_behind(world: World) -> None:
+    """Keys and threads are as many after many phases, broken ones too, as after few (law 10)."""
+    ranks = await world.barriers(2, lanes=2)
+    count = 5 if world.kind == "file" else 60
+
+    async def some(salt: str) -> None:
+        for number in range(count):
+            await gather(lambda r=rank: r.execute_barrier("same") for rank in ranks)  # type: ignore[misc]
+            await gather(
+                lambda r=rank, n=f"{salt}{number}": r.execute_barrier(n)  # type: ignore[misc]
+                for rank in ranks
+            )
+            await ranks[0].abort("no", "broken")
+            with pytest.raises(BrokenBarrierError):
+                await ranks[1].execute_barrier("broken")
+
+    async def settled() -> tuple[int, int]:
+        keys = await world.call(world.store.num_keys)
+        return keys, len(library_threads())
+
+    await some("a")
+    with anyio.fail_after(5):
+        few = await settled()
+        while (again := await settled()) != few:
+            few = again
+    await some("b")
+    with anyio.fail_after(5):
+        while await settled() > few:
+            await anyio.sleep(0.01)
+
+
+async def test_rubbish_in_the_store_breaks_and_never_releases(shared: World) -> None:
+    """A client that writes to our keys gets nobody released (law 1)."""
+    ranks = await shared.barriers(2, lanes=2)
+    keys = shared.keys(name="x")
+    await shared.call(shared.store.set, keys.log, "rubbish\n")
+    async with Tasks() as tasks:
+        for outcome in starts(tasks, ranks, "x"):
+            error = await outcome.raised(BrokenBarrierError)
+            assert "something else wrote 'rubbish'" in str(error)
+    async with Tasks() as tasks:
+        (waiting,) = starts(tasks, ranks[:1], "y")
+        await shared.entered(0, name="y")
+        await shared.call(shared.store.set, shared.keys(name="y").verdict, "rubbish")
+        error = await waiting.raised(BrokenBarrierError)
+    assert "something else wrote to its verdict" in str(error)
+    async with Tasks() as tasks:
+        (waiting,) = starts(tasks, ranks[:1], "z")
+        await shared.entered(0, name="z")
+        await shared.call(shared.store.add, shared.keys(name="z").count, 5)
+        late = await shared.call(connect_to, shared.store, time.monotonic() + 5, threading.Event())
+        turn = Turn(shared.keys(name="z"), "z", 0, 0, 2)
+        judged = await shared.call(turn.enter, late)
+        await shared.call(late.close)
+        assert isinstance(judged, Broken)
+        assert "but none of rank 1" in judged.reason
+        await waiting.raised(BrokenBarrierError)
+
+
+async def test_the_order_of_the_log_settles_a_race(shared: World) -> None:
+    """The last arrival against a deadline, in both orders, step by step (law 2)."""
+    await shared.barriers(2)
+    stores = [
+        await shared.call(connect_to, shared.store, time.monotonic() + 5, threading.Event())
+        for _ in range(2)
+    ]
+
+    def race(name: str, *, deadline_first: bool) -> list[object]:
+        turns = [Turn(shared.keys(name=name), name, 0, rank, 2) for rank in range(2)]
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(turns[0].enter, stores[0])
+            while not (stores[1].read(turns[0].keys.log) or b"").startswith(b"a0"):
+                pass
+            if deadline_first:
+                gave_up = turns[0].give_up(stores[1], "", 1.0)
+                last = turns[1].enter(stores[1])
+            else:
+                last = turns[1].enter(stores[1])
+                gave_up = turns[0].give_up(stores[1], "", 1.0)
+            return [first.result(), gave_up, last]
+
+    broken = await shared.call(lambda: race("broken", deadline_first=True))
+    assert broken == [Broken(0, "", 1.0, (1,))] * 3
+    released = await shared.call(lambda: race("released", deadline_first=False))
+    assert released == [Released(1)] * 3
+    for store in stores:
+        await shared.call(store.close)
+
+
+async def test_a_full_house_does_not_matter(tcp: World) -> None:
+    """Programs that have filled asyncio's and anyio's thread pools still cross (law 7)."""
+    ranks = await tcp.barriers(2)
+    over = threading.Event()
+    async with anyio.create_task_group() as tasks:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        for _ in range(int(limiter.total_tokens)):
+            tasks.start_soon(anyio.to_thread.run_sync, over.wait)  # type: ignore[arg-type]
+        while limiter.available_tokens:
+            await anyio.sleep(0)
+        await crosses_again(ranks, "x")
+        over.set()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_asyncios_own_cancellation(tcp: World) -> None:
+    """task.cancel(), twice in a row, is asyncio.CancelledError at once, and breaks the phase."""
+    ranks = await tcp.barriers(2)
+    task = asyncio.create_task(ranks[0].execute_barrier("x"))
+    await tcp.entered(0, name="x")
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(BrokenBarrierError, match="its task was cancelled"):
+        await ranks[1].execute_barrier("x")
+
+
+async def test_progress_is_reported(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Each waiting rank warns and calls back, with who is missing, each period (law 6)."""
+    seen: list[BarrierProgress] = []
+
+    def on_progress(progress: BarrierProgress) -> None:
+        seen.append(progress)
+        raise ValueError("a callback of the user's that is wrong")
+
+    ranks = await world.barriers(3, warn_after_secs=0.3, on_progress=on_progress)
+    with caplog.at_level(logging.WARNING, "async_barriers"):
+        async with Tasks() as tasks:
+            waiting = starts(tasks, ranks[:2], "x")
+            with anyio.fail_after(10):
+                while len(seen) < 4:
+                    await anyio.sleep(0.01)
+            await ranks[2].execute_barrier("x")
+            for outcome in waiting:
+                await outcome.returned()
+    for progress in seen:
+        assert (progress.arrived, progress.world_size, progress.missing_ranks) == (2, 3, (2,))
+        assert progress.waited_secs >= 0.3
+    text = caplog.text
+    assert "barrier 'x' #0: 2 of 3 ranks after 0.3 s, missing 2" in text
+    assert "on_progress raised" in text
+    assert {record.name.partition(".")[0] for record in caplog.records} <= {"async_barriers"}
+
+
+async def test_a_restarted_rank_breaks_what_waits_for_it(shared: World) -> None:
+    """Its peers are told, alone it is told who lacks, and with all back it works (law 11)."""
+    ranks = await shared.barriers(3, timeout_barrier_init_secs=1.5)
+    async with Tasks() as tasks:
+        waiting = starts(tasks, ranks[1:], "x")
+        await shared.entered(1, 2, name="x")
+        again = shared.barrier(0, 3, timeout_barrier_init_secs=1.5)
+        await again.connect()
+        for outcome in waiting:
+            error = await outcome.raised(BrokenBarrierError)
+            assert error.rank == 0
+            assert "joined again" in error.reason
+    with pytest.raises(BarrierTimeoutError, match="did not join again") as caught:
+        await again.execute_barrier("x")
+    assert caught.value.missing_ranks == (1, 2)
+    with pytest.raises(BrokenBarrierError, match="took this one's place"):
+        await ranks[0].execute_barrier("x")
+    async with Tasks() as tasks:
+        late = starts(tasks, ranks[1:], "x")
+        for outcome in late:
+            assert (await outcome.raised(BarrierTimeoutError)).missing_ranks == (1, 2)
+    assert await crosses_again([again, *ranks[1:]], "x") == 1
+    assert await crosses_again([again, *ranks[1:]], "y") == 0
+
+
+async def test_closed_and_built_anew_many_times(shared: World) -> None:
+    """A barrier may be replaced again and again, and keys do not pile up (laws 10 and 11)."""
+    keys = []
+    for _ in range(12):
+        ranks = [shared.barrier(rank, 2) for rank in range(2)]
+        assert await crosses_again(ranks, "x") == 0
+        await close(ranks)
+        keys.append(await shared.call(shared.store.num_keys))
+    assert keys[-1] <= max(keys[8:11]) + 1
+
+
+async def test_world_sizes_must_agree(shared: World) -> None:
+    """A rank of another world is refused; a whole job that comes back smaller is not."""
+    ranks = await shared.barriers(2)
+    stray = shared.barrier(2, 3)
+    with pytest.raises(Exception, match="world size 3, but its peers with 2"):
+        await stray.connect()
+    await close(ranks)
+    alone = shared.barrier(0, 1)
+    assert (await alone.execute_barrier()).sequence == 0
+
+
+async def test_rubbish_in_the_membership_is_an_error(shared: World) -> None:
+    """It says which keys to look at."""
+    await shared.call(shared.store.set, "async_barriers/5:tests/member/0", "rubbish")
+    with pytest.raises(Exception, match="something else wrote to the keys of barrier 'tests'"):
+        await shared.barrier(0, 1).connect()
+
+
+async def test_the_users_store_is_left_alone(tcp: World) -> None:
+    """Its timeout and its keys stay, and it answers while phases wait (law 12)."""
+    before = tcp.store.timeout  # type: ignore[attr-defined]
+    await tcp.call(tcp.store.set, "mine", "1")
+    ranks = await tcp.barriers(2)
+    async with Tasks() as tasks:
+        (waiting,) = starts(tasks, ranks[:1], "x")
+        await tcp.entered(0, name="x")
+        assert await tcp.call(tcp.store.get, "mine") == b"1"
+        await ranks[1].execute_barrier("x")
+        await waiting.returned()
+    assert tcp.store.timeout == before  # type: ignore[attr-defined]
+
+
+async def test_bad_calls_use_up_no_turn(tcp: World) -> None:
+    """What is wrong with a call is said at once, and the next call is the first."""
+    ranks = await tcp.barriers(2)
+    for call, message in (
+        (lambda: ranks[0].execute_barrier("n" * 8000), "name is too long for the store: 8000"),
+        (lambda: ranks[0].execute_barrier(3), "name must be a string, not 3"),
+        (lambda: ranks[0].execute_barrier("x", timeout_secs=0), "timeout_secs is 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            await call()  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match="name is too long"):
+        ranks[0].phase("n" * 8000)
+    assert await crosses_again(ranks, "x") == 0
+
+
+async def test_a_store_that_is_not_there() -> None:
+    """Connecting and crossing end in time, and say what to look at (law 5)."""
+    with anyio.fail_after(5):
+        barrier = TCPStoreBarrier(
+            1, 2, "x", timeout_barrier_init_secs=1, tcpstore_port=9, master_address="127.0.0.1"
+        )
+        with pytest.raises(BarrierConnectionError, match=r"127\.0\.0\.1:9|within 1 s"):
+            await barrier.connect()
+        with pytest.raises(BarrierConnectionError) as caught:
+            await barrier.execute_barrier(timeout_secs=0.3)
+        assert not caught.value.in_doubt
+        with pytest.raises(OSError, match="body"):
+            async with barrier.phase():
+                raise OSError("body")
+        with pytest.raises(BarrierConnectionError):
+            async with barrier:
+                raise AssertionError("never entered")
+
+
+async def test_a_port_that_is_taken(tcp: World) -> None:
+    """Rank 0 says that it cannot host."""
+    port = tcp.store.port  # type: ignore[attr-defined]
+    barrier = TCPStoreBarrier(0, 1, "x", tcpstore_port=port, master_address="127.0.0.1")
+    with pytest.raises(BarrierConnectionError, match="cannot host a store"):
+        await barrier.connect()
+    await barrier.aclose()

@@ -1,0 +1,247 @@
+"""Ranks as objects in one process, over every kind of store."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+from stores import MemoryStore, PlainStore
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
+
+from async_barriers import StoreBarrier, TCPStoreBarrier
+from async_barriers._keys import Keys, PhaseKeys
+
+T = TypeVar("T")
+AnyBarrier = StoreBarrier | TCPStoreBarrier
+
+OVER_A_STORE = ("tcp", "prefix", "hash", "file", "python", "python without clone")
+WITH_OWN_STORE = ("own, libuv", "own, no libuv")
+KINDS = OVER_A_STORE + WITH_OWN_STORE
+PREFIX = "tests"
+
+
+class World:
+    """Barriers that meet at one store of the given kind."""
+
+    def __init__(self, kind: str, tmp_path: Path) -> None:
+        self.kind = kind
+        self.owns_store = kind in WITH_OWN_STORE
+        self.made: list[AnyBarrier] = []
+        self._port = 0
+        self._store: Store | None = None
+        self._observer: Store | None = None
+        if self.owns_store:
+            self._port = free_port()
+        else:
+            self._store = _open(kind, tmp_path)
+        self._watching = anyio.CapacityLimiter(4)
+
+    @property
+    def store(self) -> Store:
+        """The users' own handle of the store."""
+        if self._store is None:
+            self._store = TCPStore("127.0.0.1", self._port, wait_for_workers=False)
+        return self._store
+
+    def barrier(
+        self, rank: int, world_size: int, prefix: str = PREFIX, **options: Any
+    ) -> AnyBarrier:
+        """One rank's barrier, not connected; closed with the world."""
+        options = {"timeout_secs": 20.0, "timeout_barrier_init_secs": 20.0, **options}
+        barrier: AnyBarrier
+        if self.owns_store:
+            barrier = TCPStoreBarrier(
+                rank,
+                world_size,
+                prefix,
+                use_checkpoint_barrier_tcpstore_libuv=self.kind == "own, libuv",
+                tcpstore_port=self._port,
+                master_address="127.0.0.1",
+                **options,
+            )
+        else:
+            barrier = StoreBarrier(
+                self.store, rank=rank, world_size=world_size, prefix=prefix, **options
+            )
+        self.made.append(barrier)
+        return barrier
+
+    async def barriers(
+        self, world_size: int, *, lanes: int = 1, prefix: str = PREFIX, **options: Any
+    ) -> list[AnyBarrier]:
+        """All ranks' barriers, with ``lanes`` connections each, so that no deadline in a test
+        depends on how long it takes to make one."""
+        ranks = [self.barrier(rank, world_size, prefix, **options) for rank in range(world_size)]
+        await warm_up(ranks, lanes)
+        return ranks
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Make a blocking call of the test's own."""
+        return await anyio.to_thread.run_sync(function, *args, limiter=self._watching)
+
+    def keys(
+        self, name: str = "", sequence: int = 0, generation: int = 0, prefix: str = PREFIX
+    ) -> PhaseKeys:
+        return Keys(prefix).phase(generation, name, sequence)
+
+    async def read(self, key: str) -> bytes | None:
+        """A value, over a connection of the test's own."""
+
+        def look() -> bytes | None:
+            if self._observer is None:
+                self._observer = (
+                    self.store if "without" in self.kind else self.store.clone()  # type: ignore[attr-defined]
+                )
+            return bytes(self._observer.get(key)) if self._observer.check([key]) else None
+
+        return await self.call(look)
+
+    async def entered(self, *ranks: int, **phase: Any) -> None:
+        """Wait until ``ranks`` have arrived in a phase that is not over."""
+        key = self.keys(**phase).log
+
+        async def they_have() -> bool:
+            log = (await self.read(key) or b"").splitlines()
+            return all(
+                any(line in (b"a%d" % rank,) or line.startswith(b"c%d " % rank) for line in log)
+                for rank in ranks
+            )
+
+        await until(they_have)
+
+    async def exists(self, key: str) -> None:
+        """Wait until ``key`` is there."""
+
+        async def there() -> bool:
+            return await self.read(key) is not None
+
+        await until(there)
+
+    async def aclose(self) -> None:
+        await close(self.made)
+        await library_threads_gone()
+
+
+def _open(kind: str, tmp_path: Path) -> Store:
+    if kind == "hash":
+        return HashStore()
+    if kind == "file":
+        return FileStore(str(tmp_path / "store"), 1)
+    if kind == "python":
+        return MemoryStore()
+    if kind == "python without clone":
+        return PlainStore()
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return PrefixStore("job", server) if kind == "prefix" else server
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+async def warm_up(ranks: Sequence[AnyBarrier], lanes: int = 1) -> None:
+    """Cross ``lanes`` names at once, so that every rank has as many connections."""
+    await gather(rank.connect for rank in ranks)
+    await gather(
+        lambda r=rank, n=name: r.execute_barrier(f"warm-up {n}")  # type: ignore[misc]
+        for rank in ranks
+        for name in range(lanes)
+    )
+
+
+async def close(ranks: Iterable[AnyBarrier]) -> None:
+    await gather(rank.aclose for rank in ranks)
+
+
+async def gather(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Run all at once; their results in order. The first error cancels the rest."""
+    calls = list(calls)
+    results: dict[int, T] = {}
+
+    async def run(index: int, call: Callable[[], Awaitable[T]]) -> None:
+        results[index] = await call()
+
+    async with anyio.create_task_group() as tasks:
+        for index, call in enumerate(calls):
+            tasks.start_soon(run, index, call)
+    return [results[index] for index in range(len(calls))]
+
+
+class Outcome:
+    """A call under way in a task of its own, and how it ended."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.secs = 0.0
+        self.scope = anyio.CancelScope()
+        self.ended = anyio.Event()
+
+    async def run(self, call: Callable[[], Awaitable[Any]]) -> None:
+        started = anyio.current_time()
+        try:
+            with self.scope:
+                self.value = await call()
+        except Exception as exc:
+            self.error = exc
+        finally:
+            self.secs = anyio.current_time() - started
+            self.ended.set()
+
+    async def raised(self, kind: type[T]) -> T:
+        """Wait for the error that it has to end in."""
+        await self.ended.wait()
+        if not isinstance(self.error, kind):
+            raise AssertionError(f"{self.error!r} (value {self.value!r}) is no {kind.__name__}")
+        return self.error
+
+    async def returned(self) -> Any:
+        """Wait for its value."""
+        await self.ended.wait()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Tasks(AsyncExitStack):
+    """A task group whose tasks are `Outcome`s; leaving it cancels those under way."""
+
+    async def __aenter__(self) -> Tasks:
+        await super().__aenter__()
+        self._group = await self.enter_async_context(anyio.create_task_group())
+        self.callback(self._group.cancel_scope.cancel)
+        return self
+
+    def start(self, call: Callable[[], Awaitable[Any]]) -> Outcome:
+        outcome = Outcome()
+        self._group.start_soon(outcome.run, call)
+        return outcome
+
+
+async def until(condition: Callable[[], Awaitable[bool]], within_secs: float = 15.0) -> None:
+    """Wait for ``condition``; a bound that is missed is an error, never luck."""
+    with anyio.fail_after(within_secs):
+        while not await condition():
+            await anyio.sleep(0.003)
+
+
+def library_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("async_barriers")]
+
+
+async def library_threads_gone(within_secs: float = 3.0) -> None:
+    """Wait until no thread of the library is left."""
+
+    async def none() -> bool:
+        return not library_threads()
+
+    await until(none, within_secs)
