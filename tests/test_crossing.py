@@ -373,7 +373,7 @@ async def test_bad_calls_use_up_no_turn(tcp: World) -> None:
     ranks = await tcp.barriers(2)
     for call, message in (
         (lambda: ranks[0].execute_barrier("n" * 8000), "name is too long for the store: 8000"),
-        (lambda: ranks[0].execute_barrier(3), "name must be a string, not 3"),
+        (lambda: ranks[0].execute_barrier(3), "name must be a string, not 3"),  # type: ignore[arg-type]
         (lambda: ranks[0].execute_barrier("x", timeout_secs=0), "timeout_secs is 0"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

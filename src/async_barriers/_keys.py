@@ -104,7 +104,8 @@ def check_prefix(prefix: str) -> None:
         raise TypeError(f"prefix must be a string, not {prefix!r}")
     if not prefix:
         raise ValueError("prefix is empty; it must be a non-empty string")
-    _check_length("prefix", prefix, _phase_overhead(Keys(prefix)) - len(prefix.encode()))
+    # "0:" grows by at most three digits.
+    _check_length("prefix", prefix, _phase_overhead(Keys("")) + 3)
 
 
 def check_name(keys: Keys, name: str) -> None:
