@@ -119,7 +119,9 @@ class MemoryStore(PlainStore):
 
     def clone(self) -> MemoryStore:
         self._call("clone", "")
-        return MemoryStore(self.data)
+        clone = MemoryStore(self.data)
+        clone.set_timeout(self.timeout)
+        return clone
 
 
 def _bytes(value: str | bytes) -> bytes:

@@ -33,6 +33,8 @@ _opening = threading.BoundedSemaphore(8)
 class Connection:
     """A store of any kind, in terms that every kind has. Not for use by two threads at once."""
 
+    interruptible = False
+
     def __init__(self, store: Store) -> None:
         # torch's stubs lack half of the stores' methods.
         self._store: Any = store
@@ -92,7 +94,7 @@ class Connection:
             return []
 
     def interrupt(self) -> None:
-        """From any thread: end the call under way. Only sockets can; see TCPConnection."""
+        """From any thread: end the call under way, where `interruptible`."""
 
     def close(self) -> None:
         """Let go of the store."""
@@ -123,6 +125,7 @@ class TCPConnection(HashConnection):
         # that c10d itself would never return from.
         found = re.search(r"fd=(\d+)", repr(_innermost(store)))
         self._socket = socket.socket(fileno=os.dup(int(found[1]))) if found else None
+        self.interruptible = found is not None
 
     def read(self, key: str) -> bytes | None:
         # One round trip where check and get take three. An absent key answers with what we

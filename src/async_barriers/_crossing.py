@@ -230,7 +230,7 @@ class CrossingBarrier(Barrier):
         turn = crossing.turn
         if not turn.claim():
             # Another task of ours broke it in the same instant: hear what came of that.
-            answer = await _answer(self._session.call(turn, turn.await_verdict))
+            answer = await _answer(self._session.hear(turn))
             return crossing.accept(answer).result
         publication = self._publishing[turn] = _Publication(crossing.deadline)
         try:
@@ -255,14 +255,14 @@ class CrossingBarrier(Barrier):
         verdict: Verdict
         try:
             with publication.scope:
-                payloads = await outcome(session.call(turn, turn.payloads))
+                payloads = await outcome(session.payloads(turn))
                 returned = await publish(payloads)
                 published = True
         except BaseException as exc:
             verdict = Broken(rank, f"publish failed: {reason_of(exc)}")
-            settled = session.call(turn, lambda store: turn.settle(store, verdict))
-            if not isinstance(exc, GeneratorExit):
-                await _answer(settled)
+            settled = session.settle(turn, verdict)
+            if not isinstance(exc, GeneratorExit) and await _answer(settled) is None:
+                session.owe(turn, verdict)
             raise
         if published:
             try:
@@ -275,8 +275,9 @@ class CrossingBarrier(Barrier):
             verdict = Broken(rank, reason, crossing.timeout_secs)
         else:
             verdict = Broken(rank, "publishing was stopped by abort or close")
-        answer = await _answer(session.call(turn, lambda store: turn.settle(store, verdict)))
+        answer = await _answer(session.settle(turn, verdict))
         if answer is None:
+            session.owe(turn, verdict)
             raise BarrierConnectionError(
                 f"{describe(turn.name, turn.sequence)}: rank {rank} "
                 f"{'published' if published else 'did not publish'}, but the store was lost "

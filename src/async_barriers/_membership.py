@@ -43,16 +43,10 @@ class Membership:
     def mail(self) -> str:
         return self.keys.mail(self.generation, self.rank)
 
-    def successor(self, store: Connection) -> tuple[int, bool] | None:
-        """The rank that ended this generation, and whether it took our own place.
-
-        None while the generation lasts.
-        """
+    def successor(self, store: Connection) -> int | None:
+        """The rank that ended this generation; None where the store does not say (any more)."""
         value = store.read(self.keys.over(self.generation))
-        if value is None:
-            return None
-        rank = int(json.loads(value)["rank"])
-        return rank, rank == self.rank
+        return None if value is None else int(json.loads(value)["rank"])
 
     def not_joined(self, store: Connection) -> tuple[int, ...]:
         """The ranks that have not joined this generation, sorted."""
@@ -93,10 +87,11 @@ def join(
     world_size: int,
     token: str,
     previous: Membership | None = None,
-) -> Membership:
+) -> Membership | None:
     """Claim ``rank`` in the present generation, ending it first if another life holds it.
 
-    :return: ``previous`` itself where that membership still holds
+    :return: ``previous`` itself where that membership still holds; None where a later life of
+        this rank took our place, which is for good
     :raises BarrierError: the members have another world size, or something else wrote to our keys
     """
     try:
@@ -115,14 +110,18 @@ def _join(
     world_size: int,
     token: str,
     previous: Membership | None,
-) -> Membership:
+) -> Membership | None:
     while True:
         generation = _present(store, keys, world_size)
         mine = store.read(keys.member(rank))
         claim = json.dumps({"generation": generation, "token": token}).encode()
-        if mine == claim:
-            return previous or Membership(keys, rank, world_size, token, generation)
-        if _generation_of(mine) == generation:
+        if mine == claim and previous is not None:
+            return previous
+        if previous is not None and mine is not None and _token_of(mine) != token:
+            # The later life wins, or two processes that share a rank would oust each other
+            # for ever.
+            return None
+        if _generation_of(mine) == generation and mine != claim:
             _end(store, keys, generation, rank, world_size)
             continue
         agreed = int(store.compare_set(keys.world(generation), b"", b"%d" % world_size))
@@ -174,6 +173,10 @@ def _sweep(store: Connection, keys: Keys, upto: int) -> None:
         for mark in marks:
             if key.startswith(mark) and int(key[len(mark) :].partition("/")[0]) < upto:
                 store.delete(key)
+
+
+def _token_of(member: bytes) -> str:
+    return str(json.loads(member)["token"])
 
 
 def _generation_of(member: bytes | None) -> int:

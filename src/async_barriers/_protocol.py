@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from . import _verdict
 from ._connection import Connection
 from ._errors import BarrierConnectionError
 from ._keys import PhaseKeys
 from ._verdict import Broken, Gathered, Released, Verdict
+
+T = TypeVar("T")
 
 # The counter of a phase: arrivals in the low bits, departures above them, and one bit that
 # says that somebody wrote a summary.
@@ -77,6 +81,17 @@ class Turn:
                 return
             self._departed = True
         self._depart(store, self.verdict)
+
+    def during(
+        self, store: Connection, call: Callable[[Connection], T], afterwards: Callable[[], T]
+    ) -> T:
+        """``call``, and no departing until it returns; ``afterwards`` if this rank has departed."""
+        if not self.hold():
+            return afterwards()
+        try:
+            return call(store)
+        finally:
+            self.release(store)
 
     def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
         """Arrive and wait for the verdict; a commit's leader waits only until all are in."""

@@ -67,6 +67,11 @@ class Lane:
 
         return self._worker.submit(run)
 
+    @property
+    def interruptible(self) -> bool:
+        """Whether `abandon` ends a call that would not end by itself."""
+        return self._connection is None or self._connection.interruptible
+
     def join(self, timeout_secs: float) -> None:
         """Block until the thread is gone, which it is microseconds after `ended`."""
         self._worker.join(timeout_secs)
@@ -119,6 +124,7 @@ class Session:
         self._sequences: Counter[str] = Counter()
         self._turns: dict[Turn, Future[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
+        self._owed: list[Callable[[Connection], object]] = []
         self._in_store = 0
         self._changed = threading.Condition()
         self._control = self._lane()
@@ -160,11 +166,19 @@ class Session:
         membership = _membership.join(
             store, self._keys, self.rank, self.world_size, self._token, previous
         )
+        if membership is None:
+            self._replaced = True
+            return
         if membership is not previous:
             self._sequences.clear()
             self._membership = membership
             self.generation = membership.generation
             self.all_joined = membership.generation == 0
+            # Phases of a generation that is over are broken by those who still live in it.
+            self._owed.clear()
+        while self._owed:
+            self._owed[0](store)
+            del self._owed[0]
         self._standing = True
         if self._watched is not membership:
             self._watched = membership
@@ -192,9 +206,9 @@ class Session:
         self._watched = None
 
     def _outlive(self, store: Connection, membership: Membership) -> None:
-        found = membership.successor(store)
-        rank, self._replaced = found if found is not None else (None, False)
-        reason = f"rank {rank} joined again: it was restarted, or two processes share its number"
+        rank = membership.successor(store)
+        who = "another rank" if rank is None else f"rank {rank}"
+        reason = f"{who} joined again: it was restarted, or two processes share its number"
         logger.info("barrier %r: %s", self._keys.prefix, reason)
         for turn, future in list(self._turns.items()):
             judged = self._break(store, turn, reason, by=rank)
@@ -311,49 +325,59 @@ class Session:
         missing: tuple[int, ...] | None = None,
         by: int | None = None,
     ) -> Verdict | Gathered:
-        if not turn.hold():
-            return turn.known_verdict
-        try:
-            return turn.give_up(store, reason, timeout_secs, missing, by)
-        finally:
-            turn.release(store)
+        return turn.during(
+            store,
+            lambda store: turn.give_up(store, reason, timeout_secs, missing, by),
+            lambda: turn.known_verdict,
+        )
 
-    def call(self, turn: Turn, call: Callable[[Connection], T]) -> Future[T]:
-        """A call of the leader for its turn, on a lane that is free."""
+    def payloads(self, turn: Turn) -> Future[dict[int, bytes]]:
+        """What all brought, for the leader of a commit in which everyone has arrived."""
+        return self._on_free_lane(lambda store: turn.during(store, turn.payloads, dict))
+
+    def settle(self, turn: Turn, verdict: Verdict) -> Future[Verdict]:
+        """The leader's word on such a commit; settled by the first word it gave."""
+        return self._on_free_lane(lambda store: _settle(store, turn, verdict))
+
+    def owe(self, turn: Turn, verdict: Verdict) -> None:
+        """The store did not take the leader's word: give it when this rank joins again."""
+        self._owed.append(lambda store: _settle(store, turn, verdict))
+        self._standing = False
+
+    def hear(self, turn: Turn) -> Future[Verdict]:
+        """Wait for the verdict, without entering."""
+        return self._on_free_lane(
+            lambda store: turn.during(store, turn.await_verdict, lambda: turn.known_verdict)
+        )
+
+    def _on_free_lane(self, call: Callable[[Connection], T]) -> Future[T]:
         lane = self._take_lane()
-
-        def held(store: Connection) -> T:
-            turn.hold()
-            try:
-                return call(store)
-            finally:
-                turn.release(store)
-
-        future = lane.submit(held)
+        future = lane.submit(call)
         future.add_done_callback(lambda _: self._idle.append(lane))
         return future
 
     def survey(self, turn: Turn) -> Future[tuple[int, tuple[int, ...]] | None]:
         """Who has arrived; None where the phase is over."""
-
-        def call(store: Connection) -> tuple[int, tuple[int, ...]] | None:
-            if not turn.hold():
-                return None
-            try:
-                return turn.survey(store)
-            finally:
-                turn.release(store)
-
-        return self._control.submit(call)
+        return self._control.submit(lambda store: turn.during(store, turn.survey, lambda: None))
 
     def start_afresh(self, turn: Turn) -> None:
-        """The store did not answer in time: leave the connections that hang behind."""
-        hung = [self._control, self._watcher]
+        """The store did not answer in time: leave the connections that hang behind.
+
+        The break of ``turn`` that it did not take is made up for when this rank joins again.
+        """
+        reason = "it lost its connection to the store"
+        self._owed.append(lambda store: self._break(store, turn, reason))
+        self._standing = False
+        hung = [self._control]
+        self._control = self._lane()
+        self._lanes.append(self._control)
         if (lane := self._entered_on.pop(turn, None)) is not None:
             hung.append(lane)
-        self._control, self._watcher = self._lane(), self._lane()
-        self._lanes += [self._control, self._watcher]
-        self._stop_standing()
+        if self._watcher.interruptible:
+            # Two that wait for the same mail would take it from each other.
+            hung.append(self._watcher)
+            self._watcher, self._watched = self._lane(), None
+            self._lanes.append(self._watcher)
         for lane in hung:
             self._discard(lane)
 
@@ -433,6 +457,10 @@ class Session:
         wait_for(lanes, timeout=max(0.0, (deadline - time.monotonic()) / 2))
         self.abandon()
         wait_for(lanes, timeout=max(0.0, deadline - time.monotonic()))
+
+
+def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict:
+    return turn.during(store, lambda store: turn.settle(store, verdict), lambda: turn.known_verdict)
 
 
 def _closed(prefix: str, *, in_doubt: bool = False) -> BarrierClosedError:

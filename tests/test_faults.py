@@ -1,0 +1,129 @@
+"""Stores that fail, hang or forget: every await ends in time, and nobody guesses a verdict."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+
+import anyio
+import pytest
+from stores import Data, MemoryStore
+from worlds import Tasks, close, gather, library_threads_gone
+
+from async_barriers import (
+    BarrierConnectionError,
+    BarrierError,
+    BarrierResult,
+    StoreBarrier,
+)
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE_SECS = 0.5
+# Law 5 allows one second; the rest is for a busy machine that runs dozens of worlds at once.
+BOUND_SECS = DEADLINE_SECS + 1 + 1
+
+
+class Fault:
+    """Makes the ``nth`` call to a store, and all that follow if ``lasting``, fail or hang."""
+
+    def __init__(self, nth: int, *, hang: bool, lasting: bool) -> None:
+        self.calls = 0
+        self.over = threading.Event()
+        self._nth = nth
+        self._hang = hang
+        self._lasting = lasting
+        self._lock = threading.Lock()
+
+    def __call__(self, operation: str, key: str) -> None:
+        with self._lock:
+            nth, self.calls = self.calls, self.calls + 1
+        if (nth < self._nth) if self._lasting else (nth != self._nth):
+            return
+        if not self._hang:
+            if not self.over.is_set():
+                raise ConnectionResetError("a fault of the test's")
+        else:
+            self.over.wait()
+
+
+Scenario = Callable[[list[StoreBarrier]], list[Callable[[], Awaitable[object]]]]
+
+
+async def publish(payloads: object) -> bytes:
+    await anyio.sleep(0)
+    return b"published"
+
+
+def crossing(ranks: list[StoreBarrier]) -> list[Callable[[], Awaitable[object]]]:
+    return [partial(rank.execute_barrier, "x", timeout_secs=DEADLINE_SECS) for rank in ranks]
+
+
+def committing(ranks: list[StoreBarrier]) -> list[Callable[[], Awaitable[object]]]:
+    return [
+        partial(r.commit, publish, name="x", payload=b"p", timeout_secs=DEADLINE_SECS)
+        for r in ranks
+    ]
+
+
+def aborting(ranks: list[StoreBarrier]) -> list[Callable[[], Awaitable[object]]]:
+    return [
+        partial(ranks[0].execute_barrier, "x", timeout_secs=DEADLINE_SECS),
+        partial(ranks[1].abort, "no disk", "x"),
+    ]
+
+
+def missing(ranks: list[StoreBarrier]) -> list[Callable[[], Awaitable[object]]]:
+    return [partial(ranks[0].execute_barrier, "x", timeout_secs=DEADLINE_SECS)]
+
+
+async def run(scenario: Scenario, nth: int, *, hang: bool, lasting: bool) -> int:
+    """One world of two ranks under one fault; how many calls the store had."""
+    data = Data()
+    store = MemoryStore(data)
+    # A read that hung may find its key gone when it goes on; this ends it.
+    store.set_timeout(timedelta(seconds=1))
+    ranks = [
+        StoreBarrier(store, rank=rank, world_size=2, timeout_barrier_init_secs=1.0)
+        for rank in range(2)
+    ]
+    await gather(rank.connect for rank in ranks)
+    data.hook = fault = Fault(nth, hang=hang, lasting=lasting)
+    async with Tasks() as tasks:
+        outcomes = [tasks.start(call) for call in scenario(ranks)]
+        for outcome in outcomes:
+            await outcome.ended.wait()
+    verdicts = set()
+    for outcome in outcomes:
+        assert outcome.secs < BOUND_SECS, (nth, outcome.secs, outcome.error)
+        if outcome.error is None:
+            if isinstance(outcome.value, BarrierResult | bytes):
+                verdicts.add("released")
+        else:
+            assert isinstance(outcome.error, BarrierError), (nth, outcome.error)
+            if not outcome.error.in_doubt:
+                verdicts.add("broken")
+    assert len(verdicts) <= 1, (nth, [outcome.error for outcome in outcomes])
+    calls = fault.calls
+    fault.over.set()
+    data.hook = None
+    # The store is well again, and so is the barrier (law 10). Where one rank never used its
+    # turn of "x", another name tells.
+    again = await gather(partial(rank.execute_barrier, "y", timeout_secs=10.0) for rank in ranks)
+    assert {result.sequence for result in again} == {0}
+    await close(ranks)
+    return calls
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("hang", [False, True], ids=["fails", "hangs"])
+@pytest.mark.parametrize("scenario", [crossing, committing, aborting, missing])
+async def test_a_fault_at_any_point(scenario: Scenario, hang: bool, lasting: bool) -> None:
+    """Whichever call to the store fails or hangs, awaits end in time and verdicts agree."""
+    calls = await run(scenario, 10**6, hang=hang, lasting=lasting)
+    async with anyio.create_task_group() as tasks:
+        for nth in range(calls + 2):
+            tasks.start_soon(partial(run, scenario, nth, hang=hang, lasting=lasting))
+    await library_threads_gone()
