@@ -39,7 +39,7 @@ class World:
         if self.owns_store:
             self._port = free_port()
         else:
-            self._store = _open(kind, tmp_path)
+            self._store = open_store(kind, tmp_path)
         self._watching = anyio.CapacityLimiter(4)
 
     @property
@@ -128,7 +128,7 @@ class World:
         await library_threads_gone()
 
 
-def _open(kind: str, tmp_path: Path) -> Store:
+def open_store(kind: str, tmp_path: Path) -> Store:
     if kind == "hash":
         return HashStore()
     if kind == "file":

@@ -87,9 +87,8 @@ class Connection:
 
     def list_keys(self) -> list[str]:
         """All keys of the store; none where it cannot tell."""
-        list_keys = getattr(self._store, "list_keys", None)
         try:
-            return list(self._do(list_keys)) if list_keys else []
+            return list(self._do(self._store.list_keys))
         except BarrierConnectionError:
             return []
 

@@ -1,0 +1,186 @@
+"""What the protocol asks of a store, of every kind of store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from stores import MemoryStore, PlainStore
+from torch.distributed import DistStoreError, Store, TCPStore
+from worlds import OVER_A_STORE, free_port, open_store
+
+from async_barriers import BarrierConnectionError
+from async_barriers import _connection as connections
+from async_barriers._connection import Connection, TCPConnection
+
+
+def connect(store: Store) -> Connection:
+    return connections.connect_to(store, time.monotonic() + 10, threading.Event())
+
+
+@pytest.fixture(params=OVER_A_STORE)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Connection, Connection]]:
+    """Two connections to the same store."""
+    store = open_store(request.param, tmp_path)
+    made = connect(store), connect(store)
+    yield made
+    for connection in made:
+        connection.close()
+
+
+@pytest.fixture
+def tcp() -> Iterator[TCPConnection]:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    connection = connections.clone_tcp(server)
+    yield connection
+    connection.close()
+
+
+def test_the_operations(pair: tuple[Connection, Connection]) -> None:
+    """What one connection writes the other one reads, whatever the bytes."""
+    one, two = pair
+    blob = bytes(range(256))
+    assert two.read("k") is None
+    one.set("k", blob)
+    assert one.compare_set("k", b"other", b"new") == blob
+    assert one.compare_set("k", blob, b"new") == b"new"
+    assert one.compare_set("absent", b"", b"first") == b"first"
+    assert one.compare_set("absent", b"", b"second") == b"first"
+    one.append("log", b"a\n")
+    one.append("log", b"b\n")
+    assert one.add("count", 3) == 3
+    assert one.add("count", 1 << 62) == (1 << 62) + 3
+    one.set_many(["m1", "m2"], b"v")
+    assert two.read_many(["k", "log", "m2", "none"]) == [b"new", b"a\nb\n", b"v", None]
+    one.delete("k")
+    assert two.read("k") is None
+
+
+def test_appends_of_many_lose_no_line(pair: tuple[Connection, Connection]) -> None:
+    """Two ranks that append at the same moment: both lines are there, whole (laws 1 and 2)."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(lambda c=c, i=i: [c.append("log", b"%d %d\n" % (i, n)) for n in range(50)])  # type: ignore[misc]
+            for i, c in enumerate(pair)
+        ]
+        for job in jobs:
+            job.result()
+    log = pair[0].read("log")
+    assert log is not None
+    lines = log.split()
+    assert sorted(log.splitlines()) == sorted(
+        b"%d %d" % (i, n) for i in range(2) for n in range(50)
+    )
+    assert len(lines) == 200
+
+
+def test_a_value_is_awaited(pair: tuple[Connection, Connection]) -> None:
+    """Whoever waits for a key is woken by its first write."""
+    one, two = pair
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(one.await_value, "bell")
+        two.set("bell", b"ding")
+        assert waiting.result(10) == b"ding"
+
+
+def test_a_wait_that_times_out_goes_on(tcp: TCPConnection) -> None:
+    """c10d knows no endless wait; its timeout is not ours."""
+    store = MemoryStore()
+    timeouts = 0
+
+    def hook(operation: str, key: str) -> None:
+        nonlocal timeouts
+        if operation == "wait":
+            timeouts += 1
+            if timeouts == 1:
+                raise DistStoreError("wait timeout after 604800000ms, keys: /bell")
+            if timeouts == 2:
+                store.data.hook = None
+                store.set("bell", b"ding")
+
+    store.data.hook = hook
+    assert connect(store).await_value("bell") == b"ding"
+    assert timeouts == 2
+
+    other = connect(tcp._store)
+    tcp._store.set_timeout(timedelta(milliseconds=100))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(tcp.await_value, "bell")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.4)
+        other.set("bell", b"ding")
+        assert waiting.result(10) == b"ding"
+    other.close()
+
+
+def test_an_error_becomes_ours() -> None:
+    """torch's exception is the cause of ours, and its first line is in it."""
+    store = MemoryStore()
+    connection = connect(store)
+
+    def hook(operation: str, key: str) -> None:
+        raise DistStoreError(f"{operation} failed\nand a stack that nobody reads")
+
+    store.data.hook = hook
+    with pytest.raises(BarrierConnectionError) as caught:
+        connection.add("k", 1)
+    assert str(caught.value) == "the store was lost (DistStoreError: add failed)"
+    assert isinstance(caught.value.__cause__, DistStoreError)
+    with pytest.raises(BarrierConnectionError):
+        connection.await_value("k")
+    # Who cannot list keys has nothing to sweep.
+    assert connection.list_keys() == []
+
+
+def test_a_store_in_python_may_speak_text() -> None:
+    """A str where c10d has bytes is understood."""
+
+    class Talker(PlainStore):
+        def get(self, key: str) -> bytes:
+            return super().get(key).decode()  # type: ignore[return-value]
+
+    connection = connect(Talker())
+    connection.set("k", b"v")
+    assert connection.read("k") == b"v"
+
+
+def test_a_call_that_hangs_is_interrupted(tcp: TCPConnection) -> None:
+    """Shutting its socket down ends a call that nothing else would end (laws 5 and 8)."""
+    assert tcp.interruptible
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(tcp.await_value, "never")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        tcp.interrupt()
+        with pytest.raises(BarrierConnectionError):
+            waiting.result(5)
+    tcp.interrupt()
+
+
+def test_a_torch_that_hides_its_descriptor(
+    tcp: TCPConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it the connection works, and cannot be interrupted."""
+    monkeypatch.setattr(connections, "_innermost", lambda store: "TCPStore()")
+    plain = TCPConnection(tcp._store.clone())
+    assert not plain.interruptible
+    plain.interrupt()
+    plain.set("k", b"v")
+    assert plain.read("k") == b"v"
+    plain.close()
+
+
+def test_waiting_for_a_port_ends() -> None:
+    """At the deadline, or when it is called off; it says where it looked."""
+    port = free_port()
+    with pytest.raises(BarrierConnectionError, match=f"no store answers at 127.0.0.1:{port}"):
+        connections.await_port("127.0.0.1", port, time.monotonic() + 0.3, threading.Event())
+    called_off = threading.Event()
+    called_off.set()
+    with pytest.raises(BarrierConnectionError):
+        connections.await_port("127.0.0.1", port, time.monotonic() + 60, called_off)
