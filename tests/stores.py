@@ -20,6 +20,17 @@ class Data:
         # Called as (operation, key) before each operation, without the lock; it may block
         # or raise.
         self.hook: Hook | None = None
+        self._lost = False
+
+    @property
+    def lost(self) -> bool:
+        return self._lost
+
+    def lose(self) -> None:
+        """All calls fail from now on, those under way too."""
+        with self.changed:
+            self._lost = True
+            self.changed.notify_all()
 
 
 class PlainStore(Store):
@@ -102,12 +113,15 @@ class PlainStore(Store):
     getNumKeys = num_keys
 
     def _call(self, operation: str, key: str) -> None:
-        hook = self.data.hook
-        if hook is not None:
+        if self.data.lost:
+            raise ConnectionResetError("the store is gone")
+        if (hook := self.data.hook) is not None:
             hook(operation, key)
 
     def _await(self, keys: list[str], timeout: timedelta) -> None:
         def there() -> bool:
+            if self.data.lost:
+                raise ConnectionResetError("the store is gone")
             return all(key in self.data.values for key in keys)
 
         if not self.data.changed.wait_for(there, timeout.total_seconds()):

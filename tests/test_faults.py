@@ -13,7 +13,6 @@ from stores import Data, MemoryStore
 from worlds import Tasks, close, gather, library_threads_gone
 
 from async_barriers import (
-    BarrierConnectionError,
     BarrierError,
     BarrierResult,
     StoreBarrier,

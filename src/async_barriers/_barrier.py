@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -123,7 +124,9 @@ class Barrier(abc.ABC):
 
     async def _fail(self, reason: str, name: str) -> None:
         """Use up this rank's next turn of ``name`` by breaking it."""
-        await self.abort(reason, name)
+        # The body's own exception is on its way; a barrier that cannot abort must not hide it.
+        with contextlib.suppress(NotImplementedError):
+            await self.abort(reason, name)
 
     async def __aenter__(self: BarrierT) -> BarrierT:
         try:
@@ -202,6 +205,8 @@ def checked_blob(what: str, value: bytes | None) -> bytes:
         return b""
     if not isinstance(value, bytes | bytearray | memoryview):
         raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
-    if len(value) > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"{what} has {len(value)} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")
+    # The len() of a memoryview counts its items, which may be wider than a byte.
+    size = memoryview(value).nbytes
+    if size > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"{what} has {size} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")
     return bytes(value)

@@ -92,6 +92,9 @@ class Connection:
         except BarrierConnectionError:
             return []
 
+    def stop_waiting(self) -> None:
+        """From any thread: end `await_value`, if that is under way and the store can."""
+
     def interrupt(self) -> None:
         """From any thread: end the call under way, where `interruptible`."""
 
@@ -125,6 +128,9 @@ class TCPConnection(HashConnection):
         found = re.search(r"fd=(\d+)", repr(_innermost(store)))
         self._socket = socket.socket(fileno=os.dup(int(found[1]))) if found else None
         self.interruptible = found is not None
+        self._lock = threading.Lock()
+        self._waiting = False
+        self._stopped = False
 
     def read(self, key: str) -> bytes | None:
         # One round trip where check and get take three. An absent key answers with what we
@@ -133,13 +139,32 @@ class TCPConnection(HashConnection):
         return None if value == b"\0" else value
 
     def await_value(self, key: str) -> bytes:
-        while True:
-            try:
-                value: bytes = self._do(self._store.get, key)
-                return value
-            except BarrierConnectionError as exc:
-                if not _timed_out(exc.__cause__):
-                    raise
+        with self._lock:
+            self._waiting = True
+        try:
+            while True:
+                try:
+                    value: bytes = self._do(self._store.get, key)
+                    break
+                except BarrierConnectionError as exc:
+                    if not _timed_out(exc.__cause__):
+                        raise
+        finally:
+            with self._lock:
+                self._waiting = False
+        # The answer to the byte below may still be on its way, among those to other calls.
+        if self._stopped:
+            raise BarrierConnectionError("the connection to the store was given up")
+        return value
+
+    def stop_waiting(self) -> None:
+        with self._lock:
+            if self._waiting and self._socket is not None:
+                self._stopped = True
+                # What c10d's own client sends when a wait of its times out (CANCEL_WAIT); the
+                # wait ends without the warnings that a lost connection makes c10d print.
+                with contextlib.suppress(OSError):
+                    self._socket.send(b"\x0c", socket.MSG_DONTWAIT)
 
     def set_many(self, keys: Sequence[str], value: bytes) -> None:
         self._do(self._store.multi_set, list(keys), [value.decode()] * len(keys))

@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 # How long closing waits: for the peers of a rank that hosts the store, and for the threads.
 _PEERS_SECS = 3.0
+_STOP_SECS = 0.4
 _THREADS_SECS = 0.5
 _THREAD_GONE_SECS = 0.01
 
@@ -124,7 +125,7 @@ class CrossingBarrier(Barrier):
         if turn is None:
             return await self._break_next(reason, name)
         if (publication := self._publishing.get(turn)) is not None:
-            publication.scope.cancel()
+            publication.stop(reason)
             return await publication.settled.wait()
         await _require(self._session.give_up(turn, reason), self._init_secs, turn)
 
@@ -134,15 +135,14 @@ class CrossingBarrier(Barrier):
         self._closed = True
         session = self._session
         try:
-            # What was published must not be declared broken: publish itself has to end first.
-            publications = list(self._publishing.values())
-            with anyio.move_on_after(_PEERS_SECS):
-                for publication in publications:
-                    publication.scope.cancel()
-                    await publication.settled.wait()
-            if session.used:
+            try:
+                await self._stop_publishing()
+            finally:
+                # Said even where the waiting is cancelled.
+                said = session.farewell() if session.has_a_say else None
+            if said is not None:
                 with anyio.move_on_after(_PEERS_SECS if session.hosts else UNDO_SECS):
-                    await outcome(session.farewell())
+                    await outcome(said)
         except BarrierConnectionError as exc:
             logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
         finally:
@@ -153,6 +153,17 @@ class CrossingBarrier(Barrier):
                     lane.join(_THREAD_GONE_SECS)
             session.abandon()
             self._let_go()
+
+    async def _stop_publishing(self) -> None:
+        # What was published must not be declared broken: publish itself has to end first.
+        publications = list(self._publishing.values())
+        for publication in publications:
+            publication.stop("it closed its barrier")
+        # One that heeds its cancellation is settled soon, also for a caller who is cancelled.
+        for within_secs, shield in ((_STOP_SECS, True), (_PEERS_SECS - _STOP_SECS, False)):
+            with anyio.move_on_after(within_secs, shield=shield):
+                for publication in publications:
+                    await publication.settled.wait()
 
     def _let_go(self) -> None:
         """Drop what only an open barrier needs."""
@@ -228,10 +239,16 @@ class CrossingBarrier(Barrier):
 
     async def _publish(self, crossing: Crossing, publish: Publish, gathered: Gathered) -> bytes:
         turn = crossing.turn
+        if self._closed:
+            # Left unclaimed and unforgotten, for the farewell to break.
+            raise BarrierClosedError(describe(turn.name, turn.sequence))
         if not turn.claim():
             # Another task of ours broke it in the same instant: hear what came of that.
-            answer = await _answer(self._session.hear(turn))
-            return crossing.accept(answer).result
+            try:
+                answer = await _answer(self._session.hear(turn))
+                return crossing.accept(answer).result
+            finally:
+                self._session.forget(turn)
         publication = self._publishing[turn] = _Publication(crossing.deadline)
         try:
             return await self._publish_and_settle(crossing, publish, gathered, publication)
@@ -274,18 +291,21 @@ class CrossingBarrier(Barrier):
             reason = f"rank {rank} was still publishing, and was stopped"
             verdict = Broken(rank, reason, crossing.timeout_secs)
         else:
-            verdict = Broken(rank, "publishing was stopped by abort or close")
+            verdict = Broken(rank, publication.stopped_for)
         answer = await _answer(session.settle(turn, verdict))
         if answer is None:
             session.owe(turn, verdict)
             raise BarrierConnectionError(
                 f"{describe(turn.name, turn.sequence)}: rank {rank} "
-                f"{'published' if published else 'did not publish'}, but the store was lost "
-                "before its peers could be told",
+                f"{'published' if published else 'did not publish'}, but "
+                f"{'this barrier was closed' if self._closed else 'the store was lost'} before "
+                "its peers could be told",
                 in_doubt=True,
             )
         if complaint is not None:
             raise complaint
+        if self._closed and answer == Broken(rank, publication.stopped_for):
+            raise BarrierClosedError(describe(turn.name, turn.sequence))
         return crossing.accept(answer).result
 
 
@@ -295,6 +315,12 @@ class _Publication:
     def __init__(self, deadline: float) -> None:
         self.scope = anyio.CancelScope(deadline=deadline)
         self.settled = anyio.Event()
+        self.stopped_for = ""
+
+    def stop(self, reason: str) -> None:
+        """Cancel it, for ``reason``."""
+        self.stopped_for = reason
+        self.scope.cancel()
 
 
 class Crossing:
@@ -353,12 +379,16 @@ class Crossing:
             raise BarrierClosedError(describe(turn.name, turn.sequence))
         raise BrokenBarrierError(turn.name, turn.sequence, verdict.rank, verdict.reason)
 
-    async def _await_verdict(self, payload: bytes) -> Verdict | Gathered:
+    async def _await_verdict(
+        self, payload: bytes, future: Future[Verdict | Gathered] | None = None
+    ) -> Verdict | Gathered:
         session, turn = self._session, self.turn
         report_at = self.started + self._warn_after_secs
         absent_at = math.inf if session.all_joined else self.started + session.init_secs
+        absent: tuple[int, ...] = ()
         try:
-            future = session.enter(turn, payload)
+            if future is None:
+                future = session.enter(turn, payload)
             while True:
                 # One scope for all that may come before the verdict: scopes cost as much as
                 # round trips do.
@@ -368,11 +398,12 @@ class Crossing:
                 if future.done():
                     continue
                 if now >= self.deadline:
-                    return await self._time_out(future)
+                    break
                 if now >= absent_at:
                     absent_at = math.inf
-                    if absent := await _answer(session.not_joined()):
-                        return await self._miss(absent)
+                    absent = await self._ask(session.not_joined()) or ()
+                    if absent:
+                        break
                 if now >= report_at:
                     report_at += self._warn_after_secs
                     await self._report()
@@ -386,8 +417,9 @@ class Crossing:
             if not isinstance(exc, GeneratorExit) and await _answer(broken) is None:
                 session.start_afresh(turn)
             raise
+        return await (self._miss(absent, future) if absent else self._time_out())
 
-    async def _time_out(self, future: Future[Verdict | Gathered]) -> Verdict:
+    async def _time_out(self) -> Verdict:
         assert self.timeout_secs is not None
         turn = self.turn
         verdict = await _answer(self._session.give_up(turn, "", self.timeout_secs))
@@ -406,7 +438,9 @@ class Crossing:
             )
         return verdict
 
-    async def _miss(self, absent: tuple[int, ...]) -> Verdict:
+    async def _miss(
+        self, absent: tuple[int, ...], future: Future[Verdict | Gathered]
+    ) -> Verdict | Gathered:
         init_secs = self._session.init_secs
         verdict = await _answer(
             self._session.give_up(
@@ -417,8 +451,13 @@ class Crossing:
                 absent,
             )
         )
-        if verdict is None or isinstance(verdict, Gathered):
+        if verdict is None:
+            self._session.start_afresh(self.turn)
             raise self._lost()
+        if isinstance(verdict, Gathered):
+            # All came in the meantime, and the leader publishes: wait on.
+            self._session.all_joined = True
+            return await self._await_verdict(b"", future)
         return verdict
 
     async def _break_after_loss(self, exc: BarrierConnectionError) -> Verdict:
@@ -448,7 +487,7 @@ class Crossing:
 
     async def _report(self) -> None:
         turn = self.turn
-        surveyed = await _answer(self._session.survey(turn), shield=False)
+        surveyed = await self._ask(self._session.survey(turn))
         if surveyed is None:
             return
         arrived, missing = surveyed
@@ -457,6 +496,12 @@ class Crossing:
             turn.name, turn.sequence, arrived, turn.world_size, missing, waited
         )
         _progress.report(progress, self._on_progress)
+
+    async def _ask(self, future: Future[T]) -> T | None:
+        """What the store says on the way, which must not outlast the deadline."""
+        with anyio.CancelScope(deadline=self.deadline):
+            return await _answer(future, shield=False)
+        return None
 
 
 async def _answer(future: Future[T], *, shield: bool = True) -> T | None:
@@ -481,6 +526,6 @@ async def _require(future: Future[T], within_secs: float, turn: Turn) -> T:
 
 
 def _abandon(session: Session) -> None:
-    if session.used and not session.closing:
+    if session.has_a_say and not session.closing:
         session.farewell()
     session.retire()

@@ -97,7 +97,8 @@ class Turn:
         """Arrive and wait for the verdict; a commit's leader waits only until all are in."""
         self.entered = True
         if payload:
-            store.set(self.keys.payload(self.rank), payload)
+            # Marked, so that no payload looks like the absent value (see TCPConnection.read).
+            store.set(self.keys.payload(self.rank), b"p" + payload)
             self._has_payload = True
         # Appended before it is counted: whoever counts world_size arrivals finds them all.
         store.append(self.keys.log, _verdict.arrival(self.rank, self.leader))
@@ -132,7 +133,8 @@ class Turn:
         judged = self._decide(store)
         if isinstance(judged, Gathered) and judged.leader == self.rank and self.claim():
             return self.settle(store, Broken(blamed, reason, timeout_secs))
-        return judged
+        # What the leader said may be known here already.
+        return self.verdict or judged
 
     def claim(self) -> bool:
         """Take the leader's right to settle; True for the first that asks, in this process."""
@@ -147,13 +149,19 @@ class Turn:
         two connections, the first one stands.
         """
         winner = store.compare_set(self.keys.verdict, b"", _verdict.encode(verdict))
-        self.verdict = _verdict.decode(winner)
+        try:
+            self.verdict = _verdict.decode(winner)
+        except ValueError:
+            # Something else wrote there, and nobody but the leader can put it right.
+            self.verdict = verdict
+        # Once more, since a TCPStore's server without libuv wakes nobody for a compare_set.
+        store.set(self.keys.verdict, _verdict.encode(self.verdict))
         return self.verdict
 
     def payloads(self, store: Connection) -> dict[int, bytes]:
         """What every rank brought; for the leader of a commit in which everyone has arrived."""
         found = store.read_many([self.keys.payload(rank) for rank in range(self.world_size)])
-        return {rank: payload or b"" for rank, payload in enumerate(found)}
+        return {rank: (payload or b"")[1:] for rank, payload in enumerate(found)}
 
     def survey(self, store: Connection) -> tuple[int, tuple[int, ...]]:
         """How many ranks had arrived, and who had not.

@@ -82,6 +82,11 @@ class Lane:
             self._worker.submit(self._hang_up)
         self._worker.retire()
 
+    def stop_waiting(self) -> None:
+        """From any thread: end a wait for a key that nobody is left to set."""
+        if (connection := self._connection) is not None:
+            connection.stop_waiting()
+
     def abandon(self) -> None:
         """From any thread: end the call under way, where that can be done, and make no other."""
         self._abandoned.set()
@@ -141,9 +146,9 @@ class Session:
         return self._standing
 
     @property
-    def used(self) -> bool:
-        """Whether it ever joined."""
-        return self._membership is not None
+    def has_a_say(self) -> bool:
+        """Whether `farewell` would tell anybody anything, and not just open a connection."""
+        return self._watched is not None or bool(self._turns)
 
     @property
     def closing(self) -> bool:
@@ -337,7 +342,12 @@ class Session:
 
     def settle(self, turn: Turn, verdict: Verdict) -> Future[Verdict]:
         """The leader's word on such a commit; settled by the first word it gave."""
-        return self._on_free_lane(lambda store: _settle(store, turn, verdict))
+        try:
+            return self._on_free_lane(lambda store: _settle(store, turn, verdict))
+        except BarrierClosedError as exc:
+            refused: Future[Verdict] = Future()
+            refused.set_exception(BarrierConnectionError(str(exc)))
+            return refused
 
     def owe(self, turn: Turn, verdict: Verdict) -> None:
         """The store did not take the leader's word: give it when this rank joins again."""
@@ -421,10 +431,14 @@ class Session:
             judged = self._break(store, turn, "it closed its barrier")
             if isinstance(judged, Gathered):
                 settle(future, error=_closed(self._keys.prefix, in_doubt=True))
+            else:
+                # Known now, while the thread that waits for it may not have read it yet.
+                settle(future, judged)
         membership = self._membership
         if membership is None:
             return
-        if self._standing:
+        # Not `_standing`: one lost connection ends that, and the watcher may be well.
+        if self._watched is not None:
             store.set(membership.mail, _membership.CLOSED)
             if self.hosts:
                 membership.host_leave(store)
@@ -437,6 +451,11 @@ class Session:
         membership = self._membership
         if self.hosts and membership is not None:
             self._watcher.submit(membership.wait_no_longer)
+        # Turns that nobody awaits any more can only be those that are in doubt: commits whose
+        # leader has not settled them, and may be dead.
+        for turn, lane in list(self._entered_on.items()):
+            if turn not in self._turns:
+                lane.stop_waiting()
         lanes = list(self._lanes)
         for lane in lanes:
             lane.retire()
@@ -450,7 +469,7 @@ class Session:
 
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does, blocking until ``deadline`` (monotonic) at most."""
-        if self.used and not self._closing:
+        if self.has_a_say and not self._closing:
             said = self.farewell()
             wait_for([said], timeout=min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
         lanes = [lane.ended for lane in self.retire()]

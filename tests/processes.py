@@ -1,0 +1,312 @@
+"""Ranks as real processes, that do what a test tells them, line by line; see rank_process.py."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import TracebackType
+from typing import IO, Any
+
+import rank_process
+from rank_process import PREFIX
+from torch.distributed import TCPStore
+from worlds import free_port
+
+from async_barriers._keys import Keys
+
+BACKENDS = ("asyncio", "trio")
+# What no process may leave on its stderr, however it ends.
+CRASHES = (
+    "terminate called",
+    "Fatal Python error",
+    "Exception in thread",
+    "Exception ignored",
+    "never retrieved",
+)
+_NO_HOST_NAME = "The hostname of the client socket cannot be retrieved"
+EXIT_SECS = 2.0
+# For what has no bound of its own; a machine that is busy needs some of it.
+PATIENCE_SECS = 15.0
+
+
+class Forge:
+    """Where ranks come from; one process for all tests."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, rank_process.__file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                # c10d looks its peers' names up; no attempt, no wait for a resolver that is slow.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "RES_OPTIONS": "attempts:0"},
+            )
+
+    def fork(self, options: Mapping[str, Any], fds: Sequence[int]) -> int:
+        """A new process, with ``fds`` as its stdin, stdout and stderr; its id."""
+        socket.send_fds(self._channel, [json.dumps(options).encode()], fds)
+        return int(self._channel.recv(64))
+
+    def reap(self, pid: int) -> int:
+        """The exit code of a process that has ended, as `subprocess` has it."""
+        self._channel.send(b"%d" % pid)
+        return int(self._channel.recv(64))
+
+    def close(self) -> None:
+        self._channel.close()
+        self._process.wait(PATIENCE_SECS)
+
+
+class Rank:
+    """One rank's process."""
+
+    def __init__(self, forge: Forge, options: Mapping[str, Any]) -> None:
+        self.number: int = options["rank"]
+        self.exit_code: int | None = None
+        self._forge = forge
+        self._answers: dict[int, dict[str, Any]] = {}
+        self.events: list[dict[str, Any]] = []
+        self._asked = 0
+        self._partial = b""
+        self._stderr: IO[bytes] = TemporaryFile()  # noqa: SIM115  (closed in dispose)
+        stdin, self._stdin = os.pipe()
+        self._stdout, stdout = os.pipe()
+        self.pid = forge.fork(options, [stdin, stdout, self._stderr.fileno()])
+        os.close(stdin)
+        os.close(stdout)
+
+    def start(self, do: str, **arguments: Any) -> Call:
+        """Have it do something; it goes on taking commands meanwhile."""
+        self._asked += 1
+        command = {"ask": self._asked, "do": do, **arguments}
+        os.write(self._stdin, json.dumps(command).encode() + b"\n")
+        return Call(self, self._asked)
+
+    def do(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """What came of it."""
+        return self.start(do, **arguments).answer()
+
+    def answer_to(self, number: int, within_secs: float) -> dict[str, Any]:
+        self._hear(lambda: number in self._answers, within_secs)
+        return self._answers[number]
+
+    def answered(self, number: int) -> bool:
+        """Whether it has said already what came of it."""
+        self._read(0.0)
+        return number in self._answers
+
+    def event(self, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
+        """The next thing that it says unasked."""
+        self._hear(lambda: bool(self.events), within_secs)
+        return self.events.pop(0)
+
+    def signal(self, number: signal.Signals) -> float:
+        """Send it a signal; when, on the monotonic clock."""
+        # A process is reaped here and nowhere else, so the id cannot be another's.
+        assert self.exit_code is None
+        os.kill(self.pid, number)
+        return time.monotonic()
+
+    def stop(self) -> None:
+        """Stop it, and wait until no thread of it runs."""
+        self.signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.pid}/task")
+        # The state follows the command, which stands in brackets and may hold anything.
+        until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
+
+    def exit(self, by: float) -> int:
+        """Its exit code; an error if it still runs at ``by`` (on the monotonic clock)."""
+        if self.exit_code is None:
+            process = os.pidfd_open(self.pid)
+            try:
+                ended = select.select([process], [], [], max(0.0, by - time.monotonic()))[0]
+            finally:
+                os.close(process)
+            if not ended:
+                raise AssertionError(f"rank {self.number} did not exit in time\n{self.stderr}")
+            self.exit_code = self._forge.reap(self.pid)
+        return self.exit_code
+
+    @property
+    def stderr(self) -> str:
+        """What it wrote there, but for what c10d says of a resolver that knows no names."""
+        lines = os.pread(self._stderr.fileno(), 1 << 20, 0).decode().splitlines(keepends=True)
+        return "".join(line for line in lines if _NO_HOST_NAME not in line)
+
+    def dispose(self) -> None:
+        """End it, if it has not ended, and let go of it."""
+        if self.exit_code is None:
+            self.signal(signal.SIGKILL)
+            self.exit(time.monotonic() + PATIENCE_SECS)
+        for fd in (self._stdin, self._stdout):
+            os.close(fd)
+        self._stderr.close()
+
+    def _hear(self, heard: Callable[[], bool], within_secs: float) -> None:
+        deadline = time.monotonic() + within_secs
+        while not heard():
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not self._read(remaining):
+                how = "says nothing" if remaining <= 0 else "has ended"
+                raise AssertionError(f"rank {self.number} {how}\n{self.stderr}")
+
+    def _read(self, within_secs: float) -> bool:
+        """Take in what it said; False at the end of its stdout."""
+        if not select.select([self._stdout], [], [], within_secs)[0]:
+            return True
+        chunk = os.read(self._stdout, 1 << 20)
+        *lines, self._partial = (self._partial + chunk).split(b"\n")
+        for line in lines:
+            # Whatever else were printed would be no JSON.
+            said = json.loads(line)
+            if "to" in said:
+                self._answers[said.pop("to")] = said
+            else:
+                self.events.append(said)
+        return bool(chunk)
+
+
+class Call:
+    """Something that a rank was told to do."""
+
+    def __init__(self, rank: Rank, number: int) -> None:
+        self.rank = rank
+        self.number = number
+        self.started = time.monotonic()
+
+    @property
+    def answered(self) -> bool:
+        return self.rank.answered(self.number)
+
+    def answer(self, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
+        """Its result, or the facts of the error, with the times of both ends of the call."""
+        return self.rank.answer_to(self.number, within_secs)
+
+    def released(self, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
+        """The result that it has to end in."""
+        answer = self.answer(within_secs)
+        assert "error" not in answer, answer
+        return answer
+
+    def error(self, kind: str, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
+        """The facts of the error that it has to end in."""
+        answer = self.answer(within_secs)
+        assert answer.get("error") == kind, answer
+        return answer
+
+
+class Job:
+    """All ranks of one world, and the store where they meet."""
+
+    def __init__(
+        self,
+        forge: Forge,
+        size: int,
+        *,
+        own_store: bool,
+        backends: Sequence[str] = BACKENDS,
+        **options: Any,
+    ) -> None:
+        self.size = size
+        self.ranks: list[Rank] = []
+        self._forge = forge
+        self._observer: TCPStore | None = None
+        if own_store:
+            port = free_port()
+        else:
+            self._observer = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            port = self._observer.port
+        self._backends = backends
+        self._options = {"port": port, "size": size, "own_store": own_store, **options}
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for rank in self.ranks:
+            rank.dispose()
+
+    def start(self, lanes: int) -> Job:
+        """Fork all ranks, the backends taking turns, and have each open ``lanes`` connections,
+        so that no deadline in a test depends on how long it takes to make one."""
+        for number in range(self.size):
+            backend = self._backends[number % len(self._backends)]
+            self.ranks.append(
+                Rank(self._forge, {"rank": number, "backend": backend, **self._options})
+            )
+        for rank in self.ranks:
+            assert rank.event() == {"event": "connected"}, rank.stderr
+        if self._observer is None:
+            self._observer = TCPStore("127.0.0.1", self._options["port"], wait_for_workers=False)
+        calls = [self.starts(range(self.size), name=f"warm-up {lane}") for lane in range(lanes)]
+        for call in itertools.chain(*calls):
+            call.released()
+        return self
+
+    @property
+    def store(self) -> Any:
+        """The test's own handle of the store."""
+        # torch's stubs lack half of the stores' methods.
+        assert self._observer is not None
+        return self._observer
+
+    def starts(self, ranks: Iterable[int], do: str = "cross", **arguments: Any) -> list[Call]:
+        """Have several ranks start the same."""
+        return [self.ranks[number].start(do, **arguments) for number in ranks]
+
+    def entered(self, *ranks: int, name: str = "", sequence: int = 0) -> None:
+        """Wait until ``ranks`` have arrived in a phase that is not over."""
+        key = Keys(PREFIX).phase(0, name, sequence).log
+        store = self.store
+
+        def they_have() -> bool:
+            log = store.get(key).split(b"\n") if store.check([key]) else []
+            return all(
+                any(line == b"a%d" % rank or line.startswith(b"c%d " % rank) for line in log)
+                for rank in ranks
+            )
+
+        until(they_have)
+
+    def crosses(self, name: str = "") -> list[dict[str, Any]]:
+        """Have all cross ``name``; their results, which agree on the phase."""
+        calls = self.starts(range(self.size), name=name)
+        answers = [call.released() for call in calls]
+        assert len({(a["name"], a["sequence"], a["last_rank"]) for a in answers}) == 1, answers
+        return answers
+
+    def ends(self, within_secs: float = EXIT_SECS, *, quietly: bool = True) -> None:
+        """Have all ranks still alive end; each exits with 0 and has printed nothing."""
+        left = [rank for rank in self.ranks if rank.exit_code is None]
+        for rank in left:
+            rank.start("end")
+        by = time.monotonic() + within_secs
+        for rank in left:
+            assert rank.exit(by) == 0, rank.stderr
+        for rank in left:
+            assert not any(crash in rank.stderr for crash in CRASHES), rank.stderr
+            assert not (quietly and rank.stderr), rank.stderr
+
+
+def until(condition: Callable[[], bool], within_secs: float = PATIENCE_SECS) -> None:
+    """Wait for ``condition``; a bound that is missed is an error, never luck."""
+    deadline = time.monotonic() + within_secs
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_secs:g} s")
+        time.sleep(0.003)

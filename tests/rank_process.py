@@ -1,0 +1,214 @@
+"""The program of ranks that tests run as processes, and of the forge that they come from.
+
+The forge imports torch, which takes seconds, and forks a rank, which takes milliseconds, each
+time it is asked. A rank reads commands from its stdin and answers on its stdout, in JSON; its
+interpreter ends as that of any program does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import anyio
+import anyio.to_thread
+import trio
+from torch.distributed import TCPStore
+from worlds import AnyBarrier
+
+from async_barriers import StoreBarrier, TCPStoreBarrier
+
+PREFIX = "processes"
+STORE_TIMEOUT_SECS = 77
+
+
+def forge_ranks(channel: socket.socket) -> dict[str, Any] | None:
+    """Fork when asked to. Returns in each rank with its options, and in the forge at the end."""
+    while True:
+        message, fds, _, _ = socket.recv_fds(channel, 1 << 16, 3)
+        if not message:
+            return None
+        if fds:
+            pid = os.fork()
+            if not pid:
+                channel.close()
+                for target, fd in enumerate(fds):
+                    os.dup2(fd, target)
+                    os.close(fd)
+                options: dict[str, Any] = json.loads(message)
+                return options
+            for fd in fds:
+                os.close(fd)
+            channel.send(b"%d" % pid)
+        else:
+            status = os.waitpid(int(message), 0)[1]
+            channel.send(b"%d" % os.waitstatus_to_exitcode(status))
+
+
+def be_rank(options: dict[str, Any]) -> None:
+    """What a rank's program does, on the event loop it was told to use."""
+    # A shell that started us in the background would have us ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if options["backend"] == "trio":
+        trio.run(obey, options)
+    else:
+        asyncio.run(obey(options))
+
+
+async def obey(options: dict[str, Any]) -> None:
+    """Build the barrier, and do what is asked until the end is."""
+    host, rank, size = "127.0.0.1", options["rank"], options["size"]
+    given = {"timeout_secs": 20.0, "timeout_barrier_init_secs": 20.0, **options.get("given", {})}
+    store = None
+    barrier: AnyBarrier
+    if options["own_store"]:
+        barrier = TCPStoreBarrier(
+            rank, size, PREFIX, tcpstore_port=options["port"], master_address=host, **given
+        )
+    else:
+        store = TCPStore(
+            host,
+            options["port"],
+            wait_for_workers=False,
+            timeout=timedelta(seconds=STORE_TIMEOUT_SECS),
+        )
+        barrier = StoreBarrier(store, rank=rank, world_size=size, prefix=PREFIX, **given)
+    doings = Doings(barrier, store)
+    if options.get("managed", True):
+        async with barrier:
+            await doings.obey()
+    else:
+        await barrier.connect()
+        await doings.obey()
+
+
+class Doings:
+    """What a rank can be asked to do."""
+
+    def __init__(self, barrier: AnyBarrier, store: TCPStore | None) -> None:
+        self.barrier = barrier
+        self.store = store
+        self._tasks: set[object] = set()
+        self._partial = b""
+
+    async def obey(self) -> None:
+        say(event="connected")
+        while True:
+            await anyio.wait_readable(0)
+            chunk = os.read(0, 1 << 16)
+            *lines, self._partial = (self._partial + chunk).split(b"\n")
+            if not chunk:
+                return
+            for line in lines:
+                command = json.loads(line)
+                number, do = command.pop("ask"), command.pop("do")
+                if do == "end":
+                    return
+                if do.startswith("here_"):
+                    await getattr(self, do)(**command)
+                else:
+                    call = functools.partial(getattr(self, do), **command)
+                    self._spawn(functools.partial(answer, number, call))
+
+    def _spawn(self, function: Callable[[], Awaitable[None]]) -> None:
+        """A task of nobody's: it is cancelled when the event loop ends."""
+        if trio.lowlevel.in_trio_run():
+            trio.lowlevel.spawn_system_task(function)
+        else:
+            self._tasks.add(asyncio.ensure_future(function()))
+
+    # What the main task does itself, and does not come back from.
+
+    async def here_exit(self) -> NoReturn:
+        sys.exit(3)
+
+    async def here_raise(self, name: str) -> None:
+        """Fail beside a task that waits."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.barrier.execute_barrier, name)
+            await anyio.wait_readable(0)
+            raise LookupError("the rest of the program failed")
+
+    async def here_cross(self, name: str) -> None:
+        """Wait in the main task."""
+        await self.barrier.execute_barrier(name)
+
+    async def here_block(self, secs: float) -> None:
+        """Keep the event loop from running."""
+        say(event="blocked")
+        time.sleep(secs)
+
+    # What tasks of their own do.
+
+    async def cross(self, name: str = "", sleep: float = 0.0, **given: Any) -> dict[str, Any]:
+        if sleep:
+            await anyio.sleep(sleep)
+        entered = time.monotonic()
+        result = await self.barrier.execute_barrier(name, **given)
+        return {**asdict(result), "entered": entered, "released": time.monotonic()}
+
+    async def commit(self, publish: str, payload: str, **given: Any) -> bytes:
+        async def act(payloads: Mapping[int, bytes]) -> bytes:
+            told = {rank: value.decode() for rank, value in payloads.items()}
+            say(event="publishing", payloads=told)
+            if publish == "hang":
+                await anyio.sleep_forever()
+            if publish == "fail":
+                raise OSError("disk full")
+            return b"+".join(payloads[rank] for rank in sorted(payloads))
+
+        return await self.barrier.commit(act, payload=payload.encode(), **given)
+
+    async def use_store(self, key: str) -> dict[str, Any]:
+        """Use the store that the barrier was given, in a thread, as its owner would."""
+
+        def use() -> dict[str, Any]:
+            store: Any = self.store
+            began = time.monotonic()
+            store.set(key, "theirs")
+            found = store.get(key).decode()
+            count = store.add(key + "/count", 1)
+            timeout = store.timeout / timedelta(seconds=1)
+            secs = time.monotonic() - began
+            return {"found": found, "count": count, "timeout": timeout, "secs": secs}
+
+        return await anyio.to_thread.run_sync(use)
+
+
+async def answer(number: int, call: Callable[[], Awaitable[Any]]) -> None:
+    """Make the call, and say what came of it and when."""
+    began = time.monotonic()
+    facts: dict[str, Any]
+    try:
+        value = await call()
+    except Exception as exc:
+        facts = {"error": type(exc).__name__, "text": str(exc), **vars(exc)}
+    else:
+        facts = {"value": value.decode()} if isinstance(value, bytes) else value
+    say(to=number, began=began, ended=time.monotonic(), **facts)
+
+
+def say(**facts: Any) -> None:
+    # One write, which no other thread's can come between.
+    os.write(1, json.dumps(facts).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    # What torch left is not for the ranks' collectors: going through it costs each 0.3 s at exit.
+    gc.freeze()
+    with contextlib.closing(socket.socket(fileno=int(sys.argv[1]))) as forge_channel:
+        rank_options = forge_ranks(forge_channel)
+    if rank_options is not None:
+        be_rank(rank_options)
