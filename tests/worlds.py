@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ class World:
         else:
             self._store = open_store(kind, tmp_path)
         self._watching = anyio.CapacityLimiter(4)
+        self._before = set(library_threads())
 
     @property
     def store(self) -> Store:
@@ -125,7 +126,7 @@ class World:
 
     async def aclose(self) -> None:
         await close(self.made)
-        await library_threads_gone()
+        await library_threads_gone(self._before)
 
 
 def open_store(kind: str, tmp_path: Path) -> Store:
@@ -235,13 +236,20 @@ async def until(condition: Callable[[], Awaitable[bool]], within_secs: float = 1
 
 
 def library_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("async_barriers")]
+    """Its workers; not the thread that starts them, which ends by itself."""
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("async_barriers") and not thread.name.endswith("starter")
+    ]
 
 
-async def library_threads_gone(within_secs: float = 3.0) -> None:
-    """Wait until no thread of the library is left."""
+async def library_threads_gone(
+    but: Collection[threading.Thread] = (), within_secs: float = 3.0
+) -> None:
+    """Wait until no thread of the library is left, ``but`` those."""
 
     async def none() -> bool:
-        return not library_threads()
+        return not set(library_threads()) - set(but)
 
     await until(none, within_secs)

@@ -26,6 +26,13 @@ _LOOK_UP = timedelta(milliseconds=250)
 _FOREVER = timedelta(days=365)
 
 
+class DifferentLeaders(Exception):
+    """The ranks of one commit named different leaders; all of them know it."""
+
+    def __init__(self, leaders: tuple[int, ...]) -> None:
+        super().__init__(f"the ranks named different leaders of a commit: {leaders}")
+
+
 class Collectives:
     """One process group, and the thread that waits for it. The calls block; see `submit`."""
 
@@ -40,7 +47,12 @@ class Collectives:
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         """Have the thread make ``call`` after those submitted before."""
-        return self._worker.submit(lambda: _translated(call))
+        try:
+            return self._worker.submit(lambda: _translated(call))
+        except RuntimeError as exc:
+            refused: Future[T] = Future()
+            refused.set_exception(BarrierConnectionError(f"the group was let go ({exc})"))
+            return refused
 
     @property
     def connected(self) -> bool:
@@ -80,7 +92,7 @@ class Collectives:
         self._wait(dist.all_gather(facts, mine, group=self._group, async_op=True))
         sizes, leaders = zip(*(fact.tolist() for fact in facts), strict=True)
         if len(set(leaders)) > 1:
-            raise ValueError(f"the ranks named different leaders of a commit: {leaders}")
+            raise DifferentLeaders(leaders)
         longest = max(1, *sizes)
         brought = self._bytes(payload.ljust(longest, b"\0"))
         found = [torch.empty_like(brought) for _ in sizes] if self.rank == leader else None
@@ -110,9 +122,7 @@ class Collectives:
 
     def retire(self) -> None:
         """Let go of the group, after the calls already submitted, and end the thread."""
-        if self._worker.started:
-            self._worker.submit(self._let_go)
-        self._worker.retire()
+        self._worker.retire(self._let_go)
 
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `_worker.end_at_exit`."""

@@ -26,8 +26,9 @@ T = TypeVar("T")
 _FOREVER = timedelta(days=7)
 _RETRY_SECS = 0.1
 # Opening a connection takes the GIL many times: 16 threads doing so at once starved an
-# event loop for 99 ms, so they take turns.
+# event loop for 99 ms, so they take turns; but one that hangs must not hold up the others.
 _opening = threading.BoundedSemaphore(8)
+_TURN_SECS = 0.2
 
 
 class Connection:
@@ -204,7 +205,7 @@ def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connecti
 
 def clone_tcp(store: Store) -> TCPConnection:
     """A new connection to the server that ``store`` is connected to."""
-    with _opening:
+    with _in_turn():
         return TCPConnection(_clone(store))
 
 
@@ -213,8 +214,9 @@ def connect_to_port(
 ) -> Connection:
     """A connection to the TCPStore that another process hosts; else as `connect_to`."""
     await_port(host, port, deadline, stop)
-    timeout = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-    with _opening, _translated(f"no store can be reached at {host}:{port}"):
+    remaining = max(1.0, deadline - time.monotonic())
+    timeout = timedelta(seconds=min(remaining, _FOREVER.total_seconds()))
+    with _in_turn(), _translated(f"no store can be reached at {host}:{port}"):
         return TCPConnection(
             TCPStore(
                 host,
@@ -258,6 +260,16 @@ def _clone(store: Any) -> Store:
     with _translated("the store cannot be reached"):
         clone: Store = store.clone()
         return clone
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    mine = _opening.acquire(timeout=_TURN_SECS)
+    try:
+        yield
+    finally:
+        if mine:
+            _opening.release()
 
 
 @contextlib.contextmanager

@@ -75,7 +75,6 @@ class CrossingBarrier(Barrier):
         self._warn_after_secs = check_timeout("warn_after_secs", warn_after_secs)
         self._on_progress = on_progress
         self._closed = False
-        self._joining = anyio.Lock()
         self._publishing: dict[Turn, _Publication] = {}
         # A barrier that is dropped without aclose() must not leave its threads behind.
         weakref.finalize(self, _abandon, session).atexit = False
@@ -83,7 +82,7 @@ class CrossingBarrier(Barrier):
     # -- the API -----------------------------------------------------------------------
 
     async def connect(self) -> None:
-        await self._ready(math.inf)
+        await self._ready(math.inf, "")
 
     async def execute_barrier(
         self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
@@ -121,13 +120,19 @@ class CrossingBarrier(Barrier):
 
     async def abort(self, reason: str, name: str = "") -> None:
         self._check_call(name, CONFIGURED)
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be a string, not {reason!r}")
         turn = self._session.open_turn(name)
         if turn is None:
-            return await self._break_next(reason, name)
+            return await self._break(await self._take_turn(name), reason)
         if (publication := self._publishing.get(turn)) is not None:
             publication.stop(reason)
             return await publication.settled.wait()
-        await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+        judged = await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+        if isinstance(judged, Gathered) and (publication := self._publishing.get(turn)):
+            # It began to publish in the same instant.
+            publication.stop(reason)
+            await publication.settled.wait()
 
     async def aclose(self) -> None:
         if self._closed:
@@ -169,13 +174,20 @@ class CrossingBarrier(Barrier):
         """Drop what only an open barrier needs."""
 
     async def _fail(self, reason: str, name: str) -> None:
+        session = self._session
+        turn: Turn | None = None
         try:
             self._check_call(name, CONFIGURED)
             with anyio.move_on_after(UNDO_SECS):
-                await self._break_next(reason, name)
+                turn = await self._take_turn(name)
+                return await self._break(turn, reason)
+            why = "the store does not answer"
         except BarrierError as exc:
-            # The caller's own exception is on its way, and says more.
-            logger.debug("%s could not be broken: %s", describe(name), exc)
+            why = str(exc)
+        # The caller's own exception is on its way, and matters more than this one.
+        logger.warning("%s could not be broken for its peers: %s", describe(name), why)
+        if turn is None and not (self._closed or session.replaced):
+            session.owe_turn(name, reason)
 
     # -- taking a turn -----------------------------------------------------------------
 
@@ -191,24 +203,28 @@ class CrossingBarrier(Barrier):
             return self._timeout_secs
         return check_timeout("timeout_secs", timeout_secs)
 
-    async def _ready(self, within_secs: float) -> None:
+    async def _ready(self, within_secs: float, name: str) -> None:
         """Join, or join again where the generation ended or the store was lost."""
         session = self._session
         within_secs = min(within_secs, self._init_secs)
-        with anyio.move_on_after(within_secs):
-            async with self._joining:
-                if self._closed:
-                    raise BarrierClosedError(describe(self._keys.prefix))
-                if not session.stands:
-                    await outcome(session.join())
+        try:
+            with anyio.move_on_after(within_secs):
+                await outcome(session.join())
+        except BarrierConnectionError:
+            if not self._closed:
+                raise
+        finally:
+            session.doubt_joining()
+        if self._closed:
+            raise BarrierClosedError(describe(self._keys.prefix))
         if session.replaced:
             raise BrokenBarrierError(
-                self._keys.prefix,
-                0,
+                name,
+                session.next_sequence(name),
                 session.rank,
-                f"another process joined as rank {session.rank} and took this one's place; "
-                "look for two processes with this rank, or close a barrier before you build "
-                "it anew",
+                f"another process joined {describe(self._keys.prefix)} as rank {session.rank} and "
+                "took this one's place; look for two processes with this rank, or close a barrier "
+                "before you build it anew",
             )
         if not session.stands:
             raise BarrierConnectionError(
@@ -220,16 +236,20 @@ class CrossingBarrier(Barrier):
         self, name: str, timeout_secs: float | None, leader: int | None = None
     ) -> Crossing:
         started = anyio.current_time()
-        while (turn := self._session.take_turn(name, leader)) is None:
-            elapsed = anyio.current_time() - started
-            await self._ready(math.inf if timeout_secs is None else timeout_secs - elapsed)
+        deadline = math.inf if timeout_secs is None else started + timeout_secs
+        turn = await self._take_turn(name, deadline, leader)
         return Crossing(
             self._session, turn, started, timeout_secs, self._warn_after_secs, self._on_progress
         )
 
-    async def _break_next(self, reason: str, name: str) -> None:
-        while (turn := self._session.take_turn(name)) is None:
-            await self._ready(self._init_secs)
+    async def _take_turn(
+        self, name: str, deadline: float = math.inf, leader: int | None = None
+    ) -> Turn:
+        while (turn := self._session.take_turn(name, leader)) is None:
+            await self._ready(deadline - anyio.current_time(), name)
+        return turn
+
+    async def _break(self, turn: Turn, reason: str) -> None:
         try:
             await _require(self._session.give_up(turn, reason), self._init_secs, turn)
         finally:
@@ -359,10 +379,10 @@ class Crossing:
             if not isinstance(verdict, Gathered):
                 self._session.forget(self.turn)
 
-    def accept(self, verdict: Verdict | None) -> Released:
+    def accept(self, verdict: Verdict | Gathered | None) -> Released:
         """The verdict, if it is to go on; else the error that it means."""
         turn, session = self.turn, self._session
-        if verdict is None:
+        if verdict is None or isinstance(verdict, Gathered):
             raise self._lost()
         if isinstance(verdict, Released):
             session.all_joined = True
@@ -462,11 +482,12 @@ class Crossing:
 
     async def _break_after_loss(self, exc: BarrierConnectionError) -> Verdict:
         session, turn = self._session, self.turn
-        session.lost()
         # The store itself may be well; then the others need not wait for their deadlines.
         verdict = await _answer(session.give_up(turn, "it lost its connection to the store"))
         if verdict is None:
             session.start_afresh(turn)
+        elif isinstance(verdict, Gathered):
+            session.lost(turn)
         if verdict is None or isinstance(verdict, Gathered):
             raise self._lost(exc) from exc.__cause__
         if isinstance(verdict, Broken) and verdict.rank == session.rank:

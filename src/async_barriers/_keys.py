@@ -24,6 +24,7 @@ class PhaseKeys:
     """The keys of one phase, identified by (prefix, generation, name, sequence)."""
 
     path: str
+    generation: int
 
     @property
     def log(self) -> str:
@@ -95,7 +96,8 @@ class Keys:
         return f"{self.root}/mail/{generation}/{rank}"
 
     def phase(self, generation: int, name: str, sequence: int) -> PhaseKeys:
-        return PhaseKeys(f"{self.root}/phase/{generation}/{_measured(name)}/{sequence}")
+        path = f"{self.root}/phase/{generation}/{_measured(name)}/{sequence}"
+        return PhaseKeys(path, generation)
 
 
 def check_prefix(prefix: str) -> None:

@@ -111,6 +111,8 @@ def _join(
     token: str,
     previous: Membership | None,
 ) -> Membership | None:
+    if previous is not None and _ousted(store, previous):
+        return None
     while True:
         generation = _present(store, keys, world_size)
         mine = store.read(keys.member(rank))
@@ -122,7 +124,7 @@ def _join(
             # for ever.
             return None
         if _generation_of(mine) == generation and mine != claim:
-            _end(store, keys, generation, rank, world_size)
+            _end(store, keys, generation, rank, token, world_size)
             continue
         agreed = int(store.compare_set(keys.world(generation), b"", b"%d" % world_size))
         if agreed != world_size:
@@ -132,7 +134,7 @@ def _join(
                     f"{world_size}, but its peers with {agreed}; all ranks must give the same"
                 )
             # The whole job came back with another size.
-            _end(store, keys, generation, rank, max(world_size, agreed))
+            _end(store, keys, generation, rank, token, max(world_size, agreed))
             continue
         if store.compare_set(keys.member(rank), mine or b"", claim) != claim:
             continue
@@ -151,8 +153,19 @@ def _present(store: Connection, keys: Keys, world_size: int) -> int:
     return generation
 
 
-def _end(store: Connection, keys: Keys, generation: int, rank: int, world_size: int) -> None:
-    entry = json.dumps({"rank": rank}).encode()
+def _ousted(store: Connection, membership: Membership) -> bool:
+    """Whether a later life of this rank has ended the generation, to take our place."""
+    value = store.read(membership.keys.over(membership.generation))
+    if value is None:
+        return False
+    entry = json.loads(value)
+    return bool(entry["rank"] == membership.rank and entry["token"] != membership.token)
+
+
+def _end(
+    store: Connection, keys: Keys, generation: int, rank: int, token: str, world_size: int
+) -> None:
+    entry = json.dumps({"rank": rank, "token": token}).encode()
     store.compare_set(keys.over(generation), b"", entry)
     _tell(store, keys, generation, world_size)
     if generation >= _REMEMBERED:

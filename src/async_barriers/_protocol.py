@@ -33,6 +33,13 @@ _DEPARTED = 1 << 31
 _SUMMARISED = 1 << 62
 
 
+class Forgotten(BarrierConnectionError):
+    """The store knows this phase no more: it was restarted, or our generation is long over."""
+
+    def __init__(self) -> None:
+        super().__init__("the store no longer knows this phase")
+
+
 class Turn:
     """One rank's part in one phase. Its methods may run in several threads at once."""
 
@@ -54,18 +61,19 @@ class Turn:
         self.entered = False
         self.verdict: Verdict | None = None
         self._arrived_at = 0
-        self._has_payload = False
         self._summary_seen = 0
         self._lock = threading.Lock()
         self._users = 0
         self._departed = False
+        self._forsaken: Gathered | None = None
         self._claimed = False
 
     @property
-    def known_verdict(self) -> Verdict:
-        """The verdict, after `hold` said that this rank has departed."""
-        assert self.verdict is not None
-        return self.verdict
+    def parting_word(self) -> Verdict | Gathered:
+        """What this rank knew when it departed."""
+        word = self.verdict or self._forsaken
+        assert word is not None
+        return word
 
     def hold(self) -> bool:
         """Keep this rank from departing until `release`; False if it has departed."""
@@ -80,7 +88,16 @@ class Turn:
             if self._users or self._departed or self.verdict is None:
                 return
             self._departed = True
-        self._depart(store, self.verdict)
+        self._depart(store)
+
+    def forsake(self, store: Connection, gathered: Gathered) -> None:
+        """Depart without the verdict of a commit, which only its leader can give."""
+        with self._lock:
+            if self._departed:
+                return
+            self._departed = True
+            self._forsaken = gathered
+        self._depart(store)
 
     def during(
         self, store: Connection, call: Callable[[Connection], T], afterwards: Callable[[], T]
@@ -99,7 +116,6 @@ class Turn:
         if payload:
             # Marked, so that no payload looks like the absent value (see TCPConnection.read).
             store.set(self.keys.payload(self.rank), b"p" + payload)
-            self._has_payload = True
         # Appended before it is counted: whoever counts world_size arrivals finds them all.
         store.append(self.keys.log, _verdict.arrival(self.rank, self.leader))
         self._arrived_at = store.add(self.keys.count, 1) & _RANKS
@@ -223,14 +239,17 @@ class Turn:
         return judged
 
     def _judge(self, store: Connection) -> Verdict | Gathered | None:
-        log = store.read(self.keys.log)
-        if log is None:
-            raise BarrierConnectionError("the keys of this phase have vanished from the store")
+        log = store.read(self.keys.log) or b""
+        if self._arrived_at and _verdict.arrival(self.rank, self.leader) not in log:
+            raise Forgotten
         return _verdict.judge(log, self.world_size)
 
     def await_verdict(self, store: Connection) -> Verdict:
         """Block until the phase is decided."""
         value = store.await_value(self.keys.verdict)
+        if not value:
+            # A TCPStore's answer where the key is deleted just as it is read.
+            raise Forgotten
         try:
             self.verdict = _verdict.decode(value)
         except ValueError as exc:
@@ -241,16 +260,16 @@ class Turn:
             return judged
         return self.verdict
 
-    def _depart(self, store: Connection, verdict: Verdict) -> None:
+    def _depart(self, store: Connection) -> None:
         keys = self.keys
-        if self._has_payload:
-            store.delete(keys.payload(self.rank))
         count = store.add(keys.count, _DEPARTED)
         if count // _DEPARTED & _RANKS < self.world_size:
             return
         spent = [keys.log, keys.verdict]
-        if self.leader is not None or isinstance(verdict, Broken):
-            spent.append(keys.gathered)
+        if self.leader is not None or not isinstance(self.verdict, Released):
+            # Also where this rank was no part of the commit, since others may have been.
+            came = _verdict.committing(store.read(keys.log) or b"")
+            spent += [keys.gathered, *map(keys.payload, came)]
         if count & _SUMMARISED:
             spent.append(keys.summary)
         for key in (*spent, keys.count):
@@ -280,4 +299,4 @@ def _ranges(ranks: tuple[int, ...]) -> bytes:
     return b",".join(b"%d" % a if a == b else b"%d-%d" % (a, b) for a, b in spans)
 
 
-__all__ = ["Broken", "Gathered", "Released", "Turn"]
+__all__ = ["Broken", "Forgotten", "Gathered", "Released", "Turn"]

@@ -22,81 +22,31 @@ from . import _membership
 from ._connection import Connection
 from ._errors import BarrierClosedError, BarrierConnectionError, BrokenBarrierError
 from ._keys import Keys
+from ._lane import Lane, Open
 from ._membership import Membership
-from ._protocol import Turn
+from ._protocol import Forgotten, Turn
 from ._verdict import Gathered, Verdict
-from ._worker import Worker, end_at_exit, settle
+from ._worker import end_at_exit, settle
 
 T = TypeVar("T")
-Open = Callable[[float, threading.Event], Connection]
+
+_OpenTurns = list[tuple[Turn, Future[Verdict | Gathered]]]
 
 logger = logging.getLogger(__name__)
 
 # How long a rank that is told that the store goes away reads its last verdicts.
 _DRAIN_SECS = 1.0
 _FAREWELL_AT_EXIT_SECS = 0.5
+# A join that takes longer than this on a connection that is open may hang.
+_HANGS_SECS = 0.8
 
 
-class Lane:
-    """A thread and the connection that it alone uses, opened by the first call."""
+class _Life:
+    """A membership, and how many turns of each name were taken in it."""
 
-    def __init__(self, open_connection: Open, init_secs: float) -> None:
-        self._open = open_connection
-        self._init_secs = init_secs
-        self._connection: Connection | None = None
-        self._abandoned = threading.Event()
-        self._worker = Worker()
-        self.ended = self._worker.ended
-
-    def submit(self, call: Callable[[Connection], T]) -> Future[T]:
-        """Have the thread make ``call``; a lost connection is replaced for the next one."""
-
-        def run() -> T:
-            if self._connection is None and not self._abandoned.is_set():
-                deadline = time.monotonic() + self._init_secs
-                self._connection = self._open(deadline, self._abandoned)
-            # A call that was given up must not be made late: by then it may be another store
-            # that answers at the same address.
-            if self._connection is None or self._abandoned.is_set():
-                raise BarrierConnectionError("the connection to the store was given up")
-            try:
-                return call(self._connection)
-            except BarrierConnectionError:
-                self._hang_up()
-                raise
-
-        return self._worker.submit(run)
-
-    @property
-    def interruptible(self) -> bool:
-        """Whether `abandon` ends a call that would not end by itself."""
-        return self._connection is None or self._connection.interruptible
-
-    def join(self, timeout_secs: float) -> None:
-        """Block until the thread is gone, which it is microseconds after `ended`."""
-        self._worker.join(timeout_secs)
-
-    def retire(self) -> None:
-        """Close after the calls already submitted."""
-        if self._worker.started:
-            self._worker.submit(self._hang_up)
-        self._worker.retire()
-
-    def stop_waiting(self) -> None:
-        """From any thread: end a wait for a key that nobody is left to set."""
-        if (connection := self._connection) is not None:
-            connection.stop_waiting()
-
-    def abandon(self) -> None:
-        """From any thread: end the call under way, where that can be done, and make no other."""
-        self._abandoned.set()
-        if (connection := self._connection) is not None:
-            connection.interrupt()
-
-    def _hang_up(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+    def __init__(self, membership: Membership) -> None:
+        self.membership = membership
+        self.sequences: Counter[str] = Counter()
 
 
 class Session:
@@ -114,22 +64,26 @@ class Session:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.generation = 0
+        self.init_secs = init_secs
+        self.hosts = hosts
         self.all_joined = False
         self._open_connection = open_connection
         self._keys = keys
-        self.init_secs = init_secs
-        self.hosts = hosts
         self._token = uuid.uuid4().hex
-        self._membership: Membership | None = None
+        # Guards what follows where several threads change it together; never held over a
+        # call to the store.
+        self._lock = threading.Lock()
+        self._life: _Life | None = None
         self._watched: Membership | None = None
         self._standing = False
         self._replaced = False
         self._closing = False
-        self._sequences: Counter[str] = Counter()
+        self._joining: Future[None] | None = None
+        self._joining_since = 0.0
         self._turns: dict[Turn, Future[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
         self._owed: list[Callable[[Connection], object]] = []
+        self._owed_turns: list[tuple[str, str]] = []
         self._in_store = 0
         self._changed = threading.Condition()
         self._control = self._lane()
@@ -144,6 +98,11 @@ class Session:
     def stands(self) -> bool:
         """Whether turns can be taken: joined, and the generation not known to be over."""
         return self._standing
+
+    @property
+    def generation(self) -> int:
+        """The generation that this rank joined last."""
+        return self._membership.generation
 
     @property
     def has_a_say(self) -> bool:
@@ -161,62 +120,103 @@ class Session:
         return self._replaced
 
     def join(self) -> Future[None]:
-        """Connect, and claim this rank in the present generation."""
-        return self._control.submit(self._join)
+        """Connect, and claim this rank in the present generation; one attempt serves all."""
+        if self._joining is None or self._joining.done():
+            self._joining_since = time.monotonic()
+            self._joining = self._control.submit(self._join, again=True)
+        return self._joining
+
+    def doubt_joining(self) -> None:
+        """The caller of `join` waits no longer: see whether it hangs on a dead connection."""
+        hangs = time.monotonic() - self._joining_since > _HANGS_SECS and self._control.connected
+        if self._joining is not None and not self._joining.done() and hangs:
+            self._start_afresh(None)
 
     def _join(self, store: Connection) -> None:
         if self._standing or self._replaced:
             return
-        previous = self._membership
+        if self._closing:
+            raise _closed(self._keys.prefix)
+        life = self._life
+        previous = None if life is None else life.membership
         membership = _membership.join(
             store, self._keys, self.rank, self.world_size, self._token, previous
         )
         if membership is None:
             self._replaced = True
             return
-        if membership is not previous:
-            self._sequences.clear()
-            self._membership = membership
-            self.generation = membership.generation
-            self.all_joined = membership.generation == 0
+        if life is None or membership is not previous:
             # Phases of a generation that is over are broken by those who still live in it.
             self._owed.clear()
+            if previous is not None:
+                # Our watcher may have been cut off when it ended.
+                self._outlive(store, previous, self._turns_in(previous))
+            life = _Life(membership)
+            self.all_joined = membership.generation == 0
         while self._owed:
             self._owed[0](store)
             del self._owed[0]
-        self._standing = True
-        if self._watched is not membership:
-            self._watched = membership
+        while self._owed_turns:
+            name, reason = self._owed_turns[0]
+            self._break(store, self._next_turn(life, name), reason)
+            del self._owed_turns[0]
+        with self._lock:
+            self._life = life
+            self._standing = not self.closing
+            watched, self._watched = self._watched, membership
+        if self.closing:
+            self._watched = None
+            membership.leave(store)
+            raise _closed(self._keys.prefix)
+        if watched is not membership:
             self._watcher.submit(lambda store: self._watch(store, membership))
 
     def _watch(self, store: Connection, membership: Membership) -> None:
+        began = time.monotonic()
         try:
             mail = store.await_value(membership.mail)
-            self._stop_standing()
-            if mail == _membership.OVER:
-                self._outlive(store, membership)
-            elif mail == _membership.HOST_LEAVES:
-                self._lose_host(store)
+            turns = self._cease(membership)
+            if mail == _membership.HOST_LEAVES:
+                self._lose_host(store, turns)
+            elif mail != _membership.CLOSED:
+                self._outlive(store, membership, turns)
             store.delete(membership.mail)
-            if mail != _membership.OVER and not self.hosts:
+            if mail in (_membership.CLOSED, _membership.HOST_LEAVES) and not self.hosts:
                 # Our last word: a host that waits for it may be gone the moment it hears it.
                 membership.leave(store)
         except BarrierConnectionError as exc:
-            self._stop_standing()
+            turns = self._cease(membership)
+            self._renew_lanes()
             logger.debug("rank %d lost the store: %s", self.rank, exc)
+            if turns and time.monotonic() - began > 1:
+                # Whoever waits has to hear of the next restart, too.
+                self._control.submit(self._join, again=True)
             raise
 
-    def _stop_standing(self) -> None:
-        self._standing = False
-        self._watched = None
+    def _cease(self, membership: Membership) -> _OpenTurns:
+        """Take no more turns in a generation; those that are open in it."""
+        with self._lock:
+            if self._watched is membership:
+                self._watched = None
+                self._standing = False
+        return self._turns_in(membership)
 
-    def _outlive(self, store: Connection, membership: Membership) -> None:
+    def _turns_in(self, membership: Membership) -> _OpenTurns:
+        turns = list(self._turns.items())
+        return [item for item in turns if item[0].keys.generation == membership.generation]
+
+    def _outlive(self, store: Connection, membership: Membership, turns: _OpenTurns) -> None:
         rank = membership.successor(store)
         who = "another rank" if rank is None else f"rank {rank}"
         reason = f"{who} joined again: it was restarted, or two processes share its number"
         logger.info("barrier %r: %s", self._keys.prefix, reason)
-        for turn, future in list(self._turns.items()):
-            judged = self._break(store, turn, reason, by=rank)
+        for turn, future in turns:
+            try:
+                judged = self._break(store, turn, reason, by=rank)
+            except Forgotten as exc:
+                exc.in_doubt = turn.entered
+                settle(future, error=exc)
+                continue
             if isinstance(judged, Gathered) and judged.leader == rank:
                 # It may have published before it died; nobody else can say.
                 settle(
@@ -224,9 +224,9 @@ class Session:
                     error=BrokenBarrierError(turn.name, turn.sequence, rank, reason, in_doubt=True),
                 )
 
-    def _lose_host(self, store: Connection) -> None:
+    def _lose_host(self, store: Connection, turns: _OpenTurns) -> None:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
-        for turn, future in list(self._turns.items()):
+        for turn, future in turns:
             if isinstance(self._break(store, turn, reason, by=0), Gathered):
                 settle(
                     future,
@@ -234,28 +234,46 @@ class Session:
                 )
         with self._changed:
             self._changed.wait_for(lambda: not self._in_store, _DRAIN_SECS)
+        self._renew_lanes()
+
+    def _renew_lanes(self) -> None:
+        for lane in list(self._lanes):
+            lane.renew()
+
+    @property
+    def _membership(self) -> Membership:
+        assert self._life is not None
+        return self._life.membership
 
     def not_joined(self) -> Future[tuple[int, ...]]:
         """The ranks that are not in the present generation."""
-        membership = self._membership
-        assert membership is not None
-        return self._control.submit(membership.not_joined)
+        return self._control.submit(self._membership.not_joined)
 
     # -- turns -----------------------------------------------------------------------
 
     def take_turn(self, name: str, leader: int | None = None) -> Turn | None:
         """This rank's turn in the next phase of ``name``; None where it must join (again) first."""
-        sequence = self._sequences[name]
-        keys = self._keys.phase(self.generation, name, sequence)
-        turn = Turn(keys, name, sequence, self.rank, self.world_size, leader)
-        self._turns[turn] = Future()
-        # Registered first, then looked: the watcher does the two in the other order, so a
-        # turn in a generation that ends is either seen by it or not taken.
-        if not self._standing:
-            del self._turns[turn]
-            return None
-        self._sequences[name] = sequence + 1
-        return turn
+        # One with `_cease`: a turn in a generation that ends is either seen by it or not taken.
+        with self._lock:
+            if self._life is None or not self._standing:
+                return None
+            turn = self._next_turn(self._life, name, leader)
+            self._turns[turn] = Future()
+            return turn
+
+    def next_sequence(self, name: str) -> int:
+        """The sequence number that the next turn of ``name`` would have."""
+        return 0 if self._life is None else self._life.sequences[name]
+
+    def owe_turn(self, name: str, reason: str) -> None:
+        """The store could not be reached: break the next turn of ``name`` when it can."""
+        self._owed_turns.append((name, reason))
+
+    def _next_turn(self, life: _Life, name: str, leader: int | None = None) -> Turn:
+        sequence = life.sequences[name]
+        life.sequences[name] += 1
+        keys = self._keys.phase(life.membership.generation, name, sequence)
+        return Turn(keys, name, sequence, self.rank, self.world_size, leader)
 
     def open_turn(self, name: str) -> Turn | None:
         """The oldest turn of ``name`` that is awaited now."""
@@ -276,7 +294,7 @@ class Session:
             # A turn that was given up before its lane could open is not entered any more.
             if not turn.hold():
                 freed = True
-                self._free(turn, lane, future, turn.known_verdict)
+                self._free(turn, lane, future, turn.parting_word)
                 return
             with self._changed:
                 self._in_store += 1
@@ -333,19 +351,19 @@ class Session:
         return turn.during(
             store,
             lambda store: turn.give_up(store, reason, timeout_secs, missing, by),
-            lambda: turn.known_verdict,
+            lambda: turn.parting_word,
         )
 
     def payloads(self, turn: Turn) -> Future[dict[int, bytes]]:
         """What all brought, for the leader of a commit in which everyone has arrived."""
         return self._on_free_lane(lambda store: turn.during(store, turn.payloads, dict))
 
-    def settle(self, turn: Turn, verdict: Verdict) -> Future[Verdict]:
+    def settle(self, turn: Turn, verdict: Verdict) -> Future[Verdict | Gathered]:
         """The leader's word on such a commit; settled by the first word it gave."""
         try:
             return self._on_free_lane(lambda store: _settle(store, turn, verdict))
         except BarrierClosedError as exc:
-            refused: Future[Verdict] = Future()
+            refused: Future[Verdict | Gathered] = Future()
             refused.set_exception(BarrierConnectionError(str(exc)))
             return refused
 
@@ -354,10 +372,10 @@ class Session:
         self._owed.append(lambda store: _settle(store, turn, verdict))
         self._standing = False
 
-    def hear(self, turn: Turn) -> Future[Verdict]:
+    def hear(self, turn: Turn) -> Future[Verdict | Gathered]:
         """Wait for the verdict, without entering."""
         return self._on_free_lane(
-            lambda store: turn.during(store, turn.await_verdict, lambda: turn.known_verdict)
+            lambda store: turn.during(store, turn.await_verdict, lambda: turn.parting_word)
         )
 
     def _on_free_lane(self, call: Callable[[Connection], T]) -> Future[T]:
@@ -375,13 +393,22 @@ class Session:
 
         The break of ``turn`` that it did not take is made up for when this rank joins again.
         """
-        reason = "it lost its connection to the store"
-        self._owed.append(lambda store: self._break(store, turn, reason))
+        lane = self._entered_on.pop(turn, None)
+        self._owed.append(lambda store: self._make_up_for(store, turn, lane))
+        self._start_afresh(lane)
+
+    def lost(self, turn: Turn) -> None:
+        """``turn`` lost its connection, and is a commit that only its leader can settle."""
+        self._owed.append(lambda store: self._make_up_for(store, turn, None))
         self._standing = False
+
+    def _start_afresh(self, lane: Lane | None) -> None:
+        self._standing = False
+        self._joining = None
         hung = [self._control]
         self._control = self._lane()
         self._lanes.append(self._control)
-        if (lane := self._entered_on.pop(turn, None)) is not None:
+        if lane is not None:
             hung.append(lane)
         if self._watcher.interruptible:
             # Two that wait for the same mail would take it from each other.
@@ -391,9 +418,15 @@ class Session:
         for lane in hung:
             self._discard(lane)
 
-    def lost(self) -> None:
-        """A connection broke: join again before the next turn."""
-        self._standing = False
+    def _make_up_for(self, store: Connection, turn: Turn, lane: Lane | None) -> None:
+        judged = self._break(store, turn, "it lost its connection to the store")
+        if isinstance(judged, Gathered):
+            self._forsake(store, turn, judged, lane)
+
+    def _forsake(self, store: Connection, turn: Turn, judged: Gathered, lane: Lane | None) -> None:
+        """Leave a commit to its leader, and depart from it unless ``lane`` still waits there."""
+        if judged.leader != self.rank and (lane is None or lane.interruptible):
+            turn.forsake(store, judged)
 
     # -- lanes -----------------------------------------------------------------------
 
@@ -431,14 +464,16 @@ class Session:
             judged = self._break(store, turn, "it closed its barrier")
             if isinstance(judged, Gathered):
                 settle(future, error=_closed(self._keys.prefix, in_doubt=True))
+                self._forsake(store, turn, judged, self._entered_on.get(turn))
             else:
                 # Known now, while the thread that waits for it may not have read it yet.
                 settle(future, judged)
-        membership = self._membership
-        if membership is None:
-            return
+        for turn, lane in list(self._entered_on.items()):
+            if turn.verdict is None:
+                # A commit that its leader has not settled, and may be dead.
+                lane.stop_waiting()
         # Not `_standing`: one lost connection ends that, and the watcher may be well.
-        if self._watched is not None:
+        if (membership := self._watched) is not None:
             store.set(membership.mail, _membership.CLOSED)
             if self.hosts:
                 membership.host_leave(store)
@@ -448,14 +483,8 @@ class Session:
         self._closing = True
         for turn, future in list(self._turns.items()):
             settle(future, error=_closed(self._keys.prefix, in_doubt=turn.entered))
-        membership = self._membership
-        if self.hosts and membership is not None:
-            self._watcher.submit(membership.wait_no_longer)
-        # Turns that nobody awaits any more can only be those that are in doubt: commits whose
-        # leader has not settled them, and may be dead.
-        for turn, lane in list(self._entered_on.items()):
-            if turn not in self._turns:
-                lane.stop_waiting()
+        if self.hosts and self._life is not None:
+            self._watcher.submit(self._membership.wait_no_longer)
         lanes = list(self._lanes)
         for lane in lanes:
             lane.retire()
@@ -478,8 +507,8 @@ class Session:
         wait_for(lanes, timeout=max(0.0, deadline - time.monotonic()))
 
 
-def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict:
-    return turn.during(store, lambda store: turn.settle(store, verdict), lambda: turn.known_verdict)
+def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict | Gathered:
+    return turn.during(store, lambda store: turn.settle(store, verdict), lambda: turn.parting_word)
 
 
 def _closed(prefix: str, *, in_doubt: bool = False) -> BarrierClosedError:

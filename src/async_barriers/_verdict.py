@@ -10,9 +10,11 @@ end (state machine replication, Lamport 1978, with the store's key as the ordere
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
 _MAX_REASON = 2000
+_COMMITS = re.compile(rb"c[0-9]+ [0-9]+")
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,17 @@ def missing(log: bytes, world_size: int) -> tuple[int, ...]:
     return tuple(rank for rank in range(world_size) if rank not in arrived)
 
 
+def committing(log: bytes) -> set[int]:
+    """The ranks that came for a commit, who may have brought a payload."""
+    return {int(line[1:].split()[0]) for line in log.splitlines() if _COMMITS.fullmatch(line)}
+
+
 def _read_arrival(line: bytes) -> tuple[int, int | None]:
     if line[:1] == b"a" and line[1:].isdigit():
         return int(line[1:]), None
-    rank, space, leader = line[1:].partition(b" ")
-    if line[:1] != b"c" or not (space and rank.isdigit() and leader.isdigit()):
+    if not _COMMITS.fullmatch(line):
         raise ValueError(line)
+    rank, leader = line[1:].split()
     return int(rank), int(leader)
 
 

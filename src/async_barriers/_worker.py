@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -69,24 +70,27 @@ class Worker:
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self.ended: Future[None] = Future()
         self._thread: threading.Thread | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether there has been a call."""
-        return self._thread is not None
+        self._lock = threading.Lock()
+        self._retired = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queue ``call`` for the thread."""
+        """Queue ``call`` for the thread.
+
+        :raises RuntimeError: the thread was retired
+        """
         future: Future[T] = Future()
-        self._queue.put((future, call))
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=_work,
-                args=(self._queue, self.ended),
-                name=f"async_barriers-{next(_numbers)}",
-                daemon=True,
-            )
-            _starter.start(self._thread)
+        with self._lock:
+            if self._retired:
+                raise RuntimeError("this thread is retired")
+            self._queue.put((future, call))
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_work,
+                    args=(self._queue, self.ended),
+                    name=f"async_barriers-{next(_numbers)}",
+                    daemon=True,
+                )
+                _starter.start(self._thread)
         return future
 
     def join(self, timeout_secs: float) -> None:
@@ -94,11 +98,15 @@ class Worker:
         if self._thread is not None:
             self._thread.join(timeout_secs)
 
-    def retire(self) -> None:
-        """End the thread after the calls already submitted; `ended` tells when."""
-        self._queue.put(None)
-        if self._thread is None:
-            settle(self.ended)
+    def retire(self, last: Callable[[], None]) -> None:
+        """End the thread after the calls already submitted and ``last``; `ended` tells when."""
+        with self._lock:
+            self._retired = True
+            if self._thread is None:
+                settle(self.ended)
+            else:
+                self._queue.put((Future(), last))
+                self._queue.put(None)
 
 
 def _work(
@@ -157,6 +165,8 @@ def _poster() -> Callable[[Callable[[], object]], object]:
 
 
 _to_end_at_exit: weakref.WeakSet[Any] = weakref.WeakSet()
+# A forked child has none of the threads, and must not end its parent's connections.
+os.register_at_fork(after_in_child=_to_end_at_exit.clear)
 EXIT_SECS = 1.0
 
 

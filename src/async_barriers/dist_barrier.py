@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar
 
 import anyio
 import torch.distributed as dist
+from anyio.lowlevel import current_token
 
 from ._barrier import (
     CONFIGURED,
@@ -23,7 +24,7 @@ from ._barrier import (
     checked_blob,
     reason_of,
 )
-from ._collectives import Collectives
+from ._collectives import Collectives, DifferentLeaders
 from ._config import register_barrier
 from ._errors import (
     BarrierClosedError,
@@ -77,7 +78,8 @@ class DistBarrier(Barrier):
             )
         self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
         self._group = Collectives(process_group)
-        self._turn = anyio.Lock()
+        self._turn: anyio.Lock | None = None
+        self._loop: object = None
         self._sequence = 0
         self._unusable: str | None = None
         self._closed = False
@@ -129,7 +131,10 @@ class DistBarrier(Barrier):
         async def gather_and_publish(sequence: int) -> bytes:
             nonlocal published, failure
             check_world(leader, group.size)
-            payloads = await outcome(group.submit(lambda: group.gather(brought, leader)))
+            try:
+                payloads = await outcome(group.submit(lambda: group.gather(brought, leader)))
+            except DifferentLeaders as exc:
+                raise BrokenBarrierError(name, sequence, None, str(exc)) from exc
             if group.rank != leader:
                 released, message = await outcome(group.submit(lambda: group.hear(leader)))
                 if not released:
@@ -166,7 +171,7 @@ class DistBarrier(Barrier):
             return
         self._closed = True
         group = self._group
-        if self._unusable is not None or self._turn.statistics().locked:
+        if self._unusable is not None or (self._turn and self._turn.locked()):
             group.give_up()
         group.retire()
         with anyio.move_on_after(UNDO_SECS, shield=True):
@@ -202,7 +207,7 @@ class DistBarrier(Barrier):
         self._sequence += 1
         try:
             with anyio.move_on_after(_or_inf(timeout)):
-                async with self._turn:
+                async with self._one_at_a_time():
                     self._check_usable(name, sequence)
                     await outcome(self._group.submit(self._group.connect))
                     return await collect(sequence)
@@ -226,6 +231,13 @@ class DistBarrier(Barrier):
             detail="a collective cannot tell who is missing; a StoreBarrier can",
             in_doubt=True,
         )
+
+    def _one_at_a_time(self) -> anyio.Lock:
+        # A lock belongs to the event loop that made it; the barrier may outlive that.
+        loop = current_token()
+        if self._turn is None or loop != self._loop:
+            self._loop, self._turn = loop, anyio.Lock()
+        return self._turn
 
     def _checked_timeout(self, timeout_secs: Timeout) -> float | None:
         if isinstance(timeout_secs, Configured):

@@ -14,7 +14,8 @@ from ._config import register_barrier
 from ._connection import Connection
 from ._crossing import CrossingBarrier
 from ._keys import Keys, check_prefix
-from ._session import Open, Session
+from ._lane import Open
+from ._session import Session
 from ._values import BarrierProgress
 
 
@@ -165,6 +166,8 @@ def _checked_session(
 
 def _checked_port(port: int) -> int:
     try:
+        if isinstance(port, bool | float):
+            raise TypeError(port)
         number = int(port)
     except (TypeError, ValueError) as exc:
         raise TypeError(f"tcpstore_port must be an integer, not {port!r}") from exc

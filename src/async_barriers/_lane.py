@@ -1,0 +1,110 @@
+"""A thread with a connection to the store of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from ._connection import Connection
+from ._errors import BarrierConnectionError
+from ._worker import Worker
+
+T = TypeVar("T")
+Open = Callable[[float, threading.Event], Connection]
+
+
+class Lane:
+    """A thread and the connection that it alone uses, opened by the first call."""
+
+    def __init__(self, open_connection: Open, init_secs: float) -> None:
+        self._open = open_connection
+        self._init_secs = init_secs
+        self._connection: Connection | None = None
+        self._abandoned = threading.Event()
+        self._stale = False
+        self._worker = Worker()
+        self.ended = self._worker.ended
+
+    def submit(self, call: Callable[[Connection], T], *, again: bool = False) -> Future[T]:
+        """Have the thread make ``call``; a lost connection is replaced for the next one.
+
+        :param again: make it once more if a connection that was used before turns out to be
+            lost; for calls that may be made twice
+        """
+
+        def run() -> T:
+            if self._stale:
+                self._hang_up()
+            used_before = self._connection is not None
+            try:
+                return call(self._connected())
+            except BarrierConnectionError:
+                self._hang_up()
+                if not (again and used_before):
+                    raise
+            return call(self._connected())
+
+        try:
+            return self._worker.submit(run)
+        except RuntimeError as exc:
+            refused: Future[T] = Future()
+            refused.set_exception(_given_up(exc))
+            return refused
+
+    def _connected(self) -> Connection:
+        if self._connection is None and not self._abandoned.is_set():
+            deadline = time.monotonic() + self._init_secs
+            self._stale = False
+            self._connection = self._open(deadline, self._abandoned)
+        # A call that was given up must not be made late: by then it may be another store
+        # that answers at the same address.
+        if self._connection is None or self._abandoned.is_set():
+            raise _given_up(None)
+        return self._connection
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, be it one that hangs."""
+        return self._connection is not None
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether `abandon` ends a call that would not end by itself."""
+        return self._connection is None or self._connection.interruptible
+
+    def join(self, timeout_secs: float) -> None:
+        """Block until the thread is gone, which it is microseconds after `ended`."""
+        self._worker.join(timeout_secs)
+
+    def renew(self) -> None:
+        """From any thread: replace the connection before the next call."""
+        self._stale = True
+
+    def retire(self) -> None:
+        """Close after the calls already submitted."""
+        self._worker.retire(self._hang_up)
+
+    def stop_waiting(self) -> None:
+        """From any thread: end a wait for a key that nobody is left to set."""
+        if (connection := self._connection) is not None:
+            connection.stop_waiting()
+
+    def abandon(self) -> None:
+        """From any thread: end the call under way, where that can be done, and make no other."""
+        self._abandoned.set()
+        if (connection := self._connection) is not None:
+            connection.interrupt()
+
+    def _hang_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+def _given_up(cause: BaseException | None) -> BarrierConnectionError:
+    error = BarrierConnectionError("the connection to the store was given up")
+    error.__cause__ = cause
+    return error
