@@ -33,10 +33,11 @@ What the reduction drops:
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 from async_barriers._connection import Connection, TCPConnection
@@ -167,6 +168,11 @@ class System:
         self._log: tuple[tuple[Op, Any], ...] | None = None
         self._position = 0
         self._pending: Op | None = None
+        self._place: Hashable = None
+        self._returned: dict[FrameType, Any] = {}
+        self._connections: dict[int, Connection] = {}
+        self._nodes: dict[Hashable, Node] = {}
+        self.merges = True
 
     # -- what a scenario is made of ----------------------------------------------------
 
@@ -221,22 +227,49 @@ class System:
             self._position += 1
             return result
         # Whatever asks for more while it is unwound does not get it.
-        self._pending = self._pending or op
+        if self._pending is None:
+            self._pending = op
+            self._place = self._whereabouts(sys._getframe(1)) if self.merges else self._log
         raise _Pause
 
     def node(self, index: int, log: tuple[tuple[Op, Any], ...]) -> Node:
         """Run an activity up to the first operation that is not in ``log``."""
-        self._log, self._position, self._pending = log, 0, None
+        if index not in self._connections:
+            self._connections[index] = self.connection()
+        self._log, self._position, self._pending, self._place = log, 0, None, None
         error: str | None = None
+        self._returned.clear()
+        sys.setprofile(self._profile)
         try:
-            self.activities[index].run(self.connection())
+            self.activities[index].run(self._connections[index])
         except _Pause:
             pass
         except Exception as exc:
             error = f"{type(exc).__name__}: {exc}"
         finally:
+            sys.setprofile(None)
             self._log = None
-        return Node(log, self._pending, None if self._pending else error)
+        if self._pending is not None:
+            error = None
+        place = (index, self._pending, self._place, error)
+        return self._nodes.setdefault(place, Node(log, self._pending, error))
+
+    def _profile(self, frame: FrameType, event: str, value: Any) -> None:
+        if event == "return" and frame.f_back is not None:
+            self._returned[frame.f_back] = value
+
+    def _whereabouts(self, frame: FrameType | None) -> Hashable:
+        """Where an activity is, and all that it remembers there."""
+        found: list[Hashable] = [repr(sys.exc_info()[1])]
+        while frame is not None and frame.f_code is not System.node.__code__:
+            variables = tuple((name, _frozen(value)) for name, value in frame.f_locals.items())
+            # A result that waits, unnamed, for a `finally` or for the rest of its expression.
+            unnamed = _frozen(self._returned.get(frame))
+            found += [frame.f_code, frame.f_lasti, variables, unnamed]
+            if frame.f_code.co_name.endswith("comp>"):
+                found.append(self._log)
+            frame = frame.f_back
+        return tuple(found)
 
     # -- steps -------------------------------------------------------------------------
 
@@ -362,36 +395,40 @@ def explore(
         tuple(system.node(index, ()) for index in range(len(system.activities))),
         ((),) * len(system.activities),
     )
-    # By the number of operations made so far: the ways to get there, and one of them.
-    frontier: dict[int, dict[State, list[Any]]] = defaultdict(dict, {0: {root: [1, None]}})
-    while frontier:
-        depth = min(frontier)
-        for state, (ways, path) in frontier.pop(depth).items():
-            values = dict(state.values)
-            moves = system.moves(state, values)
-            report.states += 1
-            report.steps += len(moves)
-            try:
-                if not moves:
-                    report.ends += 1
-                    report.schedules += ways
-                    ended(View(system, values, state.nodes, None))
-                for process in may_crash:
-                    movers = {system.activities[index].process for index, _ in moves}
-                    if movers == {process}:
-                        report.crashes += 1
-                        ended(View(system, values, state.nodes, process))
-            except AssertionError as exc:
-                raise _violation(system, root, path, exc) from exc
+    found = {root: 0}
+    states = [root]
+    came: list[tuple[int, tuple[int, bool]]] = [(0, (0, False))]
+    graph: list[list[int]] = []
+    for number, state in enumerate(states):
+        values = dict(state.values)
+        moves = system.moves(state, values)
+        graph.append([])
+        try:
+            if not moves:
+                report.ends += 1
+                ended(View(system, values, state.nodes, None))
+            movers = {system.activities[index].process for index, _ in moves}
+            if len(movers) == 1 and not movers.isdisjoint(may_crash):
+                report.crashes += 1
+                ended(View(system, values, state.nodes, *movers))
             for move in moves:
+                after = dict(values)
                 try:
-                    after = dict(values)
                     new, made = system.step(state, after, *move)
                     _judge(system, new, after, made, noted, move[0])
-                except AssertionError as exc:
-                    raise _violation(system, root, (path, move), exc) from exc
-                entry = frontier[depth + len(made)].setdefault(new, [0, (path, move)])
-                entry[0] += ways
+                except AssertionError:
+                    came.append((number, move))
+                    number = len(came) - 1
+                    raise
+                if (to := found.setdefault(new, len(states))) == len(states):
+                    states.append(new)
+                    came.append((number, move))
+                graph[-1].append(to)
+        except AssertionError as exc:
+            raise _violation(system, root, came, number, exc) from exc
+    report.states = len(states)
+    report.steps = sum(map(len, graph))
+    report.schedules = _count_schedules(graph)
     return report
 
 
@@ -410,11 +447,37 @@ def _judge(
     assert error is None, f"{system.activities[index].name} raised {error}"
 
 
-def _violation(system: System, root: State, path: Any, exc: AssertionError) -> Violation:
+def _count_schedules(graph: list[list[int]]) -> int:
+    """The ways from the first state to an end."""
+    ways = [1] + [0] * (len(graph) - 1)
+    unseen = [0] * len(graph)
+    for state in graph:
+        for to in state:
+            unseen[to] += 1
+    ready, schedules = [0], 0
+    while ready:
+        state = ready.pop()
+        schedules += 0 if graph[state] else ways[state]
+        for to in graph[state]:
+            ways[to] += ways[state]
+            unseen[to] -= 1
+            if not unseen[to]:
+                ready.append(to)
+    assert not any(unseen), "law 5: activities can go round for ever"
+    return schedules
+
+
+def _violation(
+    system: System,
+    root: State,
+    came: list[tuple[int, tuple[int, bool]]],
+    number: int,
+    exc: AssertionError,
+) -> Violation:
     """What happened, in order; memory is left out."""
     moves = []
-    while path is not None:
-        path, move = path
+    while number:
+        number, move = came[number]
         moves.append(move)
     lines, state = [], root
     for index, arrives in reversed(moves):
@@ -436,6 +499,18 @@ def _violation(system: System, root: State, path: Any, exc: AssertionError) -> V
                 )
                 lines.append(f"  {system.activities[index].name:24} {op}{how}")
     return Violation("\n".join([str(exc), *lines]))
+
+
+def _frozen(value: Any) -> Hashable:
+    """Equal for what cannot be told apart; objects made anew are not."""
+    if isinstance(value, FunctionType):
+        cells = tuple(_frozen(cell.cell_contents) for cell in value.__closure__ or ())
+        return (value.__code__, cells, _frozen(value.__defaults__))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, Hashable) else id(value)
 
 
 # -- what activities see -------------------------------------------------------------------

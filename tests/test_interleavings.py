@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import pytest
-from explorer import Report, System, View, Violation, explore
+from explorer import Report, System, View, explore
 
 from async_barriers._connection import Connection
 from async_barriers._keys import Keys, PhaseKeys
@@ -48,7 +47,7 @@ class Scenario:
 
     def _enter(self, store: Connection, turn: Turn) -> None:
         if not turn.hold():
-            return self.learn(turn, "enters", turn.known_verdict)
+            return self.learn(turn, "enters", turn.parting_word)
         try:
             self.system.note("entered", f"{turn.rank} {turn.keys.path}", True)
             payload = b"" if turn.leader is None else b"%d" % turn.rank
@@ -74,7 +73,7 @@ class Scenario:
                 lambda store, turn=turn: turn.during(
                     store,
                     lambda store: self._give_up(store, turn, how, timeout_secs),
-                    lambda: self.learn(turn, how, turn.known_verdict),
+                    lambda: self.learn(turn, how, turn.parting_word),
                 ),
             )
 
@@ -95,7 +94,7 @@ class Scenario:
             self.learn(
                 turn,
                 "publishes",
-                turn.during(store, turn.await_verdict, lambda: turn.known_verdict),
+                turn.during(store, turn.await_verdict, lambda: turn.parting_word),
             )
             return
         payloads = turn.during(store, turn.payloads, dict)
@@ -108,16 +107,14 @@ class Scenario:
             verdict = Released(gathered.last_rank, b"result")
             self.system.note("published", turn.keys.path, True)
         settled = turn.during(
-            store, lambda store: turn.settle(store, verdict), lambda: turn.known_verdict
+            store, lambda store: turn.settle(store, verdict), lambda: turn.parting_word
         )
         self.learn(turn, "publishes", settled)
 
     def add(
         self, rank: int, how: str, keys: PhaseKeys, run: Callable[[Connection], object]
     ) -> None:
-        self.system.activity(
-            f"{rank} {how}", str(rank), run, memory=f"{rank} in {keys.path}"
-        )
+        self.system.activity(f"{rank} {how}", str(rank), run, memory=f"{rank} in {keys.path}")
 
     def learn(self, turn: Turn, how: str, verdict: object) -> None:
         path = turn.keys.path
@@ -155,7 +152,7 @@ class Scenario:
                 missing = broke["missing"] if verdict.timeout_secs is not None else ()
                 assert verdict.missing == missing, f"law 6: {who} {verdict}"
         for other, (there, heard) in view.notes("learned").items():
-            if there == path and not Gathered in (type(heard), type(verdict)):
+            if there == path and Gathered not in (type(heard), type(verdict)):
                 assert heard == verdict, f"law 2: {who}: {verdict}, {other}: {heard}"
 
     def ended(self, view: View) -> None:
@@ -182,20 +179,21 @@ def read_log(view: View, path: str, world_size: int) -> tuple[bool | None, dict[
 def test_all_enter() -> None:
     """x"""
     import time
+
     for n in (2, 3):
-        t=time.time()
+        t = time.time()
         s = Scenario(n)
         s.enter(*range(n))
-        print(n, s.explore(), time.time()-t)
+        print(n, s.explore(), time.time() - t)
     for n in (2, 3):
-        t=time.time()
+        t = time.time()
         s = Scenario(n)
         s.enter(*range(n))
-        s.give_up(n-1, timeout_secs=1.0)
-        print(n, s.explore(may_crash=["0"]), time.time()-t)
+        s.give_up(n - 1, timeout_secs=1.0)
+        print(n, s.explore(may_crash=["0"]), time.time() - t)
     for n in (2, 3):
-        t=time.time()
+        t = time.time()
         s = Scenario(n)
         s.enter(*range(n))
-        s.give_up(0,n-1, timeout_secs=1.0)
-        print(n, s.explore(), time.time()-t)
+        s.give_up(0, n - 1, timeout_secs=1.0)
+        print(n, s.explore(), time.time() - t)

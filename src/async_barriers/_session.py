@@ -232,9 +232,16 @@ class Session:
                     future,
                     error=BrokenBarrierError(turn.name, turn.sequence, 0, reason, in_doubt=True),
                 )
+        self._stop_doubting()
         with self._changed:
             self._changed.wait_for(lambda: not self._in_store, _DRAIN_SECS)
         self._renew_lanes()
+
+    def _stop_doubting(self) -> None:
+        """End the waits for commits that their leader has not settled, and may be dead."""
+        for turn, lane in list(self._entered_on.items()):
+            if turn.verdict is None:
+                lane.stop_waiting()
 
     def _renew_lanes(self) -> None:
         for lane in list(self._lanes):
@@ -468,10 +475,7 @@ class Session:
             else:
                 # Known now, while the thread that waits for it may not have read it yet.
                 settle(future, judged)
-        for turn, lane in list(self._entered_on.items()):
-            if turn.verdict is None:
-                # A commit that its leader has not settled, and may be dead.
-                lane.stop_waiting()
+        self._stop_doubting()
         # Not `_standing`: one lost connection ends that, and the watcher may be well.
         if (membership := self._watched) is not None:
             store.set(membership.mail, _membership.CLOSED)
