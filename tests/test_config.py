@@ -124,6 +124,7 @@ async def test_a_barrier_of_ones_own_needs_one_method_only() -> None:
         ("tcpstore_port", -1, "tcpstore_port is -1; it must be 0 to 65535"),
         ("tcpstore_port", 65536, "tcpstore_port is 65536"),
         ("tcpstore_port", "http", "tcpstore_port must be an integer"),
+        ("tcpstore_port", 1.5, "tcpstore_port must be an integer, not 1.5"),
         ("master_address", "", "master_address is ''"),
         ("timeout_secs", -5, "timeout_secs is -5; it must be positive and finite, or None"),
         ("timeout_secs", float("nan"), "timeout_secs is nan"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -286,16 +287,18 @@ async def test_progress_is_reported(world: World, caplog: pytest.LogCaptureFixtu
         async with Tasks() as tasks:
             waiting = starts(tasks, ranks[:2], "x")
             with anyio.fail_after(10):
-                while len(seen) < 4:
+                while sum(progress.arrived == 2 for progress in seen) < 4:
                     await anyio.sleep(0.01)
             await ranks[2].execute_barrier("x")
             for outcome in waiting:
                 await outcome.returned()
     for progress in seen:
-        assert (progress.arrived, progress.world_size, progress.missing_ranks) == (2, 3, (2,))
+        # On a slow machine the first one may come before the other rank has entered.
+        assert progress.world_size == progress.arrived + len(progress.missing_ranks) == 3
+        assert 2 in progress.missing_ranks
         assert progress.waited_secs >= 0.3
     text = caplog.text
-    assert "barrier 'x' #0: 2 of 3 ranks after 0.3 s, missing 2" in text
+    assert re.search(r"barrier 'x' #0: 2 of 3 ranks after 0\.\d s, missing 2\n", text)
     assert "on_progress raised" in text
     assert {record.name.partition(".")[0] for record in caplog.records} <= {"async_barriers"}
 

@@ -125,12 +125,10 @@ class CrossingBarrier(Barrier):
         turn = self._session.open_turn(name)
         if turn is None:
             return await self._break(await self._take_turn(name), reason)
+        if turn not in self._publishing:
+            await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+        # Also where it began to publish in the same instant.
         if (publication := self._publishing.get(turn)) is not None:
-            publication.stop(reason)
-            return await publication.settled.wait()
-        judged = await _require(self._session.give_up(turn, reason), self._init_secs, turn)
-        if isinstance(judged, Gathered) and (publication := self._publishing.get(turn)):
-            # It began to publish in the same instant.
             publication.stop(reason)
             await publication.settled.wait()
 

@@ -127,9 +127,11 @@ class Session:
         return self._joining
 
     def doubt_joining(self) -> None:
-        """The caller of `join` waits no longer: see whether it hangs on a dead connection."""
-        hangs = time.monotonic() - self._joining_since > _HANGS_SECS and self._control.connected
-        if self._joining is not None and not self._joining.done() and hangs:
+        """The caller of `join` waits no longer: see whether it hangs, on a dead connection."""
+        if self._joining is None or self._joining.done():
+            return
+        took = time.monotonic() - self._joining_since
+        if took > (_HANGS_SECS if self._control.connected else self.init_secs):
             self._start_afresh(None)
 
     def _join(self, store: Connection) -> None:
@@ -137,7 +139,7 @@ class Session:
             return
         if self._closing:
             raise _closed(self._keys.prefix)
-        life = self._life
+        before = life = self._life
         previous = None if life is None else life.membership
         membership = _membership.join(
             store, self._keys, self.rank, self.world_size, self._token, previous
@@ -161,12 +163,15 @@ class Session:
             self._break(store, self._next_turn(life, name), reason)
             del self._owed_turns[0]
         with self._lock:
-            self._life = life
-            self._standing = not self.closing
-            watched, self._watched = self._watched, membership
-        if self.closing:
-            self._watched = None
-            membership.leave(store)
+            # Not this one if it hung, was given up and comes to its end after another one.
+            takes_effect = self._life is before and not self.closing
+            if takes_effect:
+                self._life = life
+                self._standing = True
+                watched, self._watched = self._watched, membership
+        if not takes_effect:
+            if membership is not previous:
+                membership.leave(store)
             raise _closed(self._keys.prefix)
         if watched is not membership:
             self._watcher.submit(lambda store: self._watch(store, membership))
