@@ -184,3 +184,13 @@ def test_waiting_for_a_port_ends() -> None:
     called_off.set()
     with pytest.raises(BarrierConnectionError):
         connections.await_port("127.0.0.1", port, time.monotonic() + 60, called_off)
+
+
+def test_a_wait_that_was_ended_as_its_value_came(tcp: TCPConnection) -> None:
+    """The connection is done for: an answer that nobody expects may be on its way."""
+    tcp.stop_waiting()
+    tcp.set("bell", b"ding")
+    assert tcp.await_value("bell") == b"ding"
+    tcp._stopped = True
+    with pytest.raises(BarrierConnectionError, match="given up"):
+        tcp.await_value("bell")

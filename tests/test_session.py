@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,8 +27,23 @@ from async_barriers import _protocol as protocol
 from async_barriers._connection import Connection
 from async_barriers._keys import Keys
 from async_barriers._protocol import Turn
+from async_barriers._verdict import Gathered
 
 PHASE = Keys("tests").phase(0, "x", 0)
+
+
+class Hook:
+    """Faults of a store in memory, to be switched on and off."""
+
+    def __init__(self, world: World, call: Callable[[str, str], object]) -> None:
+        self._data = world.store.data  # type: ignore[attr-defined]
+        self._call = call
+
+    def on(self) -> None:
+        self._data.hook = self._call
+
+    def off(self) -> None:
+        self._data.hook = None
 
 
 def turn_of(rank: int, world_size: int = 3) -> Turn:
@@ -175,6 +192,8 @@ async def test_a_coroutine_that_is_dropped(memory: World) -> None:
     crossing.send(None)
     await memory.entered(0, name="x")
     crossing.close()
+    # It does not wait for its break to arrive; the last arrival might be quicker.
+    await memory.exists(memory.keys(name="x").verdict)
     with pytest.raises(BrokenBarrierError, match="broken by rank 0: it raised GeneratorExit"):
         await ranks[1].execute_barrier("x")
 
@@ -248,11 +267,154 @@ async def test_what_the_store_did_not_take_is_made_up_for(memory: World) -> None
         assert gone.secs < 1.5
         assert not waiting.ended.is_set()
         cut_off.clear()
-        await ranks[0].connect()
+        await ranks[0].connect()  # it tries by itself, once, but the test may be quicker
         error = await waiting.raised(BrokenBarrierError)
         assert (error.rank, error.reason) == (0, "it lost its connection to the store")
         with pytest.raises(BrokenBarrierError):
             await ranks[2].execute_barrier("x")
+
+
+@pytest.mark.anyio
+async def test_cancelling_while_the_store_hangs(memory: World) -> None:
+    """It ends within a second, and the break is made up for later (laws 5 and 8)."""
+    ranks = await memory.barriers(2)
+    go_on = threading.Event()
+    hook = Hook(memory, lambda operation, key: go_on.wait())
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", timeout_secs=None))
+        await memory.entered(0, name="x")
+        hook.on()
+        cancelled_at = anyio.current_time()
+        waiting.scope.cancel()
+        await waiting.ended.wait()
+        assert waiting.scope.cancelled_caught
+        assert anyio.current_time() - cancelled_at < 1.2
+    hook.off()
+    go_on.set()
+    await memory.exists(memory.keys(name="x").verdict)
+    with pytest.raises(BrokenBarrierError, match="broken by rank 0"):
+        await ranks[1].execute_barrier("x")
+    await gather(partial(rank.execute_barrier, "y") for rank in ranks)
+
+
+@pytest.mark.anyio
+async def test_reports_that_the_store_does_not_answer(memory: World) -> None:
+    """Neither the report nor the question who came back outlasts the deadline (law 5)."""
+    ranks = await memory.barriers(
+        2, warn_after_secs=0.3, timeout_barrier_init_secs=0.45, timeout_secs=0.6
+    )
+    again = memory.barrier(
+        1, 2, warn_after_secs=0.2, timeout_barrier_init_secs=0.45, timeout_secs=0.6
+    )
+    await again.connect()
+    go_on = threading.Event()
+    hook = Hook(
+        memory,
+        lambda operation, key: go_on.wait() if "summary" in key or "member" in key else None,
+    )
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(again.execute_barrier, "x"))
+        await memory.entered(1, name="x", generation=1)
+        hook.on()
+        await waiting.raised(BarrierConnectionError)
+        assert waiting.secs < 1.6
+    hook.off()
+    go_on.set()
+    await ranks[0].connect()
+    await gather(partial(rank.execute_barrier, "y") for rank in (ranks[0], again))
+
+
+@pytest.mark.anyio
+async def test_who_came_back_is_asked_once(memory: World) -> None:
+    """When all are back it is a phase like any other; when the store then hangs, it is said."""
+    first = await memory.barriers(2)
+    ranks = [memory.barrier(rank, 2, timeout_barrier_init_secs=0.3) for rank in range(2)]
+    await gather(rank.connect for rank in ranks)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await memory.entered(0, name="x", generation=ranks[0]._session.generation)
+        await anyio.sleep(0.5)  # past the question, which goes well
+        await ranks[1].execute_barrier("x")
+        await waiting.returned()
+    lone = memory.barrier(1, 2, timeout_barrier_init_secs=0.3)
+    await lone.connect()
+    go_on = threading.Event()
+    hook = Hook(
+        memory,
+        lambda operation, key: go_on.wait() if operation != "wait" and "/log" in key else None,
+    )
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(lone.execute_barrier, "x", timeout_secs=20.0))
+        await memory.entered(1, name="x", generation=lone._session.generation)
+        hook.on()
+        assert (await waiting.raised(BarrierConnectionError)).in_doubt
+        assert waiting.secs < 2
+    hook.off()
+    go_on.set()
+    await lone.connect()
+    for rank in first:
+        await rank.aclose()
+
+
+@pytest.mark.anyio
+async def test_closing_when_the_store_refuses(memory: World) -> None:
+    """The store that takes no farewell is not the closing rank's problem."""
+    ranks = await memory.barriers(2)
+
+    def refuse(operation: str, key: str) -> None:
+        if operation == "set":
+            raise ConnectionResetError("read-only")
+
+    hook = Hook(memory, refuse)
+    hook.on()
+    await ranks[0].aclose()
+    hook.off()
+    await memory.call(memory.store.set, Keys("tests").mail(0, 0), b"closed")
+
+
+@pytest.mark.anyio
+async def test_what_cannot_be_broken_is_said(
+    memory: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A body fails on a rank that was replaced: its exception goes on, a warning says more."""
+    (old,) = await memory.barriers(1)
+    await memory.barrier(0, 1).connect()
+
+    async def told() -> bool:
+        return not old._session.stands
+
+    await until(told)
+    with pytest.raises(OSError, match="disk full"):
+        async with old.phase("x"):
+            raise OSError("disk full")
+    assert "could not be broken for its peers" in caplog.text
+    with pytest.raises(TypeError, match="reason must be a string"):
+        await old.abort(OSError("disk full"), "x")  # type: ignore[arg-type]
+
+
+@pytest.mark.anyio
+async def test_reports_need_no_callback(memory: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has them all the same; a phase that ends meanwhile is not reported."""
+    ranks = await memory.barriers(2, warn_after_secs=0.2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+
+        async def reported() -> bool:
+            return "1 of 2 ranks" in caplog.text
+
+        await until(reported)
+        await ranks[1].execute_barrier("x")
+        await waiting.returned()
+
+
+def test_departing_twice_is_departing_once() -> None:
+    """Whichever of two calls of a rank leaves the phase last, it is counted out once."""
+    store = Connection(MemoryStore())
+    turn = turn_of(0)
+    turn.forsake(store, Gathered(2, 1))
+    turn.forsake(store, Gathered(2, 1))
+    assert turn.parting_word == Gathered(2, 1)
+    assert int(store.read(PHASE.count) or b"0") == 1 << 31
 
 
 @pytest.mark.anyio

@@ -403,11 +403,13 @@ class Session:
     def start_afresh(self, turn: Turn) -> None:
         """The store did not answer in time: leave the connections that hang behind.
 
-        The break of ``turn`` that it did not take is made up for when this rank joins again.
+        The break of ``turn`` that it did not take is made up for when this rank joins again,
+        which it tries at once: peers may still wait in the phase.
         """
         lane = self._entered_on.pop(turn, None)
         self._owed.append(lambda store: self._make_up_for(store, turn, lane))
         self._start_afresh(lane)
+        self.join()
 
     def lost(self, turn: Turn) -> None:
         """``turn`` lost its connection, and is a commit that only its leader can settle."""
