@@ -47,6 +47,7 @@ T = TypeVar("T")
 Key = str | tuple[str, str]
 
 _IN_STORE = {"add", "append", "check", "compare_set", "delete", "get", "list", "set", "wait"}
+_IN_MEMORY = {"load", "save", "lock", "unlock"}
 _UNANSWERED = {"append", "set"}
 
 
@@ -99,7 +100,8 @@ class Node:
 
 
 class State(NamedTuple):
-    values: frozenset[tuple[Key, Any]]
+    # Of the store and the memory, in the order of `System.slots`; an absent key is None, too.
+    values: tuple[Any, ...]
     nodes: tuple[Node, ...]
     sent: tuple[tuple[Op, ...], ...]
 
@@ -160,8 +162,10 @@ class Report:
 class System:
     """Activities, and the store and memory they share."""
 
-    def __init__(self, *, answers_all: bool = False) -> None:
+    def __init__(self, *, answers_all: bool = False, fine: bool = True) -> None:
         self.values: dict[Key, Any] = {}
+        self._slots: dict[Key, None] = {}
+        self._fine = fine
         self.activities: list[Activity] = []
         self._unanswered = set() if answers_all else _UNANSWERED
         self._connect = _plain if answers_all else TCPConnection
@@ -206,7 +210,8 @@ class System:
         for field in cells:
             is_lock = isinstance(fields[field], type(threading.Lock()))
             instance.__dict__[field] = _Section(self, (name, field)) if is_lock else None
-            self.values[name, field] = None if is_lock else fields[field]
+            if not is_lock and fields[field] is not None:
+                self.values[name, field] = fields[field]
         return instance  # type: ignore[no-any-return]
 
     def note(self, kind: str, who: str, value: Any) -> None:
@@ -280,6 +285,8 @@ class System:
             return old
         if kind in ("save", "note", "lock", "unlock"):
             values[key] = args[0]
+            if args[0] is None:
+                del values[key]
             return None
         if type(old) is Gone:
             # What a stray writes late is its own affair.
@@ -316,23 +323,43 @@ class System:
         if op is None or (op.kind in _IN_STORE and state.sent[index]):
             return False
         if op.kind == "lock":
-            return values[op.key] is None
+            return op.key not in values
         return op.kind not in ("wait", "get", "hear") or op.key in values
 
-    def _private(self, values: dict[Key, Any], nodes: list[Node], index: int, op: Op) -> bool:
-        """Whether no other activity can tell when ``op`` happens."""
-        if op.kind in self._unanswered:
+    def _private(self, values: dict[Key, Any], nodes: list[Node], index: int, made: Op, op: Op) -> bool:
+        """Whether ``op``, which comes after ``made``, need not be a step of its own."""
+        if op.kind in self._unanswered or op.kind == "note":
             return True
-        if op.kind in ("load", "save", "unlock") and values.get((op.key[0], "_lock")) == index:
+        if op.kind in ("load", "save"):
+            if not self._fine or values.get((op.key[0], "_lock")) == index:
+                return True
+        elif op.kind == "unlock":
             return True
-        if op.kind not in ("load", "save", "lock", "unlock"):
-            return False
+        elif op.kind != "lock":
+            return not self._fine and (made.kind, op.kind, made.key) == ("wait", "get", op.key)
+        return not any(nodes[other].pending for other in self._sharing(index) if other != index)
+
+    def _sharing(self, index: int) -> list[int]:
+        """The activities with the memory of this one."""
         memory = self.activities[index].memory
-        return not any(
-            node.pending is not None and activity.memory == memory
-            for other, (activity, node) in enumerate(zip(self.activities, nodes, strict=True))
-            if other != index
-        )
+        return [number for number, other in enumerate(self.activities) if other.memory == memory]
+
+    # -- states ------------------------------------------------------------------------
+
+    def state(
+        self, values: dict[Key, Any], nodes: tuple[Node, ...], sent: tuple[tuple[Op, ...], ...]
+    ) -> State:
+        for key in values:
+            self._slots.setdefault(key)
+        found = tuple(map(values.get, self._slots))
+        # One form for each, though slots are found on the way.
+        while found and found[-1] is None:
+            found = found[:-1]
+        return State(found, nodes, sent)
+
+    def values_in(self, state: State) -> dict[Key, Any]:
+        pairs = zip(self._slots, state.values, strict=False)
+        return {key: value for key, value in pairs if value is not None}
 
     def step(
         self, state: State, values: dict[Key, Any], index: int, arrives: bool
@@ -344,11 +371,11 @@ class System:
             op, *rest = sent[index]
             sent[index] = tuple(rest)
             self._apply(values, op, stray=stray)
-            return State(frozenset(values.items()), state.nodes, tuple(sent)), [(op, None)]
+            return self.state(values, state.nodes, tuple(sent)), [(op, None)]
         made: list[tuple[Op, Any]] = []
         nodes = list(state.nodes)
         while (next_op := nodes[index].pending) is not None:
-            if made and not self._private(values, nodes, index, next_op):
+            if made and not self._private(values, nodes, index, made[-1][0], next_op):
                 break
             if next_op.kind == "lock":
                 next_op = next_op._replace(args=(index,))
@@ -364,7 +391,7 @@ class System:
                 after = self.node(index, (*node.log, (node.pending, result)))
                 node.after[result] = after
             nodes[index] = after
-        return State(frozenset(values.items()), tuple(nodes), tuple(sent)), made
+        return self.state(values, tuple(nodes), tuple(sent)), made
 
     def moves(self, state: State, values: dict[Key, Any]) -> list[tuple[int, bool]]:
         """The steps that are possible: whose, and whether it is something sent that arrives."""
@@ -375,6 +402,19 @@ class System:
             if self._enabled(state, values, index):
                 found.append((index, False))
         return found
+
+    def persistent(
+        self, state: State, moves: list[tuple[int, bool]]
+    ) -> list[tuple[int, bool]]:
+        """As many of ``moves`` as will do: where all that share a memory are about to use it,
+        nobody else can interfere, and it does not matter what others do meanwhile."""
+        for index, arrives in moves:
+            if not arrives:
+                sharing = self._sharing(index)
+                pending = [op for i in sharing if (op := state.nodes[i].pending) is not None]
+                if all(op.kind in _IN_MEMORY for op in pending):
+                    return [(i, sends) for i, sends in moves if i in sharing and not sends]
+        return moves
 
 
 def explore(
@@ -390,8 +430,8 @@ def explore(
     """
     report = Report()
     may_crash = tuple(may_crash)
-    root = State(
-        frozenset(system.values.items()),
+    root = system.state(
+        system.values,
         tuple(system.node(index, ()) for index in range(len(system.activities))),
         ((),) * len(system.activities),
     )
@@ -400,7 +440,7 @@ def explore(
     came: list[tuple[int, tuple[int, bool]]] = [(0, (0, False))]
     graph: list[list[int]] = []
     for number, state in enumerate(states):
-        values = dict(state.values)
+        values = system.values_in(state)
         moves = system.moves(state, values)
         graph.append([])
         try:
@@ -411,7 +451,7 @@ def explore(
             if len(movers) == 1 and not movers.isdisjoint(may_crash):
                 report.crashes += 1
                 ended(View(system, values, state.nodes, *movers))
-            for move in moves:
+            for move in system.persistent(state, moves):
                 after = dict(values)
                 try:
                     new, made = system.step(state, after, *move)
@@ -483,7 +523,7 @@ def _violation(
     for index, arrives in reversed(moves):
         try:
             made: list[tuple[Op, Any]]
-            state, made = system.step(state, dict(state.values), index, arrives)
+            state, made = system.step(state, system.values_in(state), index, arrives)
         except AssertionError:
             op = state.sent[index][0] if arrives else state.nodes[index].pending
             assert op is not None

@@ -21,6 +21,7 @@ from async_barriers import (
     BrokenBarrierError,
     DistBarrier,
 )
+from async_barriers._collectives import Collectives
 
 pytestmark = pytest.mark.anyio
 
@@ -355,3 +356,11 @@ def test_closing_ends_a_crossing_of_another_task(tmp_path: Any) -> None:
     said, codes, errors = run_ranks(act, tmp_path, "trio")
     assert codes == [0, 0, 0], errors
     assert results(said)[0]["error"] == "BarrierClosedError"
+
+
+def test_a_group_that_was_let_go_takes_no_call() -> None:
+    """What comes after closing is refused, not queued for ever."""
+    group = Collectives(None)
+    group.retire()
+    with pytest.raises(BarrierConnectionError, match="let go"):
+        group.submit(group.connect).result(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -136,17 +137,11 @@ class Collectives:
     def _wait(self, work: dist.Work | None) -> None:
         assert work is not None
         self._stuck = True
-        while True:
-            try:
-                work.wait(_LOOK_UP)
-                break
-            except RuntimeError:
-                if work.is_completed():
-                    # It failed, or ended just now; this tells which, without waiting.
-                    work.wait()
-                    break
-                if self._abandoned.is_set():
-                    raise BarrierConnectionError("the collective was given up") from None
+        while not _has_ended(work):
+            if self._abandoned.is_set():
+                raise BarrierConnectionError("the collective was given up")
+        # Returns at once; raises if it failed.
+        work.wait()
         self._stuck = False
 
     def _let_go(self) -> None:
@@ -172,6 +167,13 @@ class Collectives:
         assert self._group is not None
         kinds: list[torch.device] = self._group._device_types
         return next((kind for kind in kinds if kind.type == "cpu"), kinds[0])
+
+
+def _has_ended(work: dist.Work) -> bool:
+    """Wait a moment for it."""
+    with contextlib.suppress(RuntimeError):
+        work.wait(_LOOK_UP)
+    return work.is_completed()
 
 
 def _translated(call: Callable[[], T]) -> T:
