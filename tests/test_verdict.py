@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from async_barriers import _verdict
@@ -13,7 +13,10 @@ from async_barriers._verdict import Broken, Gathered, Released
 
 WORLD = 4
 texts = st.text(max_size=12)
-phases = st.tuples(texts, st.integers(0, 3), texts, st.integers(0, 30))
+# Pieces of keys, which could be mistaken for each other where texts meet.
+pieces = st.lists(st.sampled_from(["p", "q", "/", "/phase/0/", "0", "1:", "/log"]), max_size=4)
+parts = texts | pieces.map("".join)
+phases = st.tuples(parts, st.integers(0, 3), parts, st.integers(0, 30))
 ranks = st.integers(0, WORLD - 1)
 lines = st.one_of(
     ranks.map(lambda rank: _verdict.arrival(rank, None)),
@@ -26,6 +29,9 @@ logs = st.lists(lines, max_size=12)
 
 
 @given(phases, phases)
+@example(("ckpt1", 0, "0", 0), ("ckpt", 0, "10", 0))
+@example(("p", 0, "q/phase/0/x", 0), ("p/phase/0/q", 0, "x", 0))
+@example(("p", 0, "", 0), ("p", 0, "/0", 0))
 def test_no_two_phases_share_a_key(
     one: tuple[str, int, str, int], other: tuple[str, int, str, int]
 ) -> None:
