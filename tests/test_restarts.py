@@ -265,6 +265,38 @@ async def test_closing_before_it_joins(memory: World) -> None:
     assert await memory.read(Keys("tests").member(0)) is None
 
 
+async def test_closing_while_it_joins_again(memory: World) -> None:
+    """It keeps its place on the roll, which the farewell gives up (law 13)."""
+    (barrier,) = await memory.barriers(1)
+    session = barrier._session
+    roll = await memory.read(Keys("tests").roll(0))
+
+    def close(operation: str, key: str) -> None:
+        if key == Keys("tests").member(0):
+            session._closing = True
+
+    memory.store.data.hook = close  # type: ignore[attr-defined]
+    session._standing = False
+    for _ in range(2):
+        with pytest.raises(BarrierClosedError):
+            await memory.call(session.join().result, 5)
+    memory.store.data.hook = None  # type: ignore[attr-defined]
+    assert await memory.read(Keys("tests").roll(0)) == roll
+    assert session.has_a_say
+
+
+async def test_a_watcher_that_is_late_stops_nothing(memory: World) -> None:
+    """What happens to a watch of a former generation is no matter of the present one."""
+    ranks = await memory.barriers(2)
+    session = ranks[1]._session
+    former = session._membership
+    await memory.barrier(0, 2).connect()
+    await told(ranks[1])
+    await ranks[1].connect()
+    assert session._cease(former) == []
+    assert session.stands
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_one_loop_after_the_other(memory: World) -> None:
     """A barrier may move from one event loop to another, of another kind even."""

@@ -29,6 +29,8 @@ from async_barriers._keys import Keys
 from async_barriers._protocol import Turn
 from async_barriers._verdict import Gathered
 
+# What a busy machine may add to a bound that a law sets.
+LOAD_SECS = 0.3
 PHASE = Keys("tests").phase(0, "x", 0)
 
 
@@ -264,7 +266,7 @@ async def test_what_the_store_did_not_take_is_made_up_for(memory: World) -> None
         await memory.entered(0, 1, name="x")
         cut_off.set()
         assert (await gone.raised(BarrierConnectionError)).in_doubt
-        assert gone.secs < 1.5
+        assert gone.secs < 0.5 + 1 + LOAD_SECS
         assert not waiting.ended.is_set()
         cut_off.clear()
         await ranks[0].connect()  # it tries by itself, once, but the test may be quicker
@@ -288,7 +290,7 @@ async def test_cancelling_while_the_store_hangs(memory: World) -> None:
         waiting.scope.cancel()
         await waiting.ended.wait()
         assert waiting.scope.cancelled_caught
-        assert anyio.current_time() - cancelled_at < 1.2
+        assert anyio.current_time() - cancelled_at < 1 + LOAD_SECS
     hook.off()
     go_on.set()
     await memory.exists(memory.keys(name="x").verdict)
@@ -317,7 +319,7 @@ async def test_reports_that_the_store_does_not_answer(memory: World) -> None:
         await memory.entered(1, name="x", generation=1)
         hook.on()
         await waiting.raised(BarrierConnectionError)
-        assert waiting.secs < 1.6
+        assert waiting.secs < 0.6 + 1 + LOAD_SECS
     hook.off()
     go_on.set()
     await ranks[0].connect()
