@@ -45,13 +45,12 @@ def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture(autouse=True)
-def unblocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A blocking call that the library makes on an event loop's thread raises (law 7)."""
-    # blockbuster asks asyncio only whether this thread runs a loop.
-    monkeypatch.setattr(
-        "blockbuster.blockbuster.asyncio", SimpleNamespace(get_running_loop=_running_loop)
-    )
+@pytest.fixture(autouse=True, scope="session")
+def unblocked() -> Iterator[None]:
+    """A blocking call that the library makes on an event loop's thread raises (law 7).
+
+    Once for all tests: what is put on and off C types again and again wraps itself at times.
+    """
     watch = BlockBuster("async_barriers")
     for owner, name in [(Store, name) for name in STORE_CALLS.split()] + [(TCPStore, "__init__")]:
         watch.functions[f"{owner.__name__}.{name}"] = BlockBusterFunction(
@@ -59,10 +58,13 @@ def unblocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )
     # A thread that said it ended is gone in microseconds, and waited for 10 ms at most.
     watch.functions["threading.Lock.acquire"].can_block_in("async_barriers/_worker.py", "join")
-    watch.activate()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        # blockbuster asks asyncio only whether this thread runs a loop.
+        patch.setattr(
+            "blockbuster.blockbuster.asyncio", SimpleNamespace(get_running_loop=_running_loop)
+        )
+        watch.activate()
         yield
-    finally:
         watch.deactivate()
 
 
