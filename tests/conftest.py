@@ -6,12 +6,15 @@ import asyncio
 import faulthandler
 import signal
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
 from blockbuster import BlockBuster, BlockBusterFunction
+from processes import Forge, Job, StartJob
 from torch.distributed import Store, TCPStore
 from worlds import KINDS, OVER_A_STORE, World
 
@@ -108,3 +111,22 @@ async def tcp(tmp_path: Path) -> AsyncIterator[World]:
     """The store that training jobs use."""
     async for made in _world("tcp", tmp_path):
         yield made
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Forge]:
+    """One process that has imported torch."""
+    made = Forge()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def start_job(forge: Forge) -> Iterator[StartJob]:
+    """Starts all ranks of a world; those that are left are killed after the test."""
+    with ExitStack() as jobs:
+
+        def start(size: int, *, lanes: int = 1, **options: Any) -> Job:
+            return jobs.enter_context(Job(forge, size, **options)).start(lanes)
+
+        yield start

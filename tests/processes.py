@@ -303,6 +303,10 @@ class Job:
             assert not (quietly and rank.stderr), rank.stderr
 
 
+# Forks all ranks of a world, which end with the test.
+StartJob = Callable[..., Job]
+
+
 def until(condition: Callable[[], bool], within_secs: float = PATIENCE_SECS) -> None:
     """Wait for ``condition``; a bound that is missed is an error, never luck."""
     deadline = time.monotonic() + within_secs

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,15 +14,13 @@ from processes import (
     CRASHES,
     EXIT_SECS,
     Call,
-    Forge,
     Job,
+    StartJob,
     until,
 )
 from rank_process import STORE_TIMEOUT_SECS
 
 pytestmark = pytest.mark.processes
-
-StartJob = Callable[..., Job]
 
 # Within a second of the deadline (law 5), of a break (law 4).
 GRACE_SECS = 1.0
@@ -35,25 +32,6 @@ HOST_EXIT_SECS = 3.0 + EXIT_SECS
 INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 
 over_both = pytest.mark.parametrize("own_store", [False, True], ids=["shared store", "own store"])
-
-
-@pytest.fixture(scope="module")
-def forge() -> Iterator[Forge]:
-    """One process that has imported torch."""
-    made = Forge()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def start_job(forge: Forge) -> Iterator[StartJob]:
-    """Starts all ranks of a world; those that are left are killed after the test."""
-    with ExitStack() as jobs:
-
-        def start(size: int, *, lanes: int = 1, **options: Any) -> Job:
-            return jobs.enter_context(Job(forge, size, **options)).start(lanes)
-
-        yield start
 
 
 def time_out(job: Job, number: int, waiting: Sequence[Call], *, missing: int) -> str:
