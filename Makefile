@@ -1,16 +1,19 @@
-# make test, make check, make demo: each makes .venv first if it is missing or out of date.
-# ARGS goes through to pytest, or to the example.
+# make test, make check, make demo, make bench: each makes .venv first if it is missing or out of date.
+# ARGS goes through to pytest, to the example, or to crossing.py.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.bench-installed
 SOURCES = $(wildcard src tests examples benchmarks)
 
 # c10d looks up its peer's host name in the DNS; where that is slow it takes seconds.
-test demo: export RES_OPTIONS = timeout:1 attempts:1
-demo: export OMP_NUM_THREADS = 1
+test demo bench: export RES_OPTIONS = timeout:1 attempts:1
+demo bench: export OMP_NUM_THREADS = 1
+# Of a resolver that knows no name for the loopback address.
+bench: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: demo test check
+.PHONY: demo test check bench
 
 demo: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
@@ -24,7 +27,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
 
+bench: $(BENCH_STAMP)
+	$(BIN)/python benchmarks/crossing.py --save $(ARGS)
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	touch $@

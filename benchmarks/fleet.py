@@ -1,0 +1,117 @@
+"""Ranks as forked processes that do what the driver asks of them, all at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+# Forked, since importing torch costs each process seconds; so nothing that starts threads may
+# run in the driver before.
+_context = multiprocessing.get_context("fork")
+_PATIENCE_SECS = 120.0
+
+
+class Fleet:
+    """``size`` processes; ``program(number)`` makes in each the object whose methods are asked."""
+
+    def __init__(self, size: int, program: Callable[[int], Any]) -> None:
+        self.size = size
+        self._channels: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        # What torch left is not for the ranks' collectors.
+        gc.freeze()
+        for number in range(size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_serve, args=(number, program, theirs, [*self._channels, ours]), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._channels.append(ours)
+            self._processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
+    def ask(self, what: str, *args: Any, ranks: Iterable[int] | None = None) -> list[Any]:
+        """Have ``ranks`` (all of them) call one method at once; what each returned."""
+        asked = self.start(what, *args, ranks=ranks)
+        return [self.answer(number) for number in asked]
+
+    def start(self, what: str, *args: Any, ranks: Iterable[int] | None = None) -> list[int]:
+        """Only ask; `answer` has to be called for each of the ranks returned."""
+        asked = list(range(self.size) if ranks is None else ranks)
+        for number in asked:
+            self._channels[number].send((what, args))
+        return asked
+
+    def answer(self, number: int) -> Any:
+        """What one rank returned."""
+        if not self._channels[number].poll(_PATIENCE_SECS):
+            raise TimeoutError(f"rank {number} did not answer within {_PATIENCE_SECS:g} s")
+        error, value = self._channels[number].recv()
+        if error is not None:
+            raise RuntimeError(f"rank {number} failed:\n{error}")
+        return value
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        for channel in self._channels:
+            channel.close()
+        for process in self._processes:
+            process.join(10.0 if exc is None else 0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _serve(
+    number: int,
+    program: Callable[[int], Any],
+    channel: Connection,
+    others: list[Connection],
+) -> None:
+    # The driver alone hears of Ctrl-C, and closes the channels.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for other in others:
+        other.close()
+    target: Any = None
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            what, args = channel.recv()
+            error = value = None
+            try:
+                if target is None:
+                    target = program(number)
+                value = getattr(target, what)(*args)
+            except Exception:
+                error = traceback.format_exc()
+            channel.send((error, value))
+    # Some of what is measured hangs at exit, or aborts.
+    os._exit(0)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
