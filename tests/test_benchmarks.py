@@ -34,7 +34,7 @@ def test_crossings_are_measured_side_by_side() -> None:
     variants = ["ours-asyncio", "ours-uvloop", "ours-trio", "torch-blocking", "torch-thread"]
     said = run(
         "crossing.py",
-        *"--sizes 2 --rounds 2 --burst-secs 0.01".split(),
+        *["--sizes", "2", "--rounds", "2", "--burst-secs", "0.01"],
         "--only",
         ",".join(variants),
     )
