@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import signal
@@ -61,10 +62,15 @@ def be_rank(options: dict[str, Any]) -> None:
     """What a rank's program does, on the event loop it was told to use."""
     # A shell that started us in the background would have us ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    doing = functools.partial(obey, options)
+    if "program" in options:
+        os.environ.update(options["environment"])
+        program = importlib.import_module(options["program"])
+        doing = functools.partial(program.main, *options["arguments"])
     if options["backend"] == "trio":
-        trio.run(obey, options)
+        trio.run(doing)
     else:
-        asyncio.run(obey(options))
+        asyncio.run(doing())
 
 
 async def obey(options: dict[str, Any]) -> None:

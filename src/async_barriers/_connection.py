@@ -229,13 +229,28 @@ def connect_to_port(
         )
 
 
-def host_store(host: str, port: int, use_libuv: bool) -> TCPStore:
-    """Host a TCPStore in this process; it lives as long as the object."""
+def host_store(host: str, port: int, use_libuv: bool, *, shared: bool = False) -> TCPStore:
+    """Host a TCPStore in this process; it lives as long as the object.
+
+    :param shared: with all that host at this port in this process and share it
+    """
     with _translated(
-        f"rank 0 cannot host a store at {host}:{port}; is the port taken, or the address "
-        "another machine's?"
+        f"rank 0 cannot host a store at {host}:{port}; is the port taken by another process, or "
+        "the address another machine's?"
+        + (
+            " If another process of this job hosts its store there, set "
+            "TORCHELASTIC_USE_AGENT_STORE=True on every rank; else choose another MASTER_PORT."
+        )
+        * shared
     ):
-        return TCPStore(host, port, is_master=True, wait_for_workers=False, use_libuv=use_libuv)
+        return TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            use_libuv=use_libuv,
+            multi_tenant=shared,
+        )
 
 
 def await_port(host: str, port: int, deadline: float, stop: threading.Event) -> None:

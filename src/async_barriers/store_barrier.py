@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import ProcessGroup, Store
 
-from . import _connection
+from . import _launch
 from ._barrier import check_timeout, check_world
 from ._config import register_barrier
-from ._connection import Connection
 from ._crossing import CrossingBarrier
 from ._keys import Keys, check_prefix
-from ._lane import Open
 from ._session import Session
+from ._stores import PassedIn, Source, StoreAt
 from ._values import BarrierProgress
+
+StoreBarrierT = TypeVar("StoreBarrierT", bound="StoreBarrier")
 
 
 @register_barrier
@@ -52,16 +52,89 @@ class StoreBarrier(CrossingBarrier):
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
     ) -> None:
-        if not isinstance(store, Store):
+        source: Source
+        if isinstance(store, StoreAt):
+            source = store
+        elif isinstance(store, Store):
+            source = PassedIn(store)
+        else:
             raise TypeError(f"store must be a torch.distributed.Store, not {store!r}")
-        session = _checked_session(
-            lambda deadline, stop: _connection.connect_to(store, deadline, stop),
-            rank,
-            world_size,
-            prefix,
-            timeout_barrier_init_secs,
-        )
+        session = _checked_session(source, rank, world_size, prefix, timeout_barrier_init_secs)
         super().__init__(session, prefix, timeout_secs, warn_after_secs, on_progress)
+        self._source = source
+
+    @classmethod
+    def from_process_group(
+        cls: type[StoreBarrierT],
+        group: ProcessGroup | None = None,
+        *,
+        prefix: str = "barrier",
+        timeout_secs: float | None = 600.0,
+        timeout_barrier_init_secs: float = 60.0,
+        warn_after_secs: float | None = 30.0,
+        on_progress: Callable[[BarrierProgress], object] | None = None,
+    ) -> StoreBarrierT:
+        """A barrier for the ranks of a process group, over the store that the group met at.
+
+        No port is opened and no collective is run: the barrier has connections of its own to
+        the group's store, and may be awaited while the group is in use, whatever its backend.
+        Barriers of different groups are independent, also where their prefixes are the same.
+
+        :param group: None for the default group. Ranks, here and in results and errors, are
+            those within the group.
+        :param prefix: and what follows, as for `StoreBarrier`
+        :raises ValueError: there is no default group, this process is not in ``group``, or an
+            argument's value is not allowed
+        :raises TypeError: ``group`` is no process group, or an argument has a wrong type
+        """
+        member = _launch.from_group(group)
+        return cls(
+            member.store,
+            rank=member.rank,
+            world_size=member.world_size,
+            prefix=prefix,
+            timeout_secs=timeout_secs,
+            timeout_barrier_init_secs=timeout_barrier_init_secs,
+            warn_after_secs=warn_after_secs,
+            on_progress=on_progress,
+        )
+
+    @classmethod
+    def from_env(
+        cls: type[StoreBarrierT],
+        *,
+        prefix: str = "barrier",
+        timeout_secs: float | None = 600.0,
+        timeout_barrier_init_secs: float = 60.0,
+        warn_after_secs: float | None = 30.0,
+        on_progress: Callable[[BarrierProgress], object] | None = None,
+    ) -> StoreBarrierT:
+        """A barrier for all ranks of a job that torchrun started; needs no process group.
+
+        Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as `init_process_group` does, and
+        connects to the same store. Where torchrun's agent hosts it (it sets
+        TORCHELASTIC_USE_AGENT_STORE=True), every rank is a client. Elsewhere rank 0 hosts it
+        from when it connects, together with whoever hosts it in the same process already or
+        later: `init_process_group`, another barrier. Rank 0's `aclose` then is the last one.
+
+        :param prefix: and what follows, as for `StoreBarrier`
+        :raises ValueError: variables are missing, and which, or a value is not allowed
+        :raises TypeError: an argument has a wrong type
+        """
+        launched = _launch.from_environment()
+        return cls(
+            launched.store,  # type: ignore[arg-type]  # a store that is not there yet
+            rank=launched.rank,
+            world_size=launched.world_size,
+            prefix=prefix,
+            timeout_secs=timeout_secs,
+            timeout_barrier_init_secs=timeout_barrier_init_secs,
+            warn_after_secs=warn_after_secs,
+            on_progress=on_progress,
+        )
+
+    def _let_go(self) -> None:
+        self._source.let_go()
 
 
 @register_barrier
@@ -108,51 +181,24 @@ class TCPStoreBarrier(CrossingBarrier):
             raise ValueError(
                 f"master_address is {master_address!r}; it must be a host name or an IP address"
             )
-        own_store = _OwnStore(
-            master_address, _checked_port(tcpstore_port), use_checkpoint_barrier_tcpstore_libuv
-        )
-        session = _checked_session(
-            own_store.host_and_connect if global_rank == 0 else own_store.connect,
-            global_rank,
-            global_world_size,
-            barrier_prefix,
-            timeout_barrier_init_secs,
+        own_store = StoreAt(
+            master_address,
+            _checked_port(tcpstore_port),
+            use_checkpoint_barrier_tcpstore_libuv,
             hosts=global_rank == 0,
         )
+        session = _checked_session(
+            own_store, global_rank, global_world_size, barrier_prefix, timeout_barrier_init_secs
+        )
         super().__init__(session, barrier_prefix, timeout_secs, warn_after_secs, on_progress)
-        self._own_store = own_store
+        self._source = own_store
 
     def _let_go(self) -> None:
-        self._own_store.server = None
-
-
-class _OwnStore:
-    """Where the store of a TCPStoreBarrier is; on rank 0, the server itself."""
-
-    def __init__(self, host: str, port: int, use_libuv: bool) -> None:
-        self._address = (host, port, use_libuv)
-        self._lock = threading.Lock()
-        self.server: TCPStore | None = None
-
-    def connect(self, deadline: float, stop: threading.Event) -> Connection:
-        return _connection.connect_to_port(*self._address, deadline, stop)
-
-    def host_and_connect(self, deadline: float, stop: threading.Event) -> Connection:
-        with self._lock:
-            if self.server is None:
-                self.server = _connection.host_store(*self._address)
-            server = self.server
-        return _connection.clone_tcp(server)
+        self._source.let_go()
 
 
 def _checked_session(
-    open_connection: Open,
-    rank: int,
-    world_size: int,
-    prefix: str,
-    timeout_barrier_init_secs: float,
-    *,
-    hosts: bool = False,
+    source: Source, rank: int, world_size: int, prefix: str, timeout_barrier_init_secs: float
 ) -> Session:
     check_world(rank, world_size)
     check_prefix(prefix)
@@ -160,7 +206,7 @@ def _checked_session(
     if init_secs is None:
         raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
     return Session(
-        open_connection, Keys(prefix), rank, world_size, init_secs=init_secs, hosts=hosts
+        source.open, Keys(prefix), rank, world_size, init_secs=init_secs, hosts=source.hosts
     )
 
 

@@ -1,0 +1,88 @@
+"""What a launcher or a process group says of this process: its rank, its world and its store."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed import Store
+
+from ._stores import StoreAt
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Launched(NamedTuple):
+    """This process's place in the job that a launcher started."""
+
+    store: StoreAt
+    rank: int
+    world_size: int
+
+
+class Member(NamedTuple):
+    """This process's place in a process group."""
+
+    store: Store
+    rank: int
+    world_size: int
+
+
+def from_environment() -> Launched:
+    """What torchrun says in environment variables, read as `init_process_group` does.
+
+    :raises ValueError: variables are missing, or are no numbers
+    """
+    if missing := [name for name in _VARIABLES if not os.environ.get(name)]:
+        raise ValueError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in the "
+            "environment; start the program with torchrun, set "
+            f"{', '.join(_VARIABLES)} on every rank, or give a store to StoreBarrier()"
+        )
+    rank, world_size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if not 0 <= port <= 65535:
+        raise ValueError(f"MASTER_PORT is {port} in the environment; it must be 0 to 65535")
+    # torchrun's agent may host the store itself; nobody in the job does then.
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = StoreAt(
+        os.environ["MASTER_ADDR"],
+        port,
+        os.environ.get("USE_LIBUV", "1") == "1",
+        hosts=rank == 0 and not agent_hosts,
+        # init_process_group() hosts there too.
+        shared=True,
+    )
+    return Launched(store, rank, world_size)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError as exc:
+        raise ValueError(
+            f"{name} is {os.environ[name]!r} in the environment; it must be an integer"
+        ) from exc
+
+
+def from_group(group: object) -> Member:
+    """What ``group``, or else the default process group, says.
+
+    :raises ValueError: there is no such group, or this process is not in it
+    :raises TypeError: it is no process group
+    """
+    if group is None:
+        if not dist.is_initialized():
+            raise ValueError(
+                "there is no default process group; call torch.distributed.init_process_group() "
+                "first, or use StoreBarrier.from_env()"
+            )
+        group = dist.group.WORLD
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "this process is not in the process group; build the barrier on its ranks only"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup or None, not {group!r}")
+    # Its keys stand behind the group's own name, so groups share none of them.
+    return Member(group.get_group_store(), group.rank(), group.size())
