@@ -42,13 +42,18 @@ def forge_ranks(channel: socket.socket) -> dict[str, Any] | None:
         if not message:
             return None
         if fds:
+            options: dict[str, Any] = json.loads(message)
+            for module in options.get("imports", ()):
+                importlib.import_module(module)
+            # What torch left is not for the ranks' collectors: going through it costs each 0.3 s
+            # at exit.
+            gc.freeze()
             pid = os.fork()
             if not pid:
                 channel.close()
                 for target, fd in enumerate(fds):
                     os.dup2(fd, target)
                     os.close(fd)
-                options: dict[str, Any] = json.loads(message)
                 return options
             for fd in fds:
                 os.close(fd)
@@ -67,7 +72,9 @@ def be_rank(options: dict[str, Any]) -> None:
         os.environ.update(options["environment"])
         program = importlib.import_module(options["program"])
         doing = functools.partial(program.main, *options["arguments"])
-    if options["backend"] == "trio":
+    if options["backend"] == "blocking":
+        importlib.import_module("blocking_rank").main(options)
+    elif options["backend"] == "trio":
         trio.run(doing)
     else:
         asyncio.run(doing())
@@ -212,8 +219,6 @@ def say(**facts: Any) -> None:
 
 
 if __name__ == "__main__":
-    # What torch left is not for the ranks' collectors: going through it costs each 0.3 s at exit.
-    gc.freeze()
     with contextlib.closing(socket.socket(fileno=int(sys.argv[1]))) as forge_channel:
         rank_options = forge_ranks(forge_channel)
     if rank_options is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import async_barriers
+from async_barriers import blocking
 
 PACKAGE = Path(async_barriers.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
@@ -81,8 +82,9 @@ def test_everything_public_is_listed_and_documented() -> None:
         for alias in node.names
     }
     assert sorted(async_barriers.__all__) == sorted(defined)
-    for name in async_barriers.__all__:
-        thing = getattr(async_barriers, name)
+    public = {name: getattr(async_barriers, name) for name in async_barriers.__all__}
+    public |= {name: getattr(blocking, name) for name in blocking.__all__}
+    for name, thing in public.items():
         if not callable(thing):
             continue
         assert inspect.getdoc(thing), name

@@ -132,6 +132,15 @@ class CrossingBarrier(Barrier):
             publication.stop(reason)
             await publication.settled.wait()
 
+    async def part(self, name: str) -> None:
+        """Before closing: break the next phase of ``name`` for peers that would wait in it.
+
+        Where that takes joining (again) first, nobody is told.
+        """
+        if (turn := self._session.take_turn(name)) is not None:
+            await _answer(self._session.give_up(turn, "it closed its barrier"), shield=False)
+            self._session.forget(turn)
+
     async def aclose(self) -> None:
         if self._closed:
             return

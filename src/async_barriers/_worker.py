@@ -142,7 +142,7 @@ async def outcome(future: Future[T]) -> T:
     """
     if not future.done():
         settled = anyio.Event()
-        post = _poster()
+        post = poster()
 
         def wake(_: Future[T]) -> None:
             # The loop may have ended while the call was under way: nobody waits any more.
@@ -154,7 +154,7 @@ async def outcome(future: Future[T]) -> T:
     return future.result()
 
 
-def _poster() -> Callable[[Callable[[], object]], object]:
+def poster() -> Callable[[Callable[[], object]], object]:
     """What schedules a function on the running event loop from any thread."""
     loop = current_token().native_token
     # trio's token has the one, asyncio's loop the other.
@@ -164,22 +164,22 @@ def _poster() -> Callable[[Callable[[], object]], object]:
     return post
 
 
-_to_end_at_exit: weakref.WeakSet[Any] = weakref.WeakSet()
+_to_end_at_exit: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 # A forked child has none of the threads, and must not end its parent's connections.
 os.register_at_fork(after_in_child=_to_end_at_exit.clear)
 EXIT_SECS = 1.0
 
 
 def end_at_exit(owner: Any) -> None:
-    """Have ``owner.end(deadline)`` called before the interpreter finalises.
+    """Have ``owner.end(deadline)`` called before the interpreter finalises, the latest first.
 
     ``deadline`` is on the `time.monotonic` clock. The owner is held weakly.
     """
-    _to_end_at_exit.add(owner)
+    _to_end_at_exit[next(_numbers)] = owner
 
 
 @atexit.register
 def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECS
-    for owner in list(_to_end_at_exit):
+    for _, owner in sorted(_to_end_at_exit.items(), reverse=True):
         owner.end(deadline)
