@@ -1,19 +1,21 @@
-# make test, make check, make demo, make bench: each makes .venv first if it is missing or out of date.
-# ARGS goes through to pytest, to the example, or to crossing.py.
+# make test, make check, make demo, make bench, make soak: each makes .venv first if it is missing or
+# out of date. ARGS goes through to pytest, to the example, to crossing.py, or to soak.py.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_STAMP := .venv/.bench-installed
+MINUTES ?= 5
+RANKS ?= 4
 SOURCES = $(wildcard src tests examples benchmarks)
 
 # c10d looks up its peer's host name in the DNS; where that is slow it takes seconds.
-test demo bench: export RES_OPTIONS = timeout:1 attempts:1
-demo bench: export OMP_NUM_THREADS = 1
+test demo bench soak: export RES_OPTIONS = timeout:1 attempts:1
+demo bench soak: export OMP_NUM_THREADS = 1
 # Of a resolver that knows no name for the loopback address.
 bench: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench soak
 
 demo: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
@@ -26,6 +28,11 @@ check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
+
+# Prints its seed; SEED=N does the same things to the same ranks again.
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) --ranks $(RANKS) \
+		$(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/crossing.py --save $(ARGS)

@@ -110,6 +110,16 @@ class Rank:
         self._hear(lambda: bool(self.events), within_secs)
         return self.events.pop(0)
 
+    def has_said(self, event: str) -> bool:
+        """Whether it has said ``event`` by now."""
+        self._read(0.0)
+        return {"event": event} in self.events
+
+    @property
+    def running(self) -> bool:
+        """Whether its process has not ended, by itself or by a signal."""
+        return ") Z " not in Path(f"/proc/{self.pid}/stat").read_text()
+
     def signal(self, number: signal.Signals) -> float:
         """Send it a signal; when, on the monotonic clock."""
         # A process is reaped here and nowhere else, so the id cannot be another's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -175,15 +176,45 @@ def test_a_torch_that_hides_its_descriptor(
     plain.close()
 
 
-def test_waiting_for_a_port_ends() -> None:
+def test_waiting_for_a_store_ends() -> None:
     """At the deadline, or when it is called off; it says where it looked."""
     port = free_port()
     with pytest.raises(BarrierConnectionError, match=f"no store answers at 127.0.0.1:{port}"):
-        connections.await_port("127.0.0.1", port, time.monotonic() + 0.3, threading.Event())
+        connections.await_store("127.0.0.1", port, time.monotonic() + 0.3, threading.Event())
     called_off = threading.Event()
     called_off.set()
     with pytest.raises(BarrierConnectionError):
-        connections.await_port("127.0.0.1", port, time.monotonic() + 60, called_off)
+        connections.await_store("127.0.0.1", port, time.monotonic() + 60, called_off)
+
+
+def test_a_port_where_no_store_answers() -> None:
+    """What accepts and is silent, or is no store, holds nobody (laws 5 and 8): c10d's own
+    constructor never returns from the one, and aborts an interpreter that ends meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        host, port = silent.getsockname()
+        with pytest.raises(BarrierConnectionError, match="timed out"):
+            connections.await_store(host, port, time.monotonic() + 0.2, threading.Event())
+        silent.accept()[0].close()
+        called_off = threading.Event()
+        waiting = pool.submit(
+            connections.await_store, host, port, time.monotonic() + 60, called_off
+        )
+        with silent.accept()[0]:
+            called_off.set()
+            with pytest.raises(BarrierConnectionError, match="timed out"):
+                waiting.result(5)
+        called_off = threading.Event()
+        waiting = pool.submit(
+            connections.await_store, host, port, time.monotonic() + 60, called_off
+        )
+        with silent.accept()[0] as stranger:
+            stranger.sendall(b"HTTP")
+            # It hangs up when it has heard that.
+            while stranger.recv(64):
+                pass
+            called_off.set()
+            with pytest.raises(BarrierConnectionError, match="answers b'HTTP', which no TCPStore"):
+                waiting.result(5)
 
 
 def test_a_wait_that_was_ended_as_its_value_came(tcp: TCPConnection) -> None:

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 
 import anyio
 import pytest
-from stores import Data, MemoryStore
+from stores import MemoryStore
 from worlds import Tasks, close, gather, library_threads, library_threads_gone
 
-from async_barriers import (
-    BarrierError,
-    BarrierResult,
-    StoreBarrier,
-)
+from async_barriers import BarrierError, BarrierResult, StoreBarrier
+from async_barriers.testing import FaultyStore
 
 pytestmark = pytest.mark.anyio
 
 DEADLINE_SECS = 0.5
 # Law 5 allows one second; a little more for a machine that runs dozens of worlds at once.
 BOUND_SECS = DEADLINE_SECS + 1 + 0.3
-
-
-class Fault:
-    """Makes the ``nth`` call to a store, and all that follow if ``lasting``, fail or hang."""
-
-    def __init__(self, nth: int, *, hang: bool, lasting: bool) -> None:
-        self.calls = 0
-        self.over = threading.Event()
-        self._nth = nth
-        self._hang = hang
-        self._lasting = lasting
-        self._lock = threading.Lock()
-
-    def __call__(self, operation: str, key: str) -> None:
-        with self._lock:
-            nth, self.calls = self.calls, self.calls + 1
-        if (nth < self._nth) if self._lasting else (nth != self._nth):
-            return
-        if not self._hang:
-            if not self.over.is_set():
-                raise ConnectionResetError("a fault of the test's")
-        else:
-            self.over.wait()
 
 
 Scenario = Callable[[list[StoreBarrier]], list[Callable[[], Awaitable[object]]]]
@@ -80,8 +53,7 @@ def missing(ranks: list[StoreBarrier]) -> list[Callable[[], Awaitable[object]]]:
 
 async def run(scenario: Scenario, nth: int, *, hang: bool, lasting: bool) -> int:
     """One world of two ranks under one fault; how many calls the store had."""
-    data = Data()
-    store = MemoryStore(data)
+    store = FaultyStore(MemoryStore())
     # A read that hung may find its key gone when it goes on; this ends it.
     store.set_timeout(timedelta(seconds=1))
     ranks = [
@@ -89,7 +61,12 @@ async def run(scenario: Scenario, nth: int, *, hang: bool, lasting: bool) -> int
         for rank in range(2)
     ]
     await gather(rank.connect for rank in ranks)
-    data.hook = fault = Fault(nth, hang=hang, lasting=lasting)
+    connected = store.calls
+    times = None if lasting else 1
+    if hang:
+        store.hang(after=nth, times=times)
+    else:
+        store.fail(after=nth, times=times)
     async with Tasks() as tasks:
         outcomes = [tasks.start(call) for call in scenario(ranks)]
         for outcome in outcomes:
@@ -105,9 +82,8 @@ async def run(scenario: Scenario, nth: int, *, hang: bool, lasting: bool) -> int
             if not outcome.error.in_doubt:
                 verdicts.add("broken")
     assert len(verdicts) <= 1, (nth, [outcome.error for outcome in outcomes])
-    calls = fault.calls
-    fault.over.set()
-    data.hook = None
+    calls = store.calls - connected
+    store.heal()
     # The store is well again, and so is the barrier (law 10). Where one rank never used its
     # turn of "x", another name tells.
     again = await gather(partial(rank.execute_barrier, "y", timeout_secs=10.0) for rank in ranks)

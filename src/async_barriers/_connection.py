@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ T = TypeVar("T")
 # c10d knows no endless wait, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
 _RETRY_SECS = 0.1
+# VALIDATE with c10d's magic number, and PING with a number that is sent back.
+_ECHO = struct.pack("=I", 20020)
+_HAIL = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + _ECHO
 # Opening a connection takes the GIL many times: 16 threads doing so at once starved an
 # event loop for 99 ms, so they take turns; but one that hangs must not hold up the others.
 _opening = threading.BoundedSemaphore(8)
@@ -192,7 +196,7 @@ def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connecti
     base = _innermost(store)
     if isinstance(base, TCPStore):
         # clone() would try for as long as its owner's timeout says.
-        await_port(base.host, base.port, deadline, stop)
+        await_store(base.host, base.port, deadline, stop)
         return clone_tcp(store)
     if isinstance(base, HashStore):
         return HashConnection(_clone(store))
@@ -213,7 +217,7 @@ def connect_to_port(
     host: str, port: int, use_libuv: bool, deadline: float, stop: threading.Event
 ) -> Connection:
     """A connection to the TCPStore that another process hosts; else as `connect_to`."""
-    await_port(host, port, deadline, stop)
+    await_store(host, port, deadline, stop)
     remaining = max(1.0, deadline - time.monotonic())
     timeout = timedelta(seconds=min(remaining, _FOREVER.total_seconds()))
     with _in_turn(), _translated(f"no store can be reached at {host}:{port}"):
@@ -253,22 +257,38 @@ def host_store(host: str, port: int, use_libuv: bool, *, shared: bool = False) -
         )
 
 
-def await_port(host: str, port: int, deadline: float, stop: threading.Event) -> None:
-    """Block until something listens at ``host:port``.
+def await_store(host: str, port: int, deadline: float, stop: threading.Event) -> None:
+    """Block until a TCPStore answers at ``host:port``.
 
-    c10d's own waiting for it cannot be called off and prints warnings.
+    c10d's own waiting for it cannot be called off and prints warnings, and where something
+    accepts and is silent, it never ends.
     """
     while True:
         try:
-            remaining = max(_RETRY_SECS, deadline - time.monotonic())
-            socket.create_connection((host, port), timeout=min(remaining, 5.0)).close()
-            return
+            return _hail(host, port, deadline, stop)
         except OSError as exc:
             if time.monotonic() >= deadline or stop.wait(_RETRY_SECS):
                 raise BarrierConnectionError(
                     f"no store answers at {host}:{port} ({exc}); is the process that hosts it up, "
                     "and do address and port agree?"
                 ) from exc
+
+
+def _hail(host: str, port: int, deadline: float, stop: threading.Event) -> None:
+    """Have the store say a number back, as c10d's own client does when it connects."""
+    remaining = max(_RETRY_SECS, deadline - time.monotonic())
+    with socket.create_connection((host, port), timeout=min(remaining, 5.0)) as hailing:
+        hailing.sendall(_HAIL)
+        hailing.settimeout(_RETRY_SECS)
+        while True:
+            try:
+                answer = hailing.recv(len(_ECHO))
+                break
+            except TimeoutError:
+                if time.monotonic() >= deadline or stop.is_set():
+                    raise
+    if answer != _ECHO:
+        raise ConnectionError(f"it answers {answer!r}, which no TCPStore does")
 
 
 def _clone(store: Any) -> Store:

@@ -1,0 +1,371 @@
+"""Whether what ranks and a driver logged keeps the laws; pure, and knows nothing of the library.
+
+A log is a line of JSON per event; lines may come in any order, and the last one of a process
+that was killed may be cut. ``t`` is the monotonic clock, which is one for all processes.
+
+The driver says ``soak`` (size, init_secs), and what it did to ``rank``: ``stop`` and
+``continue``, ``cut`` and ``healed`` (its way to the store), ``kill``; and ``late`` where the
+machine itself stood still from ``since`` on. ``rank`` is None where it was done to all.
+
+A rank (``rank``, and ``life``, one per process) says
+
+* ``joined`` a ``generation``, and ``joining`` before it tries; ``ended`` when its program is over;
+* ``call``, before: a number, what it will ``do``, the ``name``, and ``within`` how many seconds
+  (None: no deadline) it has to return;
+* ``enter`` or ``forgo``, before the store hears of it: in which ``generation`` and ``sequence``
+  the call takes part, and whether it enters or only breaks the phase;
+* ``cancel`` and ``fail``, before that is done to a call; ``publishing`` before its publish runs;
+* ``exit``: how the call ended, as ``outcome``: released (with ``detail``), broken (``detail``;
+  ``blamed``, or ``missing`` and ``timeout_secs``), done (of what has no verdict), cancelled,
+  failed, closed, lost, or foreign, what should never escape; with ``in_doubt``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# Laws 4, 5 and 8 allow one second; some more for a machine that runs many processes.
+LAW_SECS = 1.0
+SLACK_SECS = 0.5
+# A rank that was cut off a moment ago is joining again.
+RECOVERY_SECS = 2.0
+# A break that was asked for by cancelling, and took longer than this, may not have been heard.
+HEARD_SECS = 0.7
+EXIT_SECS = 2.0
+
+Event = dict[str, Any]
+Phase = tuple[str, int, int]
+Window = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What was seen to break a law; law 0 is none's: what no program may do."""
+
+    law: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"law {self.law}: {self.text}"
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one rank."""
+
+    rank: int
+    life: int
+    number: int
+    do: str
+    name: str
+    began: float
+    within: float | None
+    phase: Phase | None = None
+    entered: float | None = None
+    stopped: float | None = None
+    """When it was cancelled, or its body failed."""
+    published: float | None = None
+    ended: float | None = None
+    exit: Event = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        where = (
+            ""
+            if self.phase is None
+            else f" {self.name!r} #{self.phase[2]} of generation {self.phase[1]}"
+        )
+        return f"{self.do}{where} of rank {self.rank} (life {self.life}, call {self.number})"
+
+    @property
+    def outcome(self) -> str | None:
+        return self.exit.get("outcome")
+
+    @property
+    def learned(self) -> str | None:
+        """The verdict that it claims to know."""
+        if self.outcome in ("released", "broken") and not self.exit["in_doubt"]:
+            return str(self.outcome)
+        if self.entered is not None and self.outcome in ("lost", "closed"):
+            # "In doubt" is what it would have to say if its peers could have been released.
+            return None if self.exit["in_doubt"] else "broken"
+        return None
+
+
+class Record:
+    """What all the lines say."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.size = 0
+        self.init_secs = 0.0
+        self.calls: dict[tuple[int, int, int], Call] = {}
+        self.phases: dict[Phase, list[Call]] = defaultdict(list)
+        self.joining: dict[int | None, list[float]] = defaultdict(list)
+        self.joined: list[tuple[int, float, int]] = []
+        """Generation, when, and who."""
+        self.stopped: dict[int | None, list[Call]] = defaultdict(list)
+        self.left: dict[int | None, list[Call]] = defaultdict(list)
+        """Calls that were cancelled or failed, or only broke a phase; and those that may
+        break phases that other calls await."""
+        self.ends: dict[tuple[int, int], float] = {}
+        self.stops: dict[int | None, list[Window]] = defaultdict(list)
+        self.cuts: dict[int | None, list[Window]] = defaultdict(list)
+        self.last = 0.0
+        opened: dict[tuple[str, int | None], float] = {}
+        for event in sorted(_parsed(lines), key=lambda event: float(event["t"])):
+            self.last = event["t"]
+            if "life" in event and "call" in event:
+                self._rank_says(event)
+            else:
+                self._happened(event, opened)
+        for (what, rank), since in opened.items():
+            (self.stops if what == "stop" else self.cuts)[rank].append((since, self.last))
+        for call in self.calls.values():
+            if call.phase is not None:
+                self.phases[call.phase].append(call)
+            if call.stopped is not None or (call.phase is not None and call.entered is None):
+                self.stopped[call.rank].append(call)
+            if call.do in ("close", "abort"):
+                self.left[call.rank].append(call)
+
+    def _happened(self, event: Event, opened: dict[tuple[str, int | None], float]) -> None:
+        what, rank, t = event["event"], event.get("rank"), event["t"]
+        if what == "soak":
+            self.size, self.init_secs = event["size"], event["init_secs"]
+        elif what in ("stop", "cut"):
+            opened.setdefault((what, rank), t)
+        elif what in ("continue", "healed"):
+            began = "stop" if what == "continue" else "cut"
+            windows = self.stops if began == "stop" else self.cuts
+            if (began, rank) in opened:
+                windows[rank].append((opened.pop((began, rank)), t))
+        elif what == "late":
+            self.stops[None].append((event["since"], t))
+        elif what in ("kill", "ended"):
+            self.ends.setdefault((event["rank"], event["life"]), t)
+        elif what == "joining":
+            self.joining[rank].append(t)
+        elif what == "joined":
+            self.joined.append((event["generation"], t, event["rank"]))
+
+    def _rank_says(self, event: Event) -> None:
+        what, t = event["event"], event["t"]
+        key = (event["rank"], event["life"], event["call"])
+        if what == "call":
+            self.calls[key] = Call(*key, event["do"], event["name"], t, event["within"])
+            return
+        call = self.calls[key]
+        if what in ("enter", "forgo"):
+            call.phase = (call.name, event["generation"], event["sequence"])
+            call.entered = t if what == "enter" else None
+        elif what in ("cancel", "fail"):
+            call.stopped = call.stopped or t
+        elif what == "publishing":
+            call.published = t
+        elif what == "exit":
+            call.ended, call.exit = t, event
+
+    def end_of(self, call: Call) -> float:
+        """When it returned; or, where it never did, until when it could have."""
+        if call.ended is not None:
+            return call.ended
+        return self.ends.get((call.rank, call.life), self.last)
+
+    def stood(self, rank: int, since: float, until: float) -> float:
+        """How long ``rank`` could do nothing, in that time."""
+        windows = sorted(self.stops.get(rank, []) + self.stops.get(None, []))
+        total, reached = 0.0, since
+        for began, ended in windows:
+            total += max(0.0, min(ended, until) - max(began, reached))
+            reached = max(reached, ended)
+        return total
+
+    def cut_off(self, rank: int, since: float, until: float) -> bool:
+        """Whether ``rank`` may have had no way to the store, in that time."""
+        windows = self.cuts.get(rank, []) + self.cuts.get(None, [])
+        return any(a < until and b + RECOVERY_SECS > since for a, b in windows)
+
+    def hampered(self, rank: int, since: float, until: float) -> bool:
+        """Whether a break may have been kept from the store, in that time."""
+        return self.cut_off(rank, since, until) or self.stood(rank, since, until) > 0
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[Event]:
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            # The last words of a process that was killed. What it did not get to say, it had
+            # not done either: each line is written before the store hears of it.
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def judge(lines: Iterable[str]) -> list[Violation]:
+    """What in these logs breaks laws 1 to 5 (and 8, and what no law needs to name)."""
+    return judge_record(Record(lines))
+
+
+def judge_record(record: Record) -> list[Violation]:
+    laws = (safety, one_verdict, who_gives_up_breaks, fail_fast, bounded, nothing_foreign)
+    return [violation for law in laws for violation in law(record)]
+
+
+def safety(record: Record) -> Iterator[Violation]:
+    """Law 1: released only after all have entered, each rank once."""
+    for calls in record.phases.values():
+        by_rank: dict[int, list[Call]] = defaultdict(list)
+        for call in calls:
+            by_rank[call.rank].append(call)
+        for twice in (found for found in by_rank.values() if len(found) > 1):
+            yield Violation(1, f"{twice[0]} takes part again in {twice[1]}")
+        entered = {call.rank: call.entered for call in calls if call.entered is not None}
+        for call in calls:
+            # Publishing is a release, in a way.
+            passed = call.published or call.ended
+            if passed is None or not (call.published or call.outcome == "released"):
+                continue
+            early = [r for r in range(record.size) if entered.get(r, passed + 1) > passed]
+            if early:
+                yield Violation(1, f"{call} was released before ranks {early} had entered")
+
+
+def one_verdict(record: Record) -> Iterator[Violation]:
+    """Law 2: all who learn a verdict learn the same one."""
+    for calls in record.phases.values():
+        told: dict[str, Call] = {}
+        for call in calls:
+            if call.learned is not None:
+                told.setdefault(call.learned, call)
+        if len(told) > 1:
+            yield Violation(2, " but ".join(f"{c} was told {w}" for w, c in told.items()))
+            continue
+        details: dict[str, Call] = {}
+        for call in calls:
+            if call.learned is not None and call.exit.get("detail") is not None:
+                details.setdefault(str(call.exit["detail"]), call)
+        if len(details) > 1:
+            yield Violation(2, " but ".join(f"{c} was told {w!r}" for w, c in details.items()))
+
+
+def who_gives_up_breaks(record: Record) -> Iterator[Violation]:
+    """Law 3: who stopped waiting counts no more, and only such a rank is blamed."""
+    for calls in record.phases.values():
+        released = [call for call in calls if call.outcome == "released"]
+        last = max((call.entered or 0.0, call.rank) for call in calls)
+        for call in calls:
+            if released and _gave_up(record, call) and record.end_of(call) < last[0]:
+                yield Violation(3, f"{call} had given up before rank {last[1]} entered: released")
+            if call.outcome == "broken" and call.learned:
+                yield from _blamed(record, call, calls)
+
+
+def _gave_up(record: Record, call: Call) -> bool:
+    """Whether its break must have reached the store by the time it returned."""
+    if call.ended is None or call.outcome == "released":
+        return False
+    if call.learned == "broken" or (call.entered is None and call.outcome == "done"):
+        return True
+    return call.outcome in ("cancelled", "failed") and (
+        call.stopped is not None
+        and call.ended - call.stopped < HEARD_SECS
+        and not record.hampered(call.rank, call.stopped - RECOVERY_SECS, call.ended)
+    )
+
+
+def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation]:
+    learned, began = record.end_of(call), min(c.began for c in calls)
+    timeout = call.exit.get("timeout_secs")
+    if timeout is not None:
+        fired = any(c.within == timeout and c.began + timeout <= learned for c in calls)
+        # How long a rank waits for those that have not joined again after a restart.
+        if not (fired or (timeout == record.init_secs and began + timeout <= learned)):
+            yield Violation(3, f"{call} timed out after {timeout:g} s, before any deadline")
+        return
+    blamed = call.exit["blamed"]
+    excused = (
+        any(
+            c.name == call.name
+            and c.phase in (None, call.phase)
+            and (c.stopped or began) <= learned
+            for c in record.stopped[blamed]
+        )
+        or any(c.began <= learned and record.end_of(c) >= began for c in record.left[blamed])
+        or any(t <= learned for t in record.joining[blamed][1:])
+        or record.cut_off(blamed, began, learned)
+    )
+    if not excused:
+        yield Violation(3, f"{call} blames a rank that did nothing: {call.exit['detail']}")
+
+
+def fail_fast(record: Record) -> Iterator[Violation]:
+    """Law 4: a break reaches all that wait, and all that come later, within a second."""
+    for calls in record.phases.values():
+        known = [t for call in calls if (t := _break_known(record, call)) is not None]
+        if known:
+            for call in calls:
+                yield from _heard(record, call, min(known), "the phase was broken")
+    yield from _restarts(record)
+
+
+def _break_known(record: Record, call: Call) -> float | None:
+    """When the break was in the store, at the latest, as far as this call shows."""
+    if call.ended is None or record.hampered(call.rank, call.ended - RECOVERY_SECS, call.ended):
+        return None
+    told = call.outcome == "broken" and not call.exit["in_doubt"]
+    stopped = call.do != "commit" and _gave_up(record, call) and call.outcome != "lost"
+    return call.ended if told or stopped else None
+
+
+def _restarts(record: Record) -> Iterator[Violation]:
+    """Who waits for a process that is gone is told when it joins again (law 11)."""
+    first: dict[int, tuple[float, int]] = {}
+    for generation, t, rank in record.joined:
+        if generation and not record.hampered(rank, t - RECOVERY_SECS, t):
+            first[generation] = min(first.get(generation, (t, rank)), (t, rank))
+    for phase, calls in record.phases.items():
+        later = [found for generation, found in first.items() if generation > phase[1]]
+        for call in calls:
+            if later and call.do != "commit":
+                t, rank = min(later)
+                yield from _heard(record, call, t, f"rank {rank} had joined again")
+
+
+def _heard(record: Record, call: Call, since: float, what: str) -> Iterator[Violation]:
+    since, end = max(call.entered or call.began, since), record.end_of(call)
+    # A leader goes on publishing in a phase that nobody else can break any more.
+    if call.published is not None or record.cut_off(call.rank, call.began - RECOVERY_SECS, end):
+        return
+    allowed = LAW_SECS + SLACK_SECS + record.stood(call.rank, since, end)
+    if end - since > allowed:
+        yield Violation(4, f"{call} waited on for {end - since:.2f} s after {what}")
+
+
+def bounded(record: Record) -> Iterator[Violation]:
+    """Law 5: every call returns within its deadline and a second; a cancelled one in a second."""
+    for call in record.calls.values():
+        end = record.end_of(call)
+        if call.within is not None:
+            yield from _late(record, call, call.began, call.within, end, 5)
+        if call.stopped is not None:
+            yield from _late(record, call, call.stopped, 0.0, end, 8)
+
+
+def _late(
+    record: Record, call: Call, since: float, within: float, end: float, law: int
+) -> Iterator[Violation]:
+    allowed = within + LAW_SECS + SLACK_SECS + record.stood(call.rank, since, end)
+    if end - since > allowed:
+        did = "returned" if call.ended is not None else "had not returned"
+        yield Violation(law, f"{call} {did} after {end - since:.2f} s, {within:g} s were allowed")
+
+
+def nothing_foreign(record: Record) -> Iterator[Violation]:
+    """No error but the library's own comes out of a call."""
+    for call in record.calls.values():
+        if call.outcome == "foreign":
+            yield Violation(0, f"{call} raised {call.exit['detail']}")

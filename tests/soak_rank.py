@@ -1,0 +1,315 @@
+"""The program of a rank in a soak, which crosses phases of its own accord and logs them.
+
+What it writes is described in judge.py, and what it is told to do in soak.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import rank_process
+from torch.distributed import TCPStore
+from worlds import AnyBarrier
+
+from async_barriers import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    StoreBarrier,
+    TCPStoreBarrier,
+)
+
+PREFIX = "soak"
+# What each name is crossed by, on all ranks. Commits are led by the first and the last rank.
+NAMES = ("execute 0", "execute 1", "phase 0", "phase 1", "commit 0", "commit -1")
+CLOSE_SECS = 2.0
+# A host waits for its peers besides.
+CLOSE_HOST_SECS = 5.0
+
+
+class Planned(Exception):
+    """A failure of a body or of a publish that the driver asked for."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call under way."""
+
+    number: int
+    do: str
+    name: str
+    scope: anyio.CancelScope
+    breaks_only: bool = False
+
+
+_current: ContextVar[Call | None] = ContextVar("current", default=None)
+
+
+async def serve() -> None:
+    """Host the store, and say where, until told to end."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rank_process.say(event="serving", port=server.port)
+    await anyio.wait_readable(0)
+
+
+class SoakRank:
+    """All that one process of one rank does."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.rank: int = options["rank"]
+        self.size: int = options["size"]
+        self._log = os.open(options["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._random = random.Random(options["seed"])
+        self._numbers = itertools.count()
+        self._open: dict[int, Call] = {}
+        self._failing: set[str] = set()
+        self._over = False
+        self._store: TCPStore | None = None
+        self.barrier: AnyBarrier
+
+    def say(self, event: str, **facts: Any) -> None:
+        # One write, so that a kill does not leave half of it, if it can be helped.
+        line = {"t": time.monotonic(), "rank": self.rank, "life": self.options["life"]}
+        os.write(self._log, json.dumps({**line, "event": event, **facts}).encode() + b"\n")
+
+    async def run(self) -> None:
+        """Cross until told to end."""
+        async with anyio.create_task_group() as tasks:
+            await self._build()
+            rank_process.say(event="ready")
+            for name in NAMES:
+                tasks.start_soon(self._cross_on, name)
+            await self._obey(tasks)
+            for call in list(self._open.values()):
+                self.say("cancel", call=call.number)
+            tasks.cancel_scope.cancel()
+        await self._close()
+        self.say("ended")
+
+    # -- what it is told ---------------------------------------------------------------
+
+    async def _obey(self, tasks: anyio.abc.TaskGroup) -> None:
+        partial = b""
+        while not self._over:
+            await anyio.wait_readable(0)
+            chunk = os.read(0, 1 << 16)
+            *lines, partial = (partial + chunk).split(b"\n")
+            if not chunk:
+                return
+            for line in lines:
+                command = json.loads(line)
+                do = command["do"]
+                if do == "end":
+                    return
+                if do == "cancel" and self._open:
+                    call = list(self._open.values())[command["which"] % len(self._open)]
+                    self.say("cancel", call=call.number)
+                    call.scope.cancel()
+                elif do == "fail":
+                    self._failing.add(command["name"])
+                elif do == "abort":
+                    tasks.start_soon(self._abort, command["name"])
+                elif do == "rebuild":
+                    tasks.start_soon(self._rebuild)
+
+    async def _abort(self, name: str) -> None:
+        barrier, reason = self.barrier, f"told to abort by {self.options['seed']}"
+        within = 2 * self.options["init_secs"]
+        await self._call("abort", name, within, lambda _: barrier.abort(reason, name))
+
+    async def _rebuild(self) -> None:
+        await self._close()
+        await self._build()
+
+    async def _close(self) -> None:
+        within = CLOSE_HOST_SECS if self.options["own_store"] else CLOSE_SECS
+        await self._call("close", "", within, lambda _: self.barrier.aclose())
+
+    async def _build(self) -> None:
+        init_secs, port = self.options["init_secs"], self.options["port"]
+        given = {"timeout_secs": None, "timeout_barrier_init_secs": init_secs}
+        if self.options["own_store"]:
+            self.barrier = TCPStoreBarrier(
+                self.rank,
+                self.size,
+                PREFIX,
+                tcpstore_port=port,
+                master_address="127.0.0.1",
+                warn_after_secs=0.5,
+                **given,
+            )
+        else:
+            if self._store is None:
+                self._store = TCPStore(
+                    "127.0.0.1", port, wait_for_workers=False, timeout=timedelta(seconds=5)
+                )
+            self.barrier = StoreBarrier(
+                self._store,
+                rank=self.rank,
+                world_size=self.size,
+                prefix=PREFIX,
+                warn_after_secs=0.5,
+                **given,
+            )
+        self._watch_turns(self.barrier)
+        self.say("joining")
+        barrier = self.barrier
+        connected = await self._call("connect", "", init_secs, lambda _: barrier.connect())
+        if connected:
+            self.say("joined", generation=barrier._session.generation)
+
+    def _watch_turns(self, barrier: AnyBarrier) -> None:
+        """Log in which generation a call takes its turn, before the store hears of it."""
+        session = barrier._session
+        take = session.take_turn
+
+        def logged(name: str, leader: int | None = None) -> Any:
+            turn, call = take(name, leader), _current.get()
+            if turn is not None and call is not None:
+                self.say(
+                    "forgo" if call.breaks_only else "enter",
+                    call=call.number,
+                    generation=turn.keys.generation,
+                    sequence=turn.sequence,
+                )
+            return turn
+
+        session.take_turn = logged  # type: ignore[method-assign]
+
+    # -- crossing ----------------------------------------------------------------------
+
+    async def _cross_on(self, name: str) -> None:
+        while True:
+            await anyio.sleep(self._pause())
+            barrier = self.barrier
+            if barrier._session.replaced:
+                # Another process has this rank's number now; it goes on, not this one.
+                self._over = True
+                return
+            await self._cross(barrier, name, self._deadline())
+
+    def _pause(self) -> float:
+        return self._random.uniform(0.0, 0.05 if self._random.random() < 0.98 else 1.0)
+
+    def _deadline(self) -> float | None:
+        at_random = self._random.random()
+        if at_random < 0.05:
+            return None
+        return self._random.uniform(0.01, 0.2) if at_random < 0.08 else self._random.uniform(1, 5)
+
+    async def _cross(self, barrier: AnyBarrier, name: str, within: float | None) -> None:
+        do, _, index = name.partition(" ")
+        fails = name in self._failing
+        self._failing.discard(name)
+        if do == "execute":
+            await self._call(
+                do, name, within, lambda _: barrier.execute_barrier(name, timeout_secs=within)
+            )
+        elif do == "phase":
+
+            async def body(call: Call) -> None:
+                async with barrier.phase(name, timeout_secs=within):
+                    if fails:
+                        call.breaks_only = True
+                        self.say("fail", call=call.number)
+                        raise Planned("the body failed")
+
+            await self._call(do, name, within, body)
+        else:
+            leader = int(index) % self.size
+
+            async def commit(call: Call) -> bytes:
+                async def publish(payloads: Mapping[int, bytes]) -> bytes:
+                    self.say("publishing", call=call.number)
+                    assert sorted(payloads) == list(range(self.size))
+                    await anyio.sleep(self._random.choice((0.0, 0.0, 0.01, 0.3)))
+                    if fails:
+                        self.say("fail", call=call.number)
+                        raise Planned("publish failed")
+                    return b"%d" % call.number
+
+                return await barrier.commit(
+                    publish,
+                    payload=b"%d" % self.rank,
+                    name=name,
+                    timeout_secs=within,
+                    leader=leader,
+                )
+
+            await self._call(do, name, within, commit)
+
+    async def _call(
+        self, do: str, name: str, within: float | None, make: Callable[[Call], Any]
+    ) -> bool:
+        """Make one call and log it; whether it went well."""
+        with anyio.CancelScope() as scope:
+            call = Call(next(self._numbers), do, name, scope, breaks_only=do == "abort")
+            if do not in ("close", "connect"):
+                self._open[call.number] = call
+            _current.set(call)
+            self.say("call", call=call.number, do=do, name=name, within=within)
+            try:
+                value = await make(call)
+            except BarrierError as exc:
+                self.say("exit", call=call.number, in_doubt=exc.in_doubt, **_facts(exc))
+                return False
+            except Planned:
+                self.say("exit", call=call.number, in_doubt=False, outcome="failed")
+                return False
+            except anyio.get_cancelled_exc_class():
+                self.say("exit", call=call.number, in_doubt=False, outcome="cancelled")
+                raise
+            except Exception as exc:
+                self.say(
+                    "exit", call=call.number, in_doubt=False, outcome="foreign", detail=repr(exc)
+                )
+                return False
+            finally:
+                self._open.pop(call.number, None)
+                _current.set(None)
+            facts: dict[str, Any] = {"outcome": "done"}
+            if do == "execute":
+                facts = {"outcome": "released", "detail": f"released, last rank {value.last_rank}"}
+            elif do == "phase":
+                facts = {"outcome": "released"}
+            elif do == "commit":
+                facts = {"outcome": "released", "detail": f"released, {value!r}"}
+            self.say("exit", call=call.number, in_doubt=False, **facts)
+            return True
+        return False
+
+
+def _facts(exc: BarrierError) -> dict[str, Any]:
+    if isinstance(exc, BarrierTimeoutError):
+        return {
+            "outcome": "broken",
+            "detail": f"timed out after {exc.timeout_secs:g} s without {exc.missing_ranks}",
+            "timeout_secs": exc.timeout_secs,
+        }
+    if isinstance(exc, BrokenBarrierError):
+        return {
+            "outcome": "broken",
+            "detail": f"broken by {exc.rank}: {exc.reason}",
+            "blamed": exc.rank,
+        }
+    assert isinstance(exc, BarrierConnectionError | BarrierClosedError), exc
+    kind = "closed" if isinstance(exc, BarrierClosedError) else "lost"
+    return {"outcome": kind, "error": str(exc)}
+
+
+async def main(options: dict[str, Any]) -> None:
+    """What a process of the forge does: host the store of all others, or be a rank."""
+    await (serve() if options["serves"] else SoakRank(options).run())
