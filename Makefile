@@ -1,5 +1,6 @@
 # make test, make check, make demo, make bench, make soak: each makes .venv first if it is missing or
-# out of date. ARGS goes through to pytest, to the example, to crossing.py, or to soak.py.
+# out of date. ARGS goes through to pytest, to the example, or to soak.py;
+# make bench BENCHMARKS="crossing start" runs some of them.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,6 +8,7 @@ STAMP := .venv/.installed
 BENCH_STAMP := .venv/.bench-installed
 MINUTES ?= 5
 RANKS ?= 4
+BENCHMARKS = crossing round_trips scale event_loop staging break_latency waiting start
 SOURCES = $(wildcard src tests examples benchmarks)
 
 # c10d looks up its peer's host name in the DNS; where that is slow it takes seconds.
@@ -35,7 +37,8 @@ soak: $(STAMP)
 		$(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(BENCH_STAMP)
-	$(BIN)/python benchmarks/crossing.py --save $(ARGS)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --save; done
+	$(BIN)/python benchmarks/pictures.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -51,7 +51,7 @@ class Measured:
 
 def main() -> None:
     args = parse_arguments()
-    about = results.introduce("Crossing latency")
+    report = results.Report("Crossing latency")
     measured: dict[int, dict[str, Measured]] = {}
     skipped: dict[str, str] = {}
     ratios: dict[int, list[dict[str, Any]]] = {}
@@ -60,9 +60,9 @@ def main() -> None:
         measured[size] = found
         skipped |= lacking
         ratios[size] = compare(found)
-        print_size(size, found, ratios[size])
+        report.say(described(size, found, ratios[size]))
     for variant, why in skipped.items():
-        print(f"skipped {variant}: {why}")
+        report.say(f"skipped {variant}: {why}")
     if args.save:
         sizes = {
             str(size): {
@@ -71,7 +71,7 @@ def main() -> None:
             }
             for size, found in measured.items()
         }
-        results.save("crossing", about, {"sizes": sizes, "skipped": skipped})
+        report.save("crossing", {"sizes": sizes, "skipped": skipped})
 
 
 def measure(
@@ -116,35 +116,33 @@ def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def print_size(size: int, measured: dict[str, Measured], ratios: list[dict[str, Any]]) -> None:
+def described(size: int, measured: dict[str, Measured], ratios: list[dict[str, Any]]) -> str:
     rows = []
     for variant, found in measured.items():
         wall, cpu = spread(found.wall), spread(found.cpu)
         extremes = f"{wall['min'] * 1e6:.0f}..{wall['max'] * 1e6:.0f}"
         rows.append([variant, shown(wall, 1e-6), extremes, shown(cpu, 1e-6)])
     head = [f"{size} processes", "us per crossing (quartiles)", "extremes", "CPU us, all ranks"]
-    print(table(head, rows))
+    lines = [table(head, rows)]
     for ratio in ratios:
         verdict = "reached" if ratio["median"] <= ratio["goal"] else "MISSED"
-        print(
+        lines.append(
             f"{ratio['ours']} of {ratio['of']}: {shown(ratio, digits=2)}, "
             f"goal {ratio['goal']}: {verdict}"
         )
-    print(flush=True)
+    return "\n".join([*lines, ""])
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sizes", type=numbers, default=[2, 8, 32], help="processes: 2,8,32")
+    parser.add_argument(
+        "--sizes", type=results.numbers, default=[2, 8, 32], help="processes: 2,8,32"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--burst-secs", type=float, default=0.12, help="per variant and round")
     parser.add_argument("--only", type=names, default=VARIANTS, help="variants, comma-separated")
     parser.add_argument("--save", action="store_true", help="write results/crossing.json")
     return parser.parse_args()
-
-
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def names(text: str) -> list[str]:

@@ -19,6 +19,8 @@ from typing import Any
 # run in the driver before.
 _context = multiprocessing.get_context("fork")
 _PATIENCE_SECS = 120.0
+# c10d looks up its peers' host names in the DNS; where that is slow it takes seconds.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 class Fleet:
@@ -33,7 +35,7 @@ class Fleet:
         for number in range(size):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_serve, args=(number, program, theirs, [*self._channels, ours]), daemon=True
+                target=_serve, args=(number, program, theirs, os.getpid()), daemon=True
             )
             process.start()
             theirs.close()
@@ -75,7 +77,8 @@ class Fleet:
         tb: TracebackType | None,
     ) -> None:
         for channel in self._channels:
-            channel.close()
+            with contextlib.suppress(OSError):
+                channel.send(None)
         for process in self._processes:
             process.join(10.0 if exc is None else 0.5)
             if process.is_alive():
@@ -83,30 +86,30 @@ class Fleet:
                 process.join()
 
 
-def _serve(
-    number: int,
-    program: Callable[[int], Any],
-    channel: Connection,
-    others: list[Connection],
-) -> None:
-    # The driver alone hears of Ctrl-C, and closes the channels.
+def _serve(number: int, program: Callable[[int], Any], channel: Connection, driver: int) -> None:
+    # The driver alone hears of Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for other in others:
-        other.close()
     target: Any = None
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            what, args = channel.recv()
-            error = value = None
-            try:
-                if target is None:
-                    target = program(number)
-                value = getattr(target, what)(*args)
-            except Exception:
-                error = traceback.format_exc()
-            channel.send((error, value))
+    while (asked := _next(channel, driver)) is not None:
+        what, args = asked
+        error = value = None
+        try:
+            if target is None:
+                target = program(number)
+            value = getattr(target, what)(*args)
+        except Exception:
+            error = traceback.format_exc()
+        channel.send((error, value))
     # Some of what is measured hangs at exit, or aborts.
     os._exit(0)
+
+
+def _next(channel: Connection, driver: int) -> Any:
+    # Not by the end of the channel: processes forked later hold it open, too.
+    while not channel.poll(2.0):
+        if os.getppid() != driver:
+            return None
+    return channel.recv()
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -72,26 +73,45 @@ def machine() -> dict[str, Any]:
     }
 
 
-def introduce(title: str) -> dict[str, Any]:
-    """Print what is measured and where; the latter."""
-    about = machine()
-    packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
-    print(f"{title}\n{about['cpu']}, {about['cores']} cores, load {about['load']:.2f}")
-    print(f"{about['system']}, Python {about['python']}, commit {about['commit']}")
-    print(f"{packages}\n", flush=True)
-    return about
+class Report:
+    """What one benchmark has to say: printed, and kept as ``results/<name>.json`` and ``.txt``."""
+
+    def __init__(self, title: str) -> None:
+        self._machine = machine()
+        self._said: list[str] = []
+        about = self._machine
+        packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
+        self.say(
+            f"{title}\n{about['when']}, {about['cpu']}, {about['cores']} cores, "
+            f"load {about['load']:.2f}\n{about['system']}, Python {about['python']}, "
+            f"commit {about['commit']}\n{packages}\n"
+        )
+
+    def say(self, text: str = "") -> None:
+        print(text, flush=True)
+        self._said.append(text)
+
+    def save(self, name: str, data: dict[str, Any]) -> None:
+        """Keep it, with the numbers behind it."""
+        RESULTS.mkdir(exist_ok=True)
+        whole = json.dumps({"machine": self._machine, **data}, indent=1)
+        (RESULTS / f"{name}.json").write_text(whole + "\n")
+        (RESULTS / f"{name}.txt").write_text("\n".join(self._said).rstrip() + "\n")
+        print(f"\nsaved results/{name}.json")
 
 
-def save(name: str, about: dict[str, Any], data: dict[str, Any]) -> None:
-    """Keep the numbers as ``results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": about, **data}, indent=1) + "\n")
-    print(f"\nsaved {path.relative_to(HERE.parent)}")
+def numbers(text: str) -> list[int]:
+    """``2,8,32``, as an argument."""
+    return [int(number) for number in text.split(",")]
+
+
+def progress(what: str) -> None:
+    """Say on stderr how far it is."""
+    print(f"... {what}", file=sys.stderr, flush=True)
 
 
 def load(name: str) -> dict[str, Any] | None:
-    """What `save` kept, if it did."""
+    """The numbers that `Report.save` kept, if it did."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return None

@@ -1,12 +1,13 @@
 """Everything that is measured: our barriers and what a user would pick instead.
 
-Each variant is one rank's way to cross one barrier, made in the rank's process. Rank 0 hosts
-the store wherever there is one.
+Each variant is one rank's way to cross one barrier. Rank 0 hosts the store, unless it is said
+that it is hosted elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 import warnings
@@ -37,6 +38,73 @@ class Burst:
 
     secs: float
     cpu_secs: float
+
+
+def make_torch(rank: int, size: int, port: int, hosted: bool, prefix: str = "benchmark") -> Cross:
+    """torch's own TCPStoreBarrier."""
+    # Its rank makes its key, and rank 0 would host.
+    number = rank if hosted else rank + 1
+    return TorchBarrier(
+        number, size, prefix, TIMEOUT_SECS, True, port, HOST, TIMEOUT_SECS
+    ).execute_barrier
+
+
+def make_tc(rank: int, size: int, port: int, hosted: bool) -> Cross:
+    """torch_checkpointing's TCPStoreBarrier."""
+    from torch_checkpointing.barriers import TCPStoreBarrier, TCPStoreBarrierConfig
+    from torch_checkpointing.types import RankInfo
+
+    number = rank if hosted else rank + 1
+    barrier = TCPStoreBarrier(
+        TCPStoreBarrierConfig(TIMEOUT_SECS, True, port, HOST),
+        RankInfo(number, size, number, size),
+    )
+    return lambda: barrier.execute_barrier(TIMEOUT_SECS)
+
+
+def make_linear(rank: int, size: int, port: int, hosted: bool) -> Cross:
+    """torchsnapshot's LinearBarrier: arrive and depart."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchsnapshot.dist_store import LinearBarrier
+    store = _store(rank, size, port, hosted)
+    sequence = itertools.count()
+
+    def cross() -> None:
+        # A used prefix passes at once, so each crossing has its own.
+        barrier = LinearBarrier(f"benchmark{next(sequence)}", store, rank, size, 0)
+        barrier.arrive(_TIMEOUT)
+        barrier.depart(_TIMEOUT)
+
+    return cross
+
+
+def make_gloo(rank: int, size: int, port: int, hosted: bool) -> Cross:
+    """A process group's barrier."""
+    store = _store(rank, size, port, hosted)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    return dist.barrier
+
+
+def make_floor(rank: int, size: int, port: int, hosted: bool) -> Cross:
+    """One server-side round trip, and no safety: the least that a store can do."""
+    # torch's stubs lack half of the stores' methods.
+    store: Any = _store(rank, size, port, hosted)
+    sequence = itertools.count()
+    return lambda: store.barrier(f"benchmark{next(sequence)}", size, _TIMEOUT)
+
+
+BLOCKING: dict[str, Callable[[int, int, int, bool], Cross]] = {
+    "torch": make_torch,
+    "tc": make_tc,
+    "linear": make_linear,
+    "gloo": make_gloo,
+    "floor": make_floor,
+}
+
+
+def _store(rank: int, size: int, port: int, hosted: bool) -> TCPStore:
+    return TCPStore(HOST, port, size, is_master=hosted and rank == 0, timeout=_TIMEOUT)
 
 
 class Loops:
@@ -85,8 +153,8 @@ class Crossers:
             burst: Burst = self._loops.run(how, lambda: self._burst_of_ours(how, crossings))
             return burst
         if product not in self._blocking:
-            make: Callable[[], Cross] = getattr(self, f"_make_{product}")
-            self._blocking[product] = make()
+            make = BLOCKING[product]
+            self._blocking[product] = make(self._rank, self._size, self._ports[product], True)
         cross = self._blocking[product]
         if how == "blocking":
             return _burst_of_blocking(cross, crossings)
@@ -117,68 +185,6 @@ class Crossers:
         for _ in range(crossings):
             await cross()
         return clock.read()
-
-    def _make_torch(self) -> Cross:
-        return TorchBarrier(
-            self._rank,
-            self._size,
-            "benchmark",
-            TIMEOUT_SECS,
-            True,
-            self._ports["torch"],
-            HOST,
-            TIMEOUT_SECS,
-        ).execute_barrier
-
-    def _make_tc(self) -> Cross:
-        from torch_checkpointing.barriers import TCPStoreBarrier, TCPStoreBarrierConfig
-        from torch_checkpointing.types import RankInfo
-
-        config = TCPStoreBarrierConfig(TIMEOUT_SECS, True, self._ports["tc"], HOST)
-        info = RankInfo(self._rank, self._size, self._rank, self._size)
-        barrier = config.create_barrier(info)
-        assert isinstance(barrier, TCPStoreBarrier)
-        return lambda: barrier.execute_barrier(TIMEOUT_SECS)
-
-    def _make_linear(self) -> Cross:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torchsnapshot.dist_store import LinearBarrier
-        store = self._store("linear")
-        sequence = 0
-
-        def cross() -> None:
-            nonlocal sequence
-            sequence += 1
-            # A used prefix passes at once, so each crossing has its own.
-            barrier = LinearBarrier(f"benchmark{sequence}", store, self._rank, self._size, 0)
-            barrier.arrive(_TIMEOUT)
-            barrier.depart(_TIMEOUT)
-
-        return cross
-
-    def _make_gloo(self) -> Cross:
-        dist.init_process_group(
-            "gloo", store=self._store("gloo"), rank=self._rank, world_size=self._size
-        )
-        return dist.barrier
-
-    def _make_floor(self) -> Cross:
-        # torch's stubs lack half of the stores' methods.
-        store: Any = self._store("floor")
-        sequence = 0
-
-        def cross() -> None:
-            nonlocal sequence
-            sequence += 1
-            store.barrier(f"benchmark{sequence}", self._size, _TIMEOUT)
-
-        return cross
-
-    def _store(self, product: str) -> TCPStore:
-        return TCPStore(
-            HOST, self._ports[product], self._size, is_master=self._rank == 0, timeout=_TIMEOUT
-        )
 
 
 class _Clock:
