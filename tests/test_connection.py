@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,7 +42,8 @@ def tcp() -> Iterator[TCPConnection]:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     connection = connections.clone_tcp(server)
     yield connection
-    connection.close()
+    if connection._socket is not None and connection._socket.fileno() >= 0:
+        connection.close()
 
 
 def test_the_operations(pair: tuple[Connection, Connection]) -> None:
@@ -170,6 +174,7 @@ def test_a_torch_that_hides_its_descriptor(
     monkeypatch.setattr(connections, "_innermost", lambda store: "TCPStore()")
     plain = TCPConnection(tcp._store.clone())
     assert not plain.interruptible
+    assert plain.remains() == []
     plain.interrupt()
     plain.set("k", b"v")
     assert plain.read("k") == b"v"
@@ -215,6 +220,56 @@ def test_a_port_where_no_store_answers() -> None:
             called_off.set()
             with pytest.raises(BarrierConnectionError, match="answers b'HTTP', which no TCPStore"):
                 waiting.result(5)
+
+
+def test_a_port_that_says_nothing() -> None:
+    """One that neither accepts nor refuses is knocked at until that is called off."""
+    with socket.socket() as full, socket.socket() as guest:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        guest.connect(full.getsockname())
+        called_off = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            began = time.monotonic()
+            port = full.getsockname()[1]
+            waiting = pool.submit(
+                connections.await_store, "127.0.0.1", port, began + 60, called_off
+            )
+            with pytest.raises(TimeoutError):
+                waiting.result(0.4)
+            called_off.set()
+            with pytest.raises(BarrierConnectionError, match="timed out"):
+                waiting.result(connections._ATTEMPT_SECS / 2)
+
+
+def test_what_remains_of_a_connection_that_hung(tcp: TCPConnection) -> None:
+    """It is kept apart, and ended, after the connection was closed; or there is nothing left."""
+    reset, closed = tcp.remains() + tcp.remains()
+    tcp.interrupt()
+    tcp.close()
+    for remains in (reset, closed):
+        assert remains._socket.fileno() >= 0
+    reset.reset()
+    closed.close()
+    assert reset._socket.fileno() == closed._socket.fileno() == -1
+    assert tcp.remains() == []
+
+
+def test_a_connection_that_was_lost_is_let_go_of(tcp: TCPConnection) -> None:
+    """Though its error lives on: a socket that is not closed goes on sending what is too late."""
+    found = re.search(r"fd=(\d+)", repr(tcp._store))
+    assert found
+    file = os.readlink(f"/proc/self/fd/{found[1]}")
+    tcp.interrupt()
+    with pytest.raises(BarrierConnectionError) as caught:
+        # Not a call that the watch on event loops wraps: its frames would hold the store.
+        tcp._do(tcp._store.queue_len, "queue")
+    tcp.close()
+    still_open = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            still_open.append(os.readlink(f"/proc/self/fd/{fd}"))
+    assert file not in still_open, caught
 
 
 def test_a_wait_that_was_ended_as_its_value_came(tcp: TCPConnection) -> None:

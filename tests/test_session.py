@@ -375,6 +375,34 @@ async def test_closing_when_the_store_refuses(memory: World) -> None:
 
 
 @pytest.mark.anyio
+async def test_closing_while_a_break_hangs(memory: World) -> None:
+    """The caller is told in time that it cannot know; no connection is begun that nobody ends."""
+    ranks = await memory.barriers(2)
+    breaking, over = threading.Event(), threading.Event()
+
+    def hang(operation: str, key: str) -> None:
+        if key == memory.keys("x").log:
+            breaking.set()
+        over.wait()
+
+    hook = Hook(memory, hang)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", timeout_secs=0.3))
+        await memory.entered(0, name="x")
+        hook.on()
+        await memory.call(breaking.wait)
+        before = len(ranks[0]._session._lanes)
+        await ranks[0].aclose()
+        assert (await waiting.raised(BarrierConnectionError)).in_doubt
+        assert len(ranks[0]._session._lanes) <= before
+    assert waiting.secs < 0.3 + 1 + LOAD_SECS
+    hook.off()
+    over.set()
+    # A call to a store in Python cannot be ended from outside, its watcher's neither.
+    await memory.call(memory.store.set, Keys("tests").mail(0, 0), b"closed")
+
+
+@pytest.mark.anyio
 async def test_what_cannot_be_broken_is_said(
     memory: World, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,8 +7,10 @@ becomes a `BarrierConnectionError` here, once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import select
 import socket
 import struct
 import threading
@@ -29,6 +31,8 @@ _RETRY_SECS = 0.1
 # VALIDATE with c10d's magic number, and PING with a number that is sent back.
 _ECHO = struct.pack("=I", 20020)
 _HAIL = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + _ECHO
+# TCP tries again after one second and three; a new attempt does not wait as long as that.
+_ATTEMPT_SECS = 2.0
 # Opening a connection takes the GIL many times: 16 threads doing so at once starved an
 # event loop for 99 ms, so they take turns; but one that hangs must not hold up the others.
 _opening = threading.BoundedSemaphore(8)
@@ -103,6 +107,10 @@ class Connection:
     def interrupt(self) -> None:
         """From any thread: end the call under way, where `interruptible`."""
 
+    def remains(self) -> list[Remains]:
+        """From any thread: what `close` is to leave of a connection that hangs, where it can."""
+        return []
+
     def close(self) -> None:
         """Let go of the store."""
         del self._store
@@ -112,6 +120,8 @@ class Connection:
         try:
             return operation(*args)
         except Exception as exc:
+            # The traceback must not keep the store, and with it the socket, from being closed.
+            del operation
             raise BarrierConnectionError(f"the store was lost ({_first_line(exc)})") from exc
 
 
@@ -180,10 +190,39 @@ class TCPConnection(HashConnection):
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
+    def remains(self) -> list[Remains]:
+        if self._socket is None:
+            return []
+        try:
+            return [Remains(self._socket.dup())]
+        except OSError:
+            # Its thread has hung up already.
+            return []
+
     def close(self) -> None:
         super().close()
         if self._socket is not None:
             self._socket.close()
+
+
+class Remains:
+    """The socket of a connection that was given up, which may still have something to send.
+
+    TCP goes on trying long after it is closed. What comes through then is older than all that
+    was sent on the connections that followed.
+    """
+
+    def __init__(self, copy: socket.socket) -> None:
+        self._socket = copy
+
+    def reset(self) -> None:
+        """Send nothing any more, and have the other side know; once that can be reached."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
+    def close(self) -> None:
+        """Let it try."""
+        self._socket.close()
 
 
 def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connection:
@@ -276,10 +315,9 @@ def await_store(host: str, port: int, deadline: float, stop: threading.Event) ->
 
 def _hail(host: str, port: int, deadline: float, stop: threading.Event) -> None:
     """Have the store say a number back, as c10d's own client does when it connects."""
-    remaining = max(_RETRY_SECS, deadline - time.monotonic())
-    with socket.create_connection((host, port), timeout=min(remaining, 5.0)) as hailing:
-        hailing.sendall(_HAIL)
+    with _knock(host, port, deadline, stop) as hailing:
         hailing.settimeout(_RETRY_SECS)
+        hailing.sendall(_HAIL)
         while True:
             try:
                 answer = hailing.recv(len(_ECHO))
@@ -289,6 +327,27 @@ def _hail(host: str, port: int, deadline: float, stop: threading.Event) -> None:
                     raise
     if answer != _ECHO:
         raise ConnectionError(f"it answers {answer!r}, which no TCPStore does")
+
+
+def _knock(host: str, port: int, deadline: float, stop: threading.Event) -> socket.socket:
+    """As `socket.create_connection`, but ends when it is called off."""
+    by = min(time.monotonic() + _ATTEMPT_SECS, max(deadline, time.monotonic() + _RETRY_SECS))
+    failure = 0
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        knocking = socket.socket(family, kind, protocol)
+        knocking.setblocking(False)
+        failure = knocking.connect_ex(address)
+        opened = select.poll()
+        opened.register(knocking, select.POLLOUT)
+        while failure == errno.EINPROGRESS and not stop.is_set() and time.monotonic() < by:
+            if opened.poll(1000 * _RETRY_SECS):
+                failure = knocking.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not failure:
+            return knocking
+        knocking.close()
+    raise OSError(failure, "timed out" if failure == errno.EINPROGRESS else os.strerror(failure))
 
 
 def _clone(store: Any) -> Store:

@@ -159,6 +159,7 @@ class CrossingBarrier(Barrier):
             logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
         finally:
             lanes = session.retire()
+            session.stop_connecting()
             with anyio.move_on_after(_THREADS_SECS, shield=True):
                 for lane in lanes:
                     await outcome(lane.ended)
@@ -193,8 +194,12 @@ class CrossingBarrier(Barrier):
             why = str(exc)
         # The caller's own exception is on its way, and matters more than this one.
         logger.warning("%s could not be broken for its peers: %s", describe(name), why)
-        if turn is None and not (self._closed or session.replaced):
+        if self._closed or session.replaced:
+            return
+        if turn is None:
             session.owe_turn(name, reason)
+        else:
+            session.start_afresh(turn, reason)
 
     # -- taking a turn -----------------------------------------------------------------
 

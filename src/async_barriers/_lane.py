@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from ._connection import Connection
+from ._connection import Connection, Remains
 from ._errors import BarrierConnectionError
 from ._worker import Worker
 
@@ -91,6 +91,10 @@ class Lane:
         """From any thread: end a wait for a key that nobody is left to set."""
         if (connection := self._connection) is not None:
             connection.stop_waiting()
+
+    def remains(self) -> list[Remains]:
+        """From any thread: what is to be left of a connection that hangs."""
+        return [] if (connection := self._connection) is None else connection.remains()
 
     def abandon(self) -> None:
         """From any thread: end the call under way, where that can be done, and make no other."""

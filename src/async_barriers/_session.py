@@ -19,7 +19,7 @@ from concurrent.futures import wait as wait_for
 from typing import TypeVar
 
 from . import _membership
-from ._connection import Connection
+from ._connection import Connection, Remains
 from ._errors import BarrierClosedError, BarrierConnectionError, BrokenBarrierError
 from ._keys import Keys
 from ._lane import Lane, Open
@@ -34,6 +34,7 @@ _OpenTurns = list[tuple[Turn, Future[Verdict | Gathered]]]
 
 logger = logging.getLogger(__name__)
 
+_LOST = "it lost its connection to the store"
 # How long a rank that is told that the store goes away reads its last verdicts.
 _DRAIN_SECS = 1.0
 _FAREWELL_AT_EXIT_SECS = 0.5
@@ -84,6 +85,7 @@ class Session:
         self._entered_on: dict[Turn, Lane] = {}
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
+        self._remains: list[Remains] = []
         self._in_store = 0
         self._changed = threading.Condition()
         self._control = self._lane()
@@ -147,6 +149,10 @@ class Session:
         if membership is None:
             self._replaced = True
             return
+        # Before this rank departs from the phases that it gave up, and their keys are deleted:
+        # an arrival that came late would bring them back.
+        while self._remains:
+            self._remains.pop().reset()
         if life is None or membership is not previous:
             # Phases of a generation that is over are broken by those who still live in it.
             self._owed.clear()
@@ -400,16 +406,17 @@ class Session:
         """Who has arrived; None where the phase is over."""
         return self._control.submit(lambda store: turn.during(store, turn.survey, lambda: None))
 
-    def start_afresh(self, turn: Turn) -> None:
+    def start_afresh(self, turn: Turn, reason: str = _LOST) -> None:
         """The store did not answer in time: leave the connections that hang behind.
 
         The break of ``turn`` that it did not take is made up for when this rank joins again,
         which it tries at once: peers may still wait in the phase.
         """
         lane = self._entered_on.pop(turn, None)
-        self._owed.append(lambda store: self._make_up_for(store, turn, lane))
+        self._owed.append(lambda store: self._make_up_for(store, turn, lane, reason))
         self._start_afresh(lane)
-        self.join()
+        if not self._closing:
+            self.join()
 
     def lost(self, turn: Turn) -> None:
         """``turn`` lost its connection, and is a commit that only its leader can settle."""
@@ -420,20 +427,28 @@ class Session:
         self._standing = False
         self._joining = None
         hung = [self._control]
-        self._control = self._lane()
-        self._lanes.append(self._control)
         if lane is not None:
             hung.append(lane)
+        if self._closing:
+            # Nothing is begun any more, so nobody would end it.
+            for lane in hung:
+                lane.abandon()
+            return
+        self._control = self._lane()
+        self._lanes.append(self._control)
         if self._watcher.interruptible:
             # Two that wait for the same mail would take it from each other.
             hung.append(self._watcher)
             self._watcher, self._watched = self._lane(), None
             self._lanes.append(self._watcher)
         for lane in hung:
+            self._remains += lane.remains()
             self._discard(lane)
 
-    def _make_up_for(self, store: Connection, turn: Turn, lane: Lane | None) -> None:
-        judged = self._break(store, turn, "it lost its connection to the store")
+    def _make_up_for(
+        self, store: Connection, turn: Turn, lane: Lane | None, reason: str = _LOST
+    ) -> None:
+        judged = self._break(store, turn, reason)
         if isinstance(judged, Gathered):
             self._forsake(store, turn, judged, lane)
 
@@ -496,10 +511,18 @@ class Session:
             settle(future, error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:
             self._watcher.submit(self._membership.wait_no_longer)
+        while self._remains:
+            self._remains.pop().close()
         lanes = list(self._lanes)
         for lane in lanes:
             lane.retire()
         return lanes
+
+    def stop_connecting(self) -> None:
+        """End the lanes that have no connection, and are waiting for a store at most."""
+        for lane in list(self._lanes):
+            if not lane.connected:
+                lane.abandon()
 
     def abandon(self) -> None:
         """End the calls of lanes that did not end by themselves."""
@@ -513,6 +536,7 @@ class Session:
             said = self.farewell()
             wait_for([said], timeout=min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
         lanes = [lane.ended for lane in self.retire()]
+        self.stop_connecting()
         wait_for(lanes, timeout=max(0.0, (deadline - time.monotonic()) / 2))
         self.abandon()
         wait_for(lanes, timeout=max(0.0, deadline - time.monotonic()))
