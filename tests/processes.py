@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+import networks
 import rank_process
 from rank_process import PREFIX
 from torch.distributed import TCPStore
 from worlds import free_port
 
 from async_barriers._keys import Keys
+
+T = TypeVar("T")
 
 BACKENDS = ("asyncio", "trio")
 # What no process may leave on its stderr, however it ends.
@@ -216,7 +219,11 @@ class Call:
 
 
 class Job:
-    """All ranks of one world, and the store where they meet."""
+    """All ranks of one world, and the store where they meet.
+
+    ``homes`` are the network namespaces that the ranks live in, if not this process's; the
+    store is where rank 0 is, at ``host``.
+    """
 
     def __init__(
         self,
@@ -225,19 +232,28 @@ class Job:
         *,
         own_store: bool,
         backends: Sequence[str] = BACKENDS,
+        host: str = "127.0.0.1",
+        homes: Sequence[str | None] = (),
         **options: Any,
     ) -> None:
         self.size = size
+        self._homes = list(homes) or [None] * size
         self.ranks: list[Rank] = []
         self._forge = forge
         self._observer: TCPStore | None = None
         if own_store:
             port = free_port()
         else:
-            self._observer = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            self._observer = self._by_the_store(
+                lambda: TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            )
             port = self._observer.port
         self._backends = backends
-        self._options = {"port": port, "size": size, "own_store": own_store, **options}
+        self._host = host
+        self._options = {
+            **{"host": host, "port": port, "size": size, "own_store": own_store},
+            **options,
+        }
 
     def __enter__(self) -> Job:
         return self
@@ -256,17 +272,22 @@ class Job:
         so that no deadline in a test depends on how long it takes to make one."""
         for number in range(self.size):
             backend = self._backends[number % len(self._backends)]
-            self.ranks.append(
-                Rank(self._forge, {"rank": number, "backend": backend, **self._options})
-            )
+            who = {"rank": number, "backend": backend, "home": self._homes[number]}
+            self.ranks.append(Rank(self._forge, {**who, **self._options}))
         for rank in self.ranks:
             assert rank.event() == {"event": "connected"}, rank.stderr
         if self._observer is None:
-            self._observer = TCPStore("127.0.0.1", self._options["port"], wait_for_workers=False)
+            self._observer = self._by_the_store(
+                lambda: TCPStore(self._host, self._options["port"], wait_for_workers=False)
+            )
         calls = [self.starts(range(self.size), name=f"warm-up {lane}") for lane in range(lanes)]
         for call in itertools.chain(*calls):
             call.released()
         return self
+
+    def _by_the_store(self, call: Callable[[], T]) -> T:
+        home = self._homes[0]
+        return call() if home is None else networks.inside(home, call)
 
     @property
     def store(self) -> Any:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import anyio
 import anyio.to_thread
 import trio
+from networks import enter
 from torch.distributed import TCPStore
 from worlds import AnyBarrier
 
@@ -67,6 +68,8 @@ def be_rank(options: dict[str, Any]) -> None:
     """What a rank's program does, on the event loop it was told to use."""
     # A shell that started us in the background would have us ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if options.get("home") is not None:
+        enter(options["home"])
     doing = functools.partial(obey, options)
     if "program" in options:
         os.environ.update(options["environment"])
@@ -82,39 +85,45 @@ def be_rank(options: dict[str, Any]) -> None:
 
 async def obey(options: dict[str, Any]) -> None:
     """Build the barrier, and do what is asked until the end is."""
-    host, rank, size = "127.0.0.1", options["rank"], options["size"]
-    given = {"timeout_secs": 20.0, "timeout_barrier_init_secs": 20.0, **options.get("given", {})}
-    store = None
-    barrier: AnyBarrier
-    if options["own_store"]:
-        barrier = TCPStoreBarrier(
-            rank, size, PREFIX, tcpstore_port=options["port"], master_address=host, **given
-        )
-    else:
-        store = TCPStore(
-            host,
-            options["port"],
-            wait_for_workers=False,
-            timeout=timedelta(seconds=STORE_TIMEOUT_SECS),
-        )
-        barrier = StoreBarrier(store, rank=rank, world_size=size, prefix=PREFIX, **given)
-    doings = Doings(barrier, store)
+    doings = Doings(options)
     if options.get("managed", True):
-        async with barrier:
+        async with doings.barrier:
             await doings.obey()
     else:
-        await barrier.connect()
+        await doings.barrier.connect()
         await doings.obey()
 
 
 class Doings:
     """What a rank can be asked to do."""
 
-    def __init__(self, barrier: AnyBarrier, store: TCPStore | None) -> None:
-        self.barrier = barrier
-        self.store = store
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self.store = None
+        if not options["own_store"]:
+            self.store = TCPStore(
+                options["host"],
+                options["port"],
+                wait_for_workers=False,
+                timeout=timedelta(seconds=STORE_TIMEOUT_SECS),
+            )
+        self.barrier = self._build()
         self._tasks: set[object] = set()
+        self._scopes: dict[str, anyio.CancelScope] = {}
+        self._word = anyio.Event()
         self._partial = b""
+
+    def _build(self) -> AnyBarrier:
+        options = self._options
+        rank, size = options["rank"], options["size"]
+        given = {
+            **{"timeout_secs": 20.0, "timeout_barrier_init_secs": 20.0},
+            **options.get("given", {}),
+        }
+        if self.store is not None:
+            return StoreBarrier(self.store, rank=rank, world_size=size, prefix=PREFIX, **given)
+        where = {"tcpstore_port": options["port"], "master_address": options["host"]}
+        return TCPStoreBarrier(rank, size, PREFIX, **where, **given)
 
     async def obey(self) -> None:
         say(event="connected")
@@ -172,12 +181,47 @@ class Doings:
         result = await self.barrier.execute_barrier(name, **given)
         return {**asdict(result), "entered": entered, "released": time.monotonic()}
 
+    async def cross_until_cancelled(self, name: str, **given: Any) -> dict[str, Any]:
+        with anyio.CancelScope() as scope:
+            self._scopes[name] = scope
+            await self.barrier.execute_barrier(name, **given)
+        return {"cancelled": scope.cancelled_caught}
+
+    async def cancel(self, name: str) -> dict[str, Any]:
+        self._scopes[name].cancel()
+        return {}
+
+    async def fail_before_entering(self, name: str) -> None:
+        async with self.barrier.phase(name):
+            raise LookupError("the body failed")
+
+    async def abort(self, name: str) -> dict[str, Any]:
+        await self.barrier.abort("the disk is full", name)
+        return {}
+
+    async def close(self) -> dict[str, Any]:
+        await self.barrier.aclose()
+        return {}
+
+    async def build_anew(self) -> dict[str, Any]:
+        """Of the same arguments."""
+        self.barrier = self._build()
+        await self.barrier.connect()
+        return {}
+
+    async def give_word(self) -> dict[str, Any]:
+        """Have the publish that waits for it return."""
+        self._word.set()
+        return {}
+
     async def commit(self, publish: str, payload: str, **given: Any) -> bytes:
         async def act(payloads: Mapping[int, bytes]) -> bytes:
             told = {rank: value.decode() for rank, value in payloads.items()}
             say(event="publishing", payloads=told)
             if publish == "hang":
                 await anyio.sleep_forever()
+            if publish == "wait":
+                await self._word.wait()
             if publish == "fail":
                 raise OSError("disk full")
             return b"+".join(payloads[rank] for rank in sorted(payloads))
