@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import results
@@ -80,29 +80,29 @@ def count(kind: str, size: int) -> dict[str, Any]:
                 before = traffic.settled(still_secs)
                 kinds = Counter(proxy.ask("requests")[0])
                 critical: list[dict[str, int]] = []
+                whole: list[dict[str, int]] = []
                 for _ in range(CROSSINGS):
-                    start = traffic.settled(still_secs)
                     returned = ranks.ask("traffic_of_crossing")[0]
-                    critical += [difference(returned[rank], start[rank]) for rank in range(size)]
-                after = traffic.settled(still_secs)
+                    after = traffic.settled(still_secs)
+                    critical += [difference(returned[rank], before[rank]) for rank in range(size)]
+                    whole += [difference(after[rank], before[rank]) for rank in range(size)]
+                    before = after
                 kinds = Counter(proxy.ask("requests")[0]) - kinds
-    whole = [difference(after[rank], before[rank]) for rank in range(size)]
     return {
         "kind": kind,
         "size": size,
-        "critical": summary(critical, 1),
-        "all": summary(whole, CROSSINGS),
+        "critical": summary(critical),
+        "all": summary(whole),
         "requests": {name: number / size / CROSSINGS for name, number in kinds.items()},
     }
 
 
-def summary(counts: Iterable[Mapping[str, int]], crossings: int) -> dict[str, Any]:
-    """Of every field the mean over ranks, and what the busiest rank had."""
-    found = list(counts)
+def summary(counts: list[dict[str, int]]) -> dict[str, Any]:
+    """Of every field the mean over ranks and crossings, and the most that one rank ever had."""
     return {
         field: {
-            "mean": sum(of[field] for of in found) / len(found) / crossings,
-            "max": max(of[field] for of in found) / crossings,
+            "mean": sum(of[field] for of in counts) / len(counts),
+            "max": max(of[field] for of in counts),
         }
         for field in Traffic.FIELDS
     }
@@ -115,7 +115,7 @@ def as_texts(row: dict[str, Any]) -> list[str]:
         row["kind"],
         str(row["size"]),
         *(
-            f"{row[part]['round_trips']['mean']:.2f} ({row[part]['round_trips']['max']:.1f})"
+            f"{row[part]['round_trips']['mean']:.2f} ({row[part]['round_trips']['max']})"
             for part in ("critical", "all")
         ),
         *(f"{every[field]['mean']:.1f}" for field in ("requests", "bytes_sent", "bytes_received")),
@@ -129,7 +129,7 @@ def judge(ours: list[dict[str, Any]]) -> Iterable[str]:
         most = {row["size"]: row[part]["round_trips"]["max"] for row in ours}
         if most:
             verdict = "reached" if max(most.values()) <= goal else "MISSED"
-            span = f"{min(most.values()):.1f} to {max(most.values()):.1f}"
+            span = f"{min(most.values())} to {max(most.values())}"
             yield (
                 f"round trips of ours, {part}: {span} on the busiest rank over sizes "
                 f"{min(most)} to {max(most)}, goal {goal}: {verdict}"
