@@ -65,8 +65,9 @@ class ManyRanks:
         def make(rank: int) -> tuple[int, Callable[[], object]]:
             return rank, BLOCKING[kind](rank, self._size, ports[rank], False)
 
-        for rank, cross in self._threads.map(make, ports):
-            self._crosses[rank] = self._in_thread(cross)
+        with ThreadPoolExecutor(len(ports)) as makers:
+            for rank, cross in makers.map(make, ports):
+                self._crosses[rank] = self._in_thread(cross)
 
     def _in_thread(self, cross: Callable[[], object]) -> Callable[[], Awaitable[object]]:
         return lambda: asyncio.get_running_loop().run_in_executor(self._threads, cross)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 OURS, THEIRS, FLOOR = "#1b6ca8", "#b9bec4", "#7a8288"
+KINDS = {"ours": OURS, "torch": "#e08a00", "tc": "#4f9d4f", "linear": "#b04a5a", "floor": FLOOR}
 TITLES = {
     "crossing": "Crossing latency",
     "round_trips": "Round trips, messages and bytes",
@@ -64,16 +65,16 @@ def draw_round_trips(data: dict[str, Any]) -> Figure:
     for kind in dict.fromkeys(row["kind"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["kind"] == kind]
         sizes = [row["size"] for row in rows]
-        color = colour(kind)
+        color = KINDS[kind]
         for part, style in (("critical", "--"), ("all", "-")):
             most = [row[part]["round_trips"]["max"] for row in rows]
             label = f"{kind}, {'critical path' if part == 'critical' else 'in all'}"
             if kind == "ours":
                 trips.plot(sizes, most, style, marker="o", color=color, label=label)
             elif part == "all":
-                trips.plot(sizes, most, ":", marker=".", label=kind)
+                trips.plot(sizes, most, ":", marker=".", color=color, label=kind)
         every = [row["all"]["bytes_received"]["mean"] for row in rows]
-        received.plot(sizes, every, marker="o" if kind == "ours" else ".", label=kind)
+        received.plot(sizes, every, marker=".", color=color, label=kind)
     trips.set_title("round trips of the busiest rank, per crossing")
     trips.set_ylim(0, 12)
     received.set_title("bytes received per rank and crossing")
@@ -99,7 +100,7 @@ def draw_scale(data: dict[str, Any]) -> Figure:
             low = [(row[field]["median"] - row[field]["q1"]) / unit for row in rows]
             high = [(row[field]["q3"] - row[field]["median"]) / unit for row in rows]
             sizes = [row["size"] for row in rows]
-            axes.errorbar(sizes, middle, [low, high], marker="o", label=kind, color=colour(kind))
+            axes.errorbar(sizes, middle, [low, high], marker="o", label=kind, color=KINDS[kind])
         axes.set_title(title)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("ranks")
