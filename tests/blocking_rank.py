@@ -80,10 +80,6 @@ class Doings:
     def here_close(self) -> None:
         self.barrier.close()
 
-    def here_modules(self) -> list[str]:
-        """Of torch's checkpoint code, what was imported."""
-        return [name for name in sys.modules if name.startswith("torch.distributed.checkpoint")]
-
     def here_fork(self) -> str:
         """What a forked child is told that uses the barrier of its parent."""
         reader, writer = os.pipe()

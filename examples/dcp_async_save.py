@@ -1,0 +1,154 @@
+"""torch.distributed.checkpoint saves in the background; the barrier says when a checkpoint counts.
+
+    torchrun --standalone --nproc-per-node 2 examples/dcp_async_save.py --out /tmp/run
+    torchrun --standalone --nproc-per-node 2 examples/dcp_async_save.py --out /tmp/run \
+        --fail-rank 1 --fail-at 2
+
+`async_save` returns futures: one for when the state has been copied and training may go on, one
+for when DCP has written its shards and metadata. Here both are awaited, and then `commit` publishes
+the checkpoint. What that adds to DCP:
+
+- One verdict on all that belongs to a checkpoint. DCP knows its own files; that each rank also
+  saved where its data loader stands, it cannot know. ``latest`` moves when every rank has said that
+  it is done, with what it wrote, and not before.
+- A rank that fails is known to the others at once, with its reason, and a rank that does not come
+  is named when this checkpoint's own deadline is over. DCP waits in collectives of a process group,
+  whose timeout is minutes and names nobody.
+- Nothing blocks: no thread of a pool waits for the other ranks, the process group is not touched,
+  and several checkpoints may be on their way at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from async_barriers import BarrierError, StoreBarrier
+
+logger = logging.getLogger("dcp_async_save")
+
+
+async def train(args: argparse.Namespace) -> None:
+    """A few steps, each followed by a checkpoint that is committed while the next ones run."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weights: Tensor = distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)])
+    # DCP's collectives run in a thread of its own and must not meet those of the training.
+    group = dist.new_group(backend="gloo")
+    # On CPU: no pinned memory, no shared memory, in a thread, no streams.
+    stager = DefaultStager(StagingOptions(False, False, True, False))
+    async with (
+        StoreBarrier.from_process_group(prefix="dcp") as barrier,
+        anyio.create_task_group() as tasks,
+    ):
+        for step in range(1, args.steps + 1):
+            weights = weights + step
+            directory = args.out / f"step-{step}"
+            saving = dcp.async_save(
+                {"weights": weights, "step": step},
+                checkpoint_id=directory,
+                process_group=group,
+                async_stager=stager,
+            )
+            assert isinstance(saving, AsyncSaveResponse)
+            # From here on, training may change the weights again.
+            await asyncio.wrap_future(saving.staging_completion)
+            reader_state = None if fails(args, step) else {"samples": 32 * step}
+            tasks.start_soon(finish, barrier, directory, saving.upload_completion, reader_state)
+            await asyncio.sleep(args.step_secs)
+    stager.close()
+    check(args, weights)
+
+
+async def finish(
+    barrier: StoreBarrier, directory: Path, uploaded: Future[Any], reader_state: Any
+) -> None:
+    """See one checkpoint through, on this rank; how it ended is in the log."""
+    rank = dist.get_rank()
+    try:
+        try:
+            await asyncio.wrap_future(uploaded)
+            side = directory / f"reader-{rank}.json"
+            side.write_text(json.dumps(reader_of(reader_state)))
+        except Exception as exc:
+            # The others shall not wait for a rank that will not come.
+            await barrier.abort(f"{type(exc).__name__}: {exc}", directory.name)
+            raise
+
+        async def publish(manifests: Mapping[int, bytes]) -> None:
+            files = {rank: manifest.decode() for rank, manifest in manifests.items()}
+            (directory / "commit.json").write_text(json.dumps(files))
+            pointer = directory.with_name("latest.new")
+            pointer.write_text(directory.name)
+            os.replace(pointer, directory.with_name("latest"))
+
+        await barrier.commit(
+            publish, payload=side.name.encode(), name=directory.name, timeout_secs=60
+        )
+    except (BarrierError, OSError) as exc:
+        # Training goes on; the checkpoint before this one stays the latest.
+        logger.warning("rank %d: %s does not count: %s", rank, directory.name, exc)
+    else:
+        logger.info("rank %d: %s is committed", rank, directory.name)
+
+
+def reader_of(reader_state: Any) -> Any:
+    """Where this rank's data loader stands."""
+    if reader_state is None:
+        raise OSError("the data loader's state is lost (as --fail-rank asked)")
+    return reader_state
+
+
+def check(args: argparse.Namespace, weights: Tensor) -> None:
+    """Load what ``latest`` points to."""
+    latest = (args.out / "latest").read_text()
+    state: dict[str, Any] = {"weights": torch.zeros_like(weights), "step": 0}
+    dcp.load(state, checkpoint_id=args.out / latest)
+    step = state["step"]
+    loaded = state["weights"].to_local()
+    assert torch.equal(loaded, torch.full_like(loaded, step * (step + 1) / 2))
+    logger.info("rank %d: loaded %s", dist.get_rank(), latest)
+
+
+def fails(args: argparse.Namespace, step: int) -> bool:
+    return bool(dist.get_rank() == args.fail_rank and step == args.fail_at)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--step-secs", type=float, default=0.1)
+    parser.add_argument("--fail-rank", type=int, metavar="RANK", help="who cannot finish its part")
+    parser.add_argument("--fail-at", type=int, default=2, metavar="STEP")
+    args = parser.parse_args()
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    dist.init_process_group("gloo")
+    try:
+        asyncio.run(train(args))
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

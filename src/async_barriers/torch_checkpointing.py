@@ -1,0 +1,149 @@
+"""Barriers for the package torch_checkpointing, which is needed for this module only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
+from torch_checkpointing.barriers import BarrierConfig
+from torch_checkpointing.types import RankInfo
+
+from . import _launch
+from ._stores import StoreAt
+from .blocking import BlockingBarrier
+from .store_barrier import StoreBarrier
+
+__all__ = ["StoreBarrierConfig"]
+
+
+@dataclass
+class StoreBarrierConfig(BarrierConfig):
+    """The barrier of a ``CheckpointManager``, synchronous or not, over the process group's store.
+
+    ::
+
+        barrier_config = StoreBarrierConfig()
+        writer_config = CheckpointWriterConfig(barrier_config=barrier_config)
+        save = AsyncCheckpointSaverConfig(writer_config=writer_config)
+        manager = CheckpointManager(CheckpointManager.Config(save=save))
+
+    No port is opened: the barrier has connections of its own to the store that the default process
+    group met at, a TCPStore or a FileStore. The writer's
+    ``checkpoint_write_barrier_timeout_sec`` is the deadline of each crossing. When a write fails in
+    a checkpoint subprocess, that process ends, and all other ranks know it at once. For a
+    synchronous save, which fails where the training runs, `barrier` has a guard.
+
+    :ivar timeout_barrier_init_sec: how long, in seconds, connecting may take, and how long a rank
+        that was restarted waits for its peers
+    :ivar prefix: managers that are in use at the same time need different ones
+    :ivar warn_after_secs: a waiting rank reports after this long, and again each such period;
+        None for no reports
+    """
+
+    timeout_barrier_init_sec: int = 60
+    prefix: str = "torch_checkpointing"
+    warn_after_secs: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        self._barrier: BlockingBarrier | None = None
+        self._where: _Where | None = None
+
+    @property
+    def barrier(self) -> BlockingBarrier | None:
+        """What `create_barrier` made last in this process; None in front of a subprocess.
+
+        A synchronous save that fails on one rank has not crossed, and its peers wait for it. So
+        that they are told, save with ``with barrier_config.barrier.guard():``.
+        """
+        return self._barrier
+
+    def create_barrier(  # type: ignore[override]  # theirs by registration, which mypy cannot see
+        self, rank_info: RankInfo
+    ) -> BlockingBarrier:
+        """A barrier for the ranks of this role, connected to the store.
+
+        :raises ValueError: there is no process group and no other process said where its store
+            is, or the store is of a kind that no other process can reach
+        :raises BarrierConnectionError: the store was not reached in time
+        """
+        rank, world_size = rank_info.role_rank, rank_info.role_world_size
+        store = HashStore() if world_size == 1 else self._open_store()
+        barrier = StoreBarrier(
+            store,  # type: ignore[arg-type]  # or one that is not there yet
+            rank=rank,
+            world_size=world_size,
+            prefix=self.prefix,
+            timeout_barrier_init_secs=self.timeout_barrier_init_sec,
+            warn_after_secs=self.warn_after_secs,
+        )
+        self._barrier = BlockingBarrier(barrier)
+        # As its writer is there now: one whose first write fails can tell its peers.
+        self._barrier.connect()
+        return self._barrier
+
+    @contextlib.contextmanager
+    def use_in_subprocess(self) -> Iterator[None]:
+        """Keep the process group's store, which the subprocess uses, while it does so."""
+        # Where this process hosts it, it lives as long as somebody here refers to it.
+        store = _default_store()
+        self._where = self._found()
+        try:
+            yield
+        finally:
+            del store
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In the process that this is sent to there is no process group.
+        return {**self.__dict__, "_where": self._found(), "_barrier": None}
+
+    def _open_store(self) -> Store | StoreAt:
+        where = self._found()
+        if where is None:
+            raise ValueError(
+                "there is no default process group; call torch.distributed.init_process_group() "
+                "before you build a CheckpointManager"
+            )
+        return where.open()
+
+    def _found(self) -> _Where | None:
+        store = _default_store()
+        return self._where if store is None else _Where.of(store)
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where a store is, in words that another process understands."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    unreachable: str = ""
+
+    @classmethod
+    def of(cls, store: Any) -> _Where:
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        if isinstance(store, TCPStore):
+            return cls(host=store.host, port=store.port)
+        if isinstance(store, FileStore):
+            # torch's stubs do not know its path.
+            return cls(path=str(store.path))  # type: ignore[attr-defined]
+        return cls(unreachable=repr(store))
+
+    def open(self) -> Store | StoreAt:
+        if self.unreachable:
+            raise ValueError(
+                f"the process group met at {self.unreachable}, which no other process can reach; "
+                "call init_process_group() with a TCPStore or a FileStore"
+            )
+        if self.path:
+            return FileStore(self.path)
+        return StoreAt(self.host, self.port, use_libuv=True, hosts=False)
+
+
+def _default_store() -> Store | None:
+    return _launch.from_group(None).store if dist.is_initialized() else None
