@@ -310,8 +310,8 @@ def test_pickling_takes_the_configuration() -> None:
     )
     with BlockingBarrier(config) as barrier:
         barrier.execute_barrier()
-        parcel = pickle.dumps(barrier)
         config.barrier_args.clear()
+        parcel = pickle.dumps(barrier)
     with pickle.loads(parcel) as again:
         assert again.execute_barrier().sequence == 0
     made = BlockingBarrier(StoreBarrier(HashStore(), rank=0, world_size=1))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -17,6 +18,7 @@ pytest.importorskip("torch_checkpointing", reason="needs the extra torch-checkpo
 from torch_checkpointing.barriers import Barrier
 from torch_checkpointing.types import RankInfo
 
+from async_barriers._keys import Keys
 from async_barriers.torch_checkpointing import StoreBarrierConfig
 
 BOUND_SECS = 15.0
@@ -49,6 +51,10 @@ def test_the_store_is_found_in_another_process(kind: str, tmp_path: Path) -> Non
     copies = [pickle.loads(parcel) for _ in PAIR]
     barriers = [copy.create_barrier(info) for copy, info in zip(copies, PAIR, strict=True)]
     assert all(isinstance(barrier, Barrier) for barrier in barriers)
+    # Connected already, so that one whose first write fails can tell the other.
+    observed: Any = store
+    keys = Keys(config.prefix)
+    assert observed.check([keys.member(info.role_rank) for info in PAIR])
     with ThreadPoolExecutor() as pool:
         crossings = [pool.submit(barrier.execute_barrier, 10) for barrier in barriers]
         assert [crossing.result(BOUND_SECS).sequence for crossing in crossings] == [0, 0]
@@ -66,6 +72,8 @@ def test_a_single_rank_needs_no_store() -> None:
         for found in (config, pickle.loads(pickle.dumps(config))):
             with found.create_barrier(ALONE) as barrier:
                 barrier.execute_barrier(10)
+                # It can be sent on even so; the barrier stays here.
+                assert pickle.loads(pickle.dumps(found)).barrier is None
 
 
 def test_a_store_that_others_cannot_reach() -> None:
