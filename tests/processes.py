@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -302,15 +304,18 @@ class Job:
 
     def entered(self, *ranks: int, name: str = "", sequence: int = 0) -> None:
         """Wait until ``ranks`` have arrived in a phase that is not over."""
-        key = Keys(PREFIX).phase(0, name, sequence).log
+        # It may share its keys with any of those before it.
+        first = [Keys(PREFIX).phase(0, name, at) for at in range(sequence + 1)]
+        logs = [replace(keys, index=sequence - at).log for at, keys in enumerate(first)]
         store = self.store
 
+        def has_entered(rank: int, log: bytes) -> bool:
+            entering = re.compile(rb"[amk]%d|c%d .*" % (rank, rank))
+            return any(entering.fullmatch(line) for line in log.split(b"\n"))
+
         def they_have() -> bool:
-            log = store.get(key).split(b"\n") if store.check([key]) else []
-            return all(
-                any(line == b"a%d" % rank or line.startswith(b"c%d " % rank) for line in log)
-                for rank in ranks
-            )
+            found = [store.get(key) for key in logs if store.check([key])]
+            return any(all(has_entered(rank, log) for rank in ranks) for log in found)
 
         until(they_have)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -110,7 +111,7 @@ class World:
         async def they_have() -> bool:
             log = (await self.read(key) or b"").splitlines()
             return all(
-                any(line in (b"a%d" % rank,) or line.startswith(b"c%d " % rank) for line in log)
+                any(re.fullmatch(rb"[amk]%d|c%d .*" % (rank, rank), line) for line in log)
                 for rank in ranks
             )
 

@@ -7,8 +7,6 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ._errors import BarrierConnectionError
-from ._worker import Worker, end_at_exit
+from ._worker import Promise, Worker, end_at_exit
 
 T = TypeVar("T")
 
@@ -46,13 +44,13 @@ class Collectives:
         self.ended = self._worker.ended
         end_at_exit(self)
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
+    def submit(self, call: Callable[[], T]) -> Promise[T]:
         """Have the thread make ``call`` after those submitted before."""
         try:
             return self._worker.submit(lambda: _translated(call))
         except RuntimeError as exc:
-            refused: Future[T] = Future()
-            refused.set_exception(BarrierConnectionError(f"the group was let go ({exc})"))
+            refused: Promise[T] = Promise()
+            refused.settle(error=BarrierConnectionError(f"the group was let go ({exc})"))
             return refused
 
     @property
@@ -129,7 +127,7 @@ class Collectives:
         """Leave before the interpreter does; see `_worker.end_at_exit`."""
         self.give_up()
         self.retire()
-        wait_for([self.ended], timeout=max(0.0, deadline - time.monotonic()))
+        self.ended.wait(deadline - time.monotonic())
 
     def _share(self, tensor: torch.Tensor, source: int) -> None:
         self._wait(dist.broadcast(tensor, group=self._group, group_src=source, async_op=True))

@@ -43,6 +43,8 @@ class Connection:
     """A store of any kind, in terms that every kind has. Not for use by two threads at once."""
 
     interruptible = False
+    # Whether `meet` works: where it does not, arrivals are counted with `add` and awaited apart.
+    meets = False
 
     def __init__(self, store: Store) -> None:
         # torch's stubs lack half of the stores' methods.
@@ -84,6 +86,13 @@ class Connection:
                 raise
             return _bytes(self._do(self._store.get, key))
 
+    def meet(self, log: str, line: bytes, count: str, total: int) -> bytes:
+        """Append ``line`` to ``log``, count up, and read the log once ``total`` is counted.
+
+        Or before that, if anyone else writes to ``count``.
+        """
+        raise NotImplementedError
+
     def delete(self, key: str) -> None:
         self._do(self._store.delete_key, key)
 
@@ -122,7 +131,7 @@ class Connection:
         except Exception as exc:
             # The traceback must not keep the store, and with it the socket, from being closed.
             del operation
-            raise BarrierConnectionError(f"the store was lost ({_first_line(exc)})") from exc
+            raise _lost(exc) from exc
 
 
 class HashConnection(Connection):
@@ -146,6 +155,25 @@ class TCPConnection(HashConnection):
         self._lock = threading.Lock()
         self._waiting = False
         self._stopped = False
+        # A PrefixStore has a barrier of its own, made of the other operations.
+        self.meets = not isinstance(store, PrefixStore)
+
+    def meet(self, log: str, line: bytes, count: str, total: int) -> bytes:
+        # On every crossing's path: one after the other without a breath, since a server that
+        # fell asleep in between takes longer to answer than all of this to run.
+        store = self._store
+        try:
+            store.append(log, line)
+            try:
+                store.barrier(count, total, _FOREVER)
+            except Exception as exc:
+                # A wait of a week is like any other that something ended too early.
+                if not _timed_out(exc):
+                    raise
+            return _bytes(store.compare_set(log, b"\0", b"\0"))
+        except Exception as exc:
+            del store  # as in `_do`
+            raise _lost(exc) from exc
 
     def read(self, key: str) -> bytes | None:
         # One round trip where check and get take three. An absent key answers with what we
@@ -383,7 +411,12 @@ def _innermost(store: Store) -> Store:
 
 def _timed_out(exc: BaseException | None) -> bool:
     # c10d and FileStore say it in words only, and each in its own class.
-    return exc is not None and "timeout" in str(exc).lower() and "wait" in str(exc).lower()
+    said = str(exc).lower()
+    return exc is not None and "timeout" in said and ("wait" in said or "barrier" in said)
+
+
+def _lost(exc: BaseException) -> BarrierConnectionError:
+    return BarrierConnectionError(f"the store was lost ({_first_line(exc)})")
 
 
 def _first_line(exc: BaseException) -> str:

@@ -6,11 +6,11 @@ the session, awaits the future of its verdict, and breaks the phase where it sto
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ from ._protocol import Turn
 from ._session import Session
 from ._values import BarrierProgress, BarrierResult
 from ._verdict import Broken, Gathered, Released, Verdict
-from ._worker import outcome
+from ._worker import Promise, outcome, settled
 
 T = TypeVar("T")
 
@@ -89,7 +89,8 @@ class CrossingBarrier(Barrier):
     ) -> BarrierResult:
         timeout = self._check_call(name, timeout_secs)
         crossing = await self._begin(name, timeout)
-        verdict = await crossing.released()
+        verdict = await crossing.decided()
+        assert isinstance(verdict, Released)
         waited = anyio.current_time() - crossing.started
         return BarrierResult(name, crossing.turn.sequence, waited, verdict.last_rank)
 
@@ -249,7 +250,10 @@ class CrossingBarrier(Barrier):
     ) -> Crossing:
         started = anyio.current_time()
         deadline = math.inf if timeout_secs is None else started + timeout_secs
-        turn = await self._take_turn(name, deadline, leader)
+        # Most often there is nothing to wait for.
+        turn = self._session.take_turn(name, leader)
+        if turn is None:
+            turn = await self._take_turn(name, deadline, leader)
         return Crossing(
             self._session, turn, started, timeout_secs, self._warn_after_secs, self._on_progress
         )
@@ -375,12 +379,6 @@ class Crossing:
         self._warn_after_secs = math.inf if warn_after_secs is None else warn_after_secs
         self._on_progress = on_progress
 
-    async def released(self) -> Released:
-        """Enter, and wait until everyone has; for `execute_barrier`."""
-        verdict = await self.decided()
-        assert isinstance(verdict, Released)
-        return verdict
-
     async def decided(self, payload: bytes = b"") -> Released | Gathered:
         """Enter, and wait for the verdict, or as the leader of a commit until all are in."""
         verdict: Verdict | Gathered | None = None
@@ -412,23 +410,20 @@ class Crossing:
         raise BrokenBarrierError(turn.name, turn.sequence, verdict.rank, verdict.reason)
 
     async def _await_verdict(
-        self, payload: bytes, future: Future[Verdict | Gathered] | None = None
+        self, payload: bytes, future: Promise[Verdict | Gathered] | None = None
     ) -> Verdict | Gathered:
         session, turn = self._session, self.turn
         report_at = self.started + self._warn_after_secs
         absent_at = math.inf if session.all_joined else self.started + session.init_secs
         absent: tuple[int, ...] = ()
         try:
+            start = None
             if future is None:
-                future = session.enter(turn, payload)
-            while True:
-                # One scope for all that may come before the verdict: scopes cost as much as
-                # round trips do.
-                with anyio.CancelScope(deadline=min(self.deadline, report_at, absent_at)):
-                    return await outcome(future)
+                future = session.promised(turn)
+                start = functools.partial(session.enter, turn, payload)
+            while not await settled(future, min(self.deadline, report_at, absent_at), start):
+                start = None
                 now = anyio.current_time()
-                if future.done():
-                    continue
                 if now >= self.deadline:
                     break
                 if now >= absent_at:
@@ -439,6 +434,8 @@ class Crossing:
                 if now >= report_at:
                     report_at += self._warn_after_secs
                     await self._report()
+            else:
+                return future.result()
         except BarrierConnectionError as exc:
             return await self._break_after_loss(exc)
         except BarrierError:
@@ -471,7 +468,7 @@ class Crossing:
         return verdict
 
     async def _miss(
-        self, absent: tuple[int, ...], future: Future[Verdict | Gathered]
+        self, absent: tuple[int, ...], future: Promise[Verdict | Gathered]
     ) -> Verdict | Gathered:
         init_secs = self._session.init_secs
         verdict = await _answer(
@@ -530,14 +527,14 @@ class Crossing:
         )
         _progress.report(progress, self._on_progress)
 
-    async def _ask(self, future: Future[T]) -> T | None:
+    async def _ask(self, future: Promise[T]) -> T | None:
         """What the store says on the way, which must not outlast the deadline."""
         with anyio.CancelScope(deadline=self.deadline):
             return await _answer(future, shield=False)
         return None
 
 
-async def _answer(future: Future[T], *, shield: bool = True) -> T | None:
+async def _answer(future: Promise[T], *, shield: bool = True) -> T | None:
     """What the store says within `UNDO_SECS`; None where it does not answer.
 
     Shielded, since it undoes what a cancelled caller did; bounded for the same reason.
@@ -550,7 +547,7 @@ async def _answer(future: Future[T], *, shield: bool = True) -> T | None:
     return None
 
 
-async def _require(future: Future[T], within_secs: float, turn: Turn) -> T:
+async def _require(future: Promise[T], within_secs: float, turn: Turn) -> T:
     with anyio.move_on_after(within_secs):
         return await outcome(future)
     raise BarrierConnectionError(

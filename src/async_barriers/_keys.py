@@ -7,12 +7,16 @@ prefix and name lets two keys collide ("ckpt1" + "0" is not "ckpt" + "10" here).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 # TCPStore refuses keys over 8 KiB by dropping the connection. The rest is left for the
 # prefixes of PrefixStores that wrap the store we are given.
 MAX_KEY_BYTES = 7 * 1024
 # What follows a phase's path: at most "/payload/" and a rank.
 _LONGEST_FIELD = 32
+# Phases that share their keys write to these logs in turn: while one is written, the one before
+# may still be read, and the one after is being emptied.
+LOGS = 3
 
 
 def _measured(text: str) -> str:
@@ -21,15 +25,29 @@ def _measured(text: str) -> str:
 
 @dataclass(frozen=True)
 class PhaseKeys:
-    """The keys of one phase, identified by (prefix, generation, name, sequence)."""
+    """The keys of one phase, identified by (prefix, generation, name, sequence).
+
+    Phases of one name that follow each other may share them; ``index`` counts those.
+    """
 
     path: str
     generation: int
+    index: int = 0
 
     @property
     def log(self) -> str:
         """Every arrival and every break, in the order that decides."""
-        return self.path + "/log"
+        return f"{self.path}/log{self.index % LOGS or ''}"
+
+    @property
+    def logs(self) -> list[str]:
+        """The logs of this phase and of those it shares its keys with."""
+        return [PhaseKeys(self.path, 0, index).log for index in range(min(self.index + 1, LOGS))]
+
+    @property
+    def following(self) -> PhaseKeys:
+        """The keys of the next phase, if it shares them."""
+        return PhaseKeys(self.path, self.generation, self.index + 1)
 
     @property
     def count(self) -> str:
@@ -62,7 +80,7 @@ class Keys:
 
     prefix: str
 
-    @property
+    @cached_property
     def root(self) -> str:
         return f"async_barriers/{_measured(self.prefix)}"
 
@@ -95,6 +113,13 @@ class Keys:
         """Wakes the watcher of ``rank``."""
         return f"{self.root}/mail/{generation}/{rank}"
 
+    @cached_property
+    def overhead(self) -> int:
+        """How long a key is at most, in bytes, without the name of its phase."""
+        longest = self.phase(2**31, "", 2**63).path
+        # "0:" grows by at most three digits.
+        return len(longest.encode()) + 3 + _LONGEST_FIELD
+
     def phase(self, generation: int, name: str, sequence: int) -> PhaseKeys:
         path = f"{self.root}/phase/{generation}/{_measured(name)}/{sequence}"
         return PhaseKeys(path, generation)
@@ -107,20 +132,14 @@ def check_prefix(prefix: str) -> None:
     if not prefix:
         raise ValueError("prefix is empty; it must be a non-empty string")
     # "0:" grows by at most three digits.
-    _check_length("prefix", prefix, _phase_overhead(Keys("")) + 3)
+    _check_length("prefix", prefix, Keys("").overhead + 3)
 
 
 def check_name(keys: Keys, name: str) -> None:
     """Refuse a phase name that is too long for the store."""
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, not {name!r}")
-    _check_length("name", name, _phase_overhead(keys))
-
-
-def _phase_overhead(keys: Keys) -> int:
-    longest = keys.phase(2**31, "", 2**63).path
-    # "0:" grows by at most three digits.
-    return len(longest.encode()) + 3 + _LONGEST_FIELD
+    _check_length("name", name, keys.overhead)
 
 
 def _check_length(what: str, text: str, overhead: int) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 from ._connection import Connection, Remains
 from ._errors import BarrierConnectionError
-from ._worker import Worker
+from ._worker import Promise, Worker
 
 T = TypeVar("T")
 Open = Callable[[float, threading.Event], Connection]
@@ -28,7 +27,7 @@ class Lane:
         self._worker = Worker()
         self.ended = self._worker.ended
 
-    def submit(self, call: Callable[[Connection], T], *, again: bool = False) -> Future[T]:
+    def submit(self, call: Callable[[Connection], T], *, again: bool = False) -> Promise[T]:
         """Have the thread make ``call``; a lost connection is replaced for the next one.
 
         :param again: make it once more if a connection that was used before turns out to be
@@ -36,9 +35,7 @@ class Lane:
         """
 
         def run() -> T:
-            if self._stale:
-                self._hang_up()
-            used_before = self._connection is not None
+            used_before = self._connection is not None and not self._stale
             try:
                 return call(self._connected())
             except BarrierConnectionError:
@@ -50,11 +47,37 @@ class Lane:
         try:
             return self._worker.submit(run)
         except RuntimeError as exc:
-            refused: Future[T] = Future()
-            refused.set_exception(_given_up(exc))
+            refused: Promise[T] = Promise()
+            refused.settle(error=_given_up(exc))
             return refused
 
+    def post(
+        self,
+        call: Callable[[Connection], Callable[[], object] | None],
+        failed: Callable[[BaseException], object],
+    ) -> None:
+        """As `submit`, for a call that tells by itself how it went, unless it fails.
+
+        What it returns is called last; see `Worker.post`.
+        """
+
+        def run() -> Callable[[], object] | None:
+            try:
+                return call(self._connected())
+            except BaseException as exc:
+                if isinstance(exc, BarrierConnectionError):
+                    self._hang_up()
+                failed(exc)
+                return None
+
+        try:
+            self._worker.post(run)
+        except RuntimeError as exc:
+            failed(_given_up(exc))
+
     def _connected(self) -> Connection:
+        if self._stale:
+            self._hang_up()
         if self._connection is None and not self._abandoned.is_set():
             deadline = time.monotonic() + self._init_secs
             self._stale = False
@@ -74,6 +97,15 @@ class Lane:
     def interruptible(self) -> bool:
         """Whether `abandon` ends a call that would not end by itself."""
         return self._connection is None or self._connection.interruptible
+
+    def drained(self) -> Promise[None]:
+        """Settled when the calls submitted so far have been made."""
+        drained: Promise[None] = Promise()
+        try:
+            self._worker.post(drained.settle)
+        except RuntimeError:
+            drained.settle()
+        return drained
 
     def join(self, timeout_secs: float) -> None:
         """Block until the thread is gone, which it is microseconds after `ended`."""

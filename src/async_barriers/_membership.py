@@ -48,6 +48,18 @@ class Membership:
         value = store.read(self.keys.over(self.generation))
         return None if value is None else int(json.loads(value)["rank"])
 
+    def holds(self, store: Connection) -> bool:
+        """Whether the store still knows this life, and its generation is not over."""
+        return (
+            store.read(self.keys.over(self.generation)) is None
+            and store.read(self.keys.member(self.rank)) == self.claim
+        )
+
+    @property
+    def claim(self) -> bytes:
+        """What stands at this rank's place while this life holds it."""
+        return _claim(self.generation, self.token)
+
     def not_joined(self, store: Connection) -> tuple[int, ...]:
         """The ranks that have not joined this generation, sorted."""
         ranks = range(self.world_size)
@@ -116,7 +128,7 @@ def _join(
     while True:
         generation = _present(store, keys, world_size)
         mine = store.read(keys.member(rank))
-        claim = json.dumps({"generation": generation, "token": token}).encode()
+        claim = _claim(generation, token)
         if mine == claim and previous is not None:
             return previous
         if previous is not None and mine is not None and _token_of(mine) != token:
@@ -186,6 +198,10 @@ def _sweep(store: Connection, keys: Keys, upto: int) -> None:
         for mark in marks:
             if key.startswith(mark) and int(key[len(mark) :].partition("/")[0]) < upto:
                 store.delete(key)
+
+
+def _claim(generation: int, token: str) -> bytes:
+    return json.dumps({"generation": generation, "token": token}).encode()
 
 
 def _token_of(member: bytes) -> str:

@@ -82,7 +82,7 @@ class Portal:
                 self._start()
                 self.retire()
         self._parted.result()
-        wait_for([self._worker.ended], _THREAD_GONE_SECS)
+        self._worker.ended.wait(_THREAD_GONE_SECS)
         self._worker.join(_THREAD_GONE_SECS)
 
     def retire(self) -> None:
@@ -103,7 +103,7 @@ class Portal:
         # Half of it, as what the last call leaves undone has to end as well.
         self._patience_secs = max(0.0, deadline - time.monotonic()) / 2
         self.retire()
-        wait_for([self._worker.ended], max(0.0, deadline - time.monotonic()))
+        self._worker.ended.wait(deadline - time.monotonic())
 
     @property
     def _foreign(self) -> bool:

@@ -21,23 +21,29 @@ from typing import TypeVar
 from . import _verdict
 from ._connection import Connection
 from ._errors import BarrierConnectionError
-from ._keys import PhaseKeys
+from ._keys import LOGS, PhaseKeys
 from ._verdict import Broken, Gathered, Released, Verdict
 
 T = TypeVar("T")
 
-# The counter of a phase: arrivals in the low bits, departures above them, and one bit that
-# says that somebody wrote a summary.
-_RANKS = (1 << 31) - 1
-_DEPARTED = 1 << 31
+# The counter of a phase: arrivals, those who gave up, departures, and whether somebody wrote a
+# summary. Anyone who gives up brings it over any world size, so that no one waits at it any more.
+_RANKS = (1 << 24) - 1
+_GAVE_UP = 1 << 24
+_DEPARTED = 1 << 36
 _SUMMARISED = 1 << 62
+# In larger worlds not every rank may read all arrivals.
+_MEETING = 64
 
 
 class Forgotten(BarrierConnectionError):
-    """The store knows this phase no more: it was restarted, or our generation is long over."""
+    """The store does not know our arrival: it was restarted, or our generation is long over."""
 
     def __init__(self) -> None:
-        super().__init__("the store no longer knows this phase")
+        super().__init__(
+            "the store no longer knows that this rank had entered: was it restarted, or did "
+            "something else write to its keys?"
+        )
 
 
 class Turn:
@@ -51,6 +57,10 @@ class Turn:
         rank: int,
         world_size: int,
         leader: int | None = None,
+        *,
+        keeps: bool = False,
+        follows: Turn | None = None,
+        present: Callable[[Connection], bool] = lambda store: True,
     ) -> None:
         self.keys = keys
         self.name = name
@@ -60,6 +70,14 @@ class Turn:
         self.leader = leader
         self.entered = False
         self.verdict: Verdict | None = None
+        self.keeps = keeps
+        self._present = present
+        self._clears = False
+        self._follows = follows
+        if follows is not None and follows.verdict is not None:
+            self._take_over(follows, follows.verdict)
+        self._arrival = b""
+        self._counted = False
         self._arrived_at = 0
         self._summary_seen = 0
         self._lock = threading.Lock()
@@ -83,12 +101,28 @@ class Turn:
 
     def release(self, store: Connection) -> None:
         """Undo one `hold`. The last one departs, if the verdict is known."""
+        if self.let_go():
+            self.depart(store)
+
+    def let_go(self) -> bool:
+        """Undo one `hold`; whether it is up to the caller to `depart` now."""
         with self._lock:
             self._users -= 1
             if self._users or self._departed or self.verdict is None:
-                return
+                return False
             self._departed = True
-        self._depart(store)
+        # Where the next phase of this name has our keys, we depart with that.
+        return not self.shared
+
+    @property
+    def shared(self) -> bool:
+        """Whether the next phase of this name has the same keys."""
+        return isinstance(self.verdict, Released) and self.verdict.shared
+
+    def leave(self, store: Connection) -> None:
+        """Depart from keys that were kept for a phase that this rank will not take part in."""
+        if self.shared:
+            self.depart(store)
 
     def forsake(self, store: Connection, gathered: Gathered) -> None:
         """Depart without the verdict of a commit, which only its leader can give."""
@@ -97,7 +131,7 @@ class Turn:
                 return
             self._departed = True
             self._forsaken = gathered
-        self._depart(store)
+        self.depart(store)
 
     def during(
         self, store: Connection, call: Callable[[Connection], T], afterwards: Callable[[], T]
@@ -106,19 +140,50 @@ class Turn:
         if not self.hold():
             return afterwards()
         try:
+            self.locate(store)
             return call(store)
         finally:
             self.release(store)
 
+    def locate(self, store: Connection) -> None:
+        """Find out which keys are ours, where the phase before was going on when we began."""
+        if (before := self._follows) is not None:
+            judged = before.during(store, before._leave_behind, lambda: before.verdict)
+            self._take_over(before, judged)
+
+    def _leave_behind(self, store: Connection) -> Verdict | Gathered | None:
+        # Either this line stands before what decides the phase, which then shares its keys with
+        # none; or it is decided, and we read what all read.
+        store.append(self.keys.log, _verdict.listening(self.rank))
+        return self._judge(store)
+
+    def _take_over(self, before: Turn, judged: Verdict | Gathered | None) -> None:
+        if isinstance(judged, Released) and judged.shared:
+            self.keys = before.keys.following
+            # All ranks are done with the phase before that one, as all have entered it. Its
+            # log is the one after ours; it is empty by the time anyone enters the next phase,
+            # as nobody does before we have entered this one.
+            self._clears = judged.last_rank == self.rank
+        self._follows = None
+
     def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
         """Arrive and wait for the verdict; a commit's leader waits only until all are in."""
+        self.locate(store)
         self.entered = True
         if payload:
             # Marked, so that no payload looks like the absent value (see TCPConnection.read).
             store.set(self.keys.payload(self.rank), b"p" + payload)
+        meets = store.meets and self.leader is None and self.world_size <= _MEETING
+        keeps = meets and self.keeps
+        if self._clears and self.keys.index >= LOGS - 1:
+            store.set(self.keys.following.log, b"")
+        self._arrival = _verdict.arrival(self.rank, self.leader, meets=meets, keeps=keeps)
+        if meets:
+            return self._meet(store)
         # Appended before it is counted: whoever counts world_size arrivals finds them all.
-        store.append(self.keys.log, _verdict.arrival(self.rank, self.leader))
+        store.append(self.keys.log, self._arrival)
         self._arrived_at = store.add(self.keys.count, 1) & _RANKS
+        self._counted = True
         if self._arrived_at >= self.world_size:
             judged = self._decide(store)
         elif self.rank == self.leader:
@@ -129,6 +194,19 @@ class Turn:
         if isinstance(judged, Gathered) and self.rank != self.leader:
             return self.await_verdict(store)
         return judged
+
+    def _meet(self, store: Connection) -> Verdict | Gathered:
+        """Wait until all have arrived, and judge the log ourselves."""
+        keys = self.keys
+        log = store.meet(keys.log, self._arrival, keys.count, self.world_size * (keys.index + 1))
+        self._counted = True
+        judged = self._judge(store, log)
+        if judged is None:
+            # Whatever called us, it was too early. Said in the log before we look again, so
+            # either we find it decided, or whoever decides it finds that we listen.
+            store.append(self.keys.log, _verdict.listening(self.rank))
+            judged = self._judge(store)
+        return self.await_verdict(store) if judged is None else self._announce(store, judged)
 
     def give_up(
         self,
@@ -145,7 +223,12 @@ class Turn:
         leader too, once it has begun to publish.
         """
         blamed = self.rank if by is None else by
-        store.append(self.keys.log, _verdict.breaking(blamed, reason, timeout_secs, missing))
+        store.append(
+            self.keys.log,
+            _verdict.breaking(blamed, self.sequence, reason, timeout_secs, missing),
+        )
+        if self.world_size <= _MEETING:
+            store.add(self.keys.count, _GAVE_UP)
         judged = self._decide(store)
         if isinstance(judged, Gathered) and judged.leader == self.rank and self.claim():
             return self.settle(store, Broken(blamed, reason, timeout_secs))
@@ -184,12 +267,17 @@ class Turn:
 
         One rank reads all arrivals and leaves a summary for the others, who read no more
         than that. A summary serves a rank that has not used it yet and is counted in it.
+        Where all may read the log anyway, they do.
         """
+        if self.world_size <= _MEETING:
+            missing = self._missing(store)
+            return self.world_size - len(missing), missing
         key = self.keys.summary
+        absent: tuple[int, ...] | None
         for _ in range(5):
             value = store.read(key) or b"0"
-            number, missing = _read_summary(value)
-            known = None if missing is None else self.world_size - len(missing)
+            number, absent = _read_summary(value)
+            known = None if absent is None else self.world_size - len(absent)
             if known is not None and number != self._summary_seen and known >= self._arrived_at:
                 break
             if known is not None or value == b"0":
@@ -199,16 +287,16 @@ class Turn:
                     if not before:
                         store.add(self.keys.count, _SUMMARISED)
                     number += 1
-                    missing = self._missing(store)
-                    store.set(key, b"%d:%s" % (number, _ranges(missing)))
+                    absent = self._missing(store)
+                    store.set(key, b"%d:%s" % (number, _ranges(absent)))
                     break
             time.sleep(0.02)  # another rank is reading; it takes it less than this
         else:
             # The rank that claimed the reading has died over it.
-            missing = self._missing(store)
-        assert missing is not None
+            absent = self._missing(store)
+        assert absent is not None
         self._summary_seen = number
-        return self.world_size - len(missing), missing
+        return self.world_size - len(absent), absent
 
     def _missing(self, store: Connection) -> tuple[int, ...]:
         return _verdict.missing(store.read(self.keys.log) or b"", self.world_size)
@@ -221,28 +309,41 @@ class Turn:
                 self.keys.log,
                 _verdict.breaking(
                     self.rank,
+                    self.sequence,
                     f"{self.world_size} arrivals were counted, but none of rank {absent}; "
                     "do two processes share a rank?",
                 ),
             )
             judged = self._judge(store)
             assert judged is not None
-        # Everyone who judges the log announces the same, so it does no harm that several
-        # may: the verdict key is a copy of what the log says, and a bell.
+        return self._announce(store, judged)
+
+    def _announce(self, store: Connection, judged: Verdict | Gathered) -> Verdict | Gathered:
+        """Wake who listens for the verdict.
+
+        Everyone who judges the log announces the same, so it does no harm that several may:
+        the verdict key is a copy of what the log says, and a bell.
+        """
         if isinstance(judged, Gathered):
             store.set(self.keys.gathered, b"g")
             return judged
         self.verdict = judged
-        store.set(self.keys.verdict, _verdict.encode(judged))
         if isinstance(judged, Broken):
             store.set(self.keys.gathered, b"g")
+        elif not judged.listeners:
+            return judged
+        store.set(self.keys.verdict, _verdict.encode(judged))
         return judged
 
-    def _judge(self, store: Connection) -> Verdict | Gathered | None:
-        log = store.read(self.keys.log) or b""
-        if self._arrived_at and _verdict.arrival(self.rank, self.leader) not in log:
+    def _judge(self, store: Connection, log: bytes | None = None) -> Verdict | Gathered | None:
+        # Asked before the log is read: another thread may be arriving just now.
+        counted = self._counted
+        if log is None:
+            log = store.read(self.keys.log) or b""
+        # An arrival that is not there may just be on its way, if it was not counted yet.
+        if self._arrival not in log and (counted or not self._present(store)):
             raise Forgotten
-        return _verdict.judge(log, self.world_size)
+        return _verdict.judge(log, self.world_size, self.sequence)
 
     def await_verdict(self, store: Connection) -> Verdict:
         """Block until the phase is decided."""
@@ -260,12 +361,15 @@ class Turn:
             return judged
         return self.verdict
 
-    def _depart(self, store: Connection) -> None:
+    def depart(self, store: Connection) -> None:
+        """Count this rank out; the last one deletes the keys."""
         keys = self.keys
         count = store.add(keys.count, _DEPARTED)
         if count // _DEPARTED & _RANKS < self.world_size:
             return
-        spent = [keys.log, keys.verdict]
+        spent = keys.logs
+        if not isinstance(self.verdict, Released) or self.verdict.listeners:
+            spent.append(keys.verdict)
         if self.leader is not None or not isinstance(self.verdict, Released):
             # Also where this rank was no part of the commit, since others may have been.
             came = _verdict.committing(store.read(keys.log) or b"")

@@ -3,7 +3,7 @@
 Three kinds of lanes, each a worker thread with a connection of its own, so that none waits
 for another: *control* (short calls: join, break, survey), the *watcher* (blocks on the
 rank's mail, idle for most of its life) and one per phase that is awaited at the same time.
-Nothing here knows of event loops; callers await the futures.
+Nothing here knows of event loops; callers await the promises.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from typing import TypeVar
 
 from . import _membership
@@ -26,11 +24,11 @@ from ._lane import Lane, Open
 from ._membership import Membership
 from ._protocol import Forgotten, Turn
 from ._verdict import Gathered, Verdict
-from ._worker import end_at_exit, settle
+from ._worker import Promise, end_at_exit
 
 T = TypeVar("T")
 
-_OpenTurns = list[tuple[Turn, Future[Verdict | Gathered]]]
+_OpenTurns = list[tuple[Turn, Promise[Verdict | Gathered]]]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +36,9 @@ _LOST = "it lost its connection to the store"
 # How long a rank that is told that the store goes away reads its last verdicts.
 _DRAIN_SECS = 1.0
 _FAREWELL_AT_EXIT_SECS = 0.5
+# Of so many names the keys stay in the store between two crossings, and for so many crossings.
+_KEPT_NAMES = 4
+_LONGEST_SERIES = 100_000
 # A join that takes longer than this on a connection that is open may hang.
 _HANGS_SECS = 0.8
 
@@ -48,6 +49,9 @@ class _Life:
     def __init__(self, membership: Membership) -> None:
         self.membership = membership
         self.sequences: Counter[str] = Counter()
+        # The latest turns of names whose keys may serve the next phase, too.
+        self.kept: dict[str, Turn] = {}
+        self.last_name: str | None = None
 
 
 class Session:
@@ -79,15 +83,13 @@ class Session:
         self._standing = False
         self._replaced = False
         self._closing = False
-        self._joining: Future[None] | None = None
+        self._joining: Promise[None] | None = None
         self._joining_since = 0.0
-        self._turns: dict[Turn, Future[Verdict | Gathered]] = {}
+        self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
         self._remains: list[Remains] = []
-        self._in_store = 0
-        self._changed = threading.Condition()
         self._control = self._lane()
         self._watcher = self._lane()
         self._idle: deque[Lane] = deque()
@@ -121,7 +123,7 @@ class Session:
         """Whether another life of this rank took its place for good."""
         return self._replaced
 
-    def join(self) -> Future[None]:
+    def join(self) -> Promise[None]:
         """Connect, and claim this rank in the present generation; one attempt serves all."""
         if self._joining is None or self._joining.done():
             self._joining_since = time.monotonic()
@@ -226,12 +228,11 @@ class Session:
                 judged = self._break(store, turn, reason, by=rank)
             except Forgotten as exc:
                 exc.in_doubt = turn.entered
-                settle(future, error=exc)
+                future.settle(error=exc)
                 continue
             if isinstance(judged, Gathered) and judged.leader == rank:
                 # It may have published before it died; nobody else can say.
-                settle(
-                    future,
+                future.settle(
                     error=BrokenBarrierError(turn.name, turn.sequence, rank, reason, in_doubt=True),
                 )
 
@@ -239,13 +240,14 @@ class Session:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
         for turn, future in turns:
             if isinstance(self._break(store, turn, reason, by=0), Gathered):
-                settle(
-                    future,
+                future.settle(
                     error=BrokenBarrierError(turn.name, turn.sequence, 0, reason, in_doubt=True),
                 )
         self._stop_doubting()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._in_store, _DRAIN_SECS)
+        readers = set(self._lanes) - {self._control, self._watcher}
+        deadline = time.monotonic() + _DRAIN_SECS
+        for drained in [lane.drained() for lane in readers]:
+            drained.wait(deadline - time.monotonic())
         self._renew_lanes()
 
     def _stop_doubting(self) -> None:
@@ -263,7 +265,7 @@ class Session:
         assert self._life is not None
         return self._life.membership
 
-    def not_joined(self) -> Future[tuple[int, ...]]:
+    def not_joined(self) -> Promise[tuple[int, ...]]:
         """The ranks that are not in the present generation."""
         return self._control.submit(self._membership.not_joined)
 
@@ -276,7 +278,7 @@ class Session:
             if self._life is None or not self._standing:
                 return None
             turn = self._next_turn(self._life, name, leader)
-            self._turns[turn] = Future()
+            self._turns[turn] = Promise()
             return turn
 
     def next_sequence(self, name: str) -> int:
@@ -290,8 +292,34 @@ class Session:
     def _next_turn(self, life: _Life, name: str, leader: int | None = None) -> Turn:
         sequence = life.sequences[name]
         life.sequences[name] += 1
-        keys = self._keys.phase(life.membership.generation, name, sequence)
-        return Turn(keys, name, sequence, self.rank, self.world_size, leader)
+        membership = life.membership
+        before = life.kept.pop(name, None)
+        keeps = (
+            leader is None
+            # A name that is crossed again and again, one crossing after the other.
+            and name == life.last_name
+            and (before is None or before.verdict is not None)
+            and len(life.kept) < _KEPT_NAMES
+        )
+        if before is not None and before.shared:
+            keys = before.keys  # it will take over those that follow
+        else:
+            keys = self._keys.phase(membership.generation, name, sequence)
+        turn = Turn(
+            keys,
+            name,
+            sequence,
+            self.rank,
+            self.world_size,
+            leader,
+            keeps=keeps and (before is None or before.keys.index < _LONGEST_SERIES),
+            follows=before,
+            present=membership.holds,
+        )
+        life.last_name = name
+        if turn.keeps:
+            life.kept[name] = turn
+        return turn
 
     def open_turn(self, name: str) -> Turn | None:
         """The oldest turn of ``name`` that is awaited now."""
@@ -301,49 +329,55 @@ class Session:
         """Nobody on this rank waits for ``turn`` any more."""
         self._turns.pop(turn, None)
 
-    def enter(self, turn: Turn, payload: bytes = b"") -> Future[Verdict | Gathered]:
-        """Enter the phase on a lane that is free; settled by the verdict."""
+    def promised(self, turn: Turn) -> Promise[Verdict | Gathered]:
+        """What `enter` will be settled by."""
+        return self._turns[turn]
+
+    def enter(self, turn: Turn, payload: bytes = b"") -> None:
+        """Enter the phase on a lane that is free."""
         future = self._turns[turn]
         lane = self._entered_on[turn] = self._take_lane()
-        freed = False
 
-        def call(store: Connection) -> None:
-            nonlocal freed
-            # A turn that was given up before its lane could open is not entered any more.
-            if not turn.hold():
-                freed = True
-                self._free(turn, lane, future, turn.parting_word)
-                return
-            with self._changed:
-                self._in_store += 1
-            try:
-                outcome = turn.enter(store, payload)
-                # The caller goes on now, and may use this lane again: what follows is off
-                # its path, and short.
-                freed = True
-                self._free(turn, lane, future, outcome)
-            finally:
-                try:
-                    turn.release(store)
-                finally:
-                    with self._changed:
-                        self._in_store -= 1
-                        self._changed.notify_all()
-
-        def ended(job: Future[None]) -> None:
-            if (error := job.exception()) is not None and not freed:
-                self._entered_on.pop(turn, None)
+        def failed(error: BaseException) -> None:
+            # Not where the verdict was told, and only what follows it failed.
+            if self._entered_on.pop(turn, None) is lane:
                 self._discard(lane)
-                settle(future, error=error)
+                future.settle(error=error)
 
-        lane.submit(call).add_done_callback(ended)
-        return future
+        lane.post(lambda store: self._enter(store, turn, payload, lane, future), failed)
 
-    def _free(self, turn: Turn, lane: Lane, future: Future[T], outcome: T) -> None:
+    def _enter(
+        self,
+        store: Connection,
+        turn: Turn,
+        payload: bytes,
+        lane: Lane,
+        future: Promise[Verdict | Gathered],
+    ) -> Callable[[], object] | None:
+        # A turn that was given up before its lane could open is not entered any more.
+        if not turn.hold():
+            self._free(turn, lane, future, turn.parting_word)
+            return future.wake
+        try:
+            outcome = turn.enter(store, payload)
+        except BaseException:
+            turn.release(store)
+            raise
+        departs = turn.let_go()
+        # The caller goes on now, and may use this lane again.
+        self._free(turn, lane, future, outcome)
+        if not departs:
+            return future.wake
+        # Off the caller's path, and short.
+        future.wake()
+        turn.depart(store)
+        return None
+
+    def _free(self, turn: Turn, lane: Lane, future: Promise[T], outcome: T) -> None:
         # If the lane was given up meanwhile, it is nobody's any more.
         if self._entered_on.pop(turn, None) is lane:
             self._idle.append(lane)
-        settle(future, outcome)
+        future.tell(outcome)
 
     def give_up(
         self,
@@ -351,7 +385,7 @@ class Session:
         reason: str,
         timeout_secs: float | None = None,
         missing: tuple[int, ...] | None = None,
-    ) -> Future[Verdict | Gathered]:
+    ) -> Promise[Verdict | Gathered]:
         """Break the phase of ``turn`` unless it is decided; settled by what was decided."""
         return self._control.submit(
             lambda store: self._break(store, turn, reason, timeout_secs, missing)
@@ -372,17 +406,17 @@ class Session:
             lambda: turn.parting_word,
         )
 
-    def payloads(self, turn: Turn) -> Future[dict[int, bytes]]:
+    def payloads(self, turn: Turn) -> Promise[dict[int, bytes]]:
         """What all brought, for the leader of a commit in which everyone has arrived."""
         return self._on_free_lane(lambda store: turn.during(store, turn.payloads, dict))
 
-    def settle(self, turn: Turn, verdict: Verdict) -> Future[Verdict | Gathered]:
+    def settle(self, turn: Turn, verdict: Verdict) -> Promise[Verdict | Gathered]:
         """The leader's word on such a commit; settled by the first word it gave."""
         try:
             return self._on_free_lane(lambda store: _settle(store, turn, verdict))
         except BarrierClosedError as exc:
-            refused: Future[Verdict | Gathered] = Future()
-            refused.set_exception(BarrierConnectionError(str(exc)))
+            refused: Promise[Verdict | Gathered] = Promise()
+            refused.settle(error=BarrierConnectionError(str(exc)))
             return refused
 
     def owe(self, turn: Turn, verdict: Verdict) -> None:
@@ -390,19 +424,19 @@ class Session:
         self._owed.append(lambda store: _settle(store, turn, verdict))
         self._standing = False
 
-    def hear(self, turn: Turn) -> Future[Verdict | Gathered]:
+    def hear(self, turn: Turn) -> Promise[Verdict | Gathered]:
         """Wait for the verdict, without entering."""
         return self._on_free_lane(
             lambda store: turn.during(store, turn.await_verdict, lambda: turn.parting_word)
         )
 
-    def _on_free_lane(self, call: Callable[[Connection], T]) -> Future[T]:
+    def _on_free_lane(self, call: Callable[[Connection], T]) -> Promise[T]:
         lane = self._take_lane()
         future = lane.submit(call)
-        future.add_done_callback(lambda _: self._idle.append(lane))
+        future.when_settled(lambda: self._idle.append(lane))
         return future
 
-    def survey(self, turn: Turn) -> Future[tuple[int, tuple[int, ...]] | None]:
+    def survey(self, turn: Turn) -> Promise[tuple[int, tuple[int, ...]] | None]:
         """Who has arrived; None where the phase is over."""
         return self._control.submit(lambda store: turn.during(store, turn.survey, lambda: None))
 
@@ -480,7 +514,7 @@ class Session:
 
     # -- leaving ---------------------------------------------------------------------
 
-    def farewell(self) -> Future[None]:
+    def farewell(self) -> Promise[None]:
         """Break the open turns, and tell our own watcher, and a host that waits, that we leave.
 
         A host itself waits in it until its peers have left.
@@ -492,12 +526,15 @@ class Session:
         for turn, future in list(self._turns.items()):
             judged = self._break(store, turn, "it closed its barrier")
             if isinstance(judged, Gathered):
-                settle(future, error=_closed(self._keys.prefix, in_doubt=True))
+                future.settle(error=_closed(self._keys.prefix, in_doubt=True))
                 self._forsake(store, turn, judged, self._entered_on.get(turn))
             else:
                 # Known now, while the thread that waits for it may not have read it yet.
-                settle(future, judged)
+                future.settle(judged)
         self._stop_doubting()
+        if self._life is not None:
+            for turn in self._life.kept.values():
+                turn.leave(store)
         # Not `_standing`: one lost connection ends that, and the watcher may be well.
         if (membership := self._watched) is not None:
             store.set(membership.mail, _membership.CLOSED)
@@ -508,7 +545,7 @@ class Session:
         """End all lanes after what they are doing; their `ended` is settled then."""
         self._closing = True
         for turn, future in list(self._turns.items()):
-            settle(future, error=_closed(self._keys.prefix, in_doubt=turn.entered))
+            future.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:
             self._watcher.submit(self._membership.wait_no_longer)
         while self._remains:
@@ -533,13 +570,15 @@ class Session:
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does, blocking until ``deadline`` (monotonic) at most."""
         if self.has_a_say and not self._closing:
-            said = self.farewell()
-            wait_for([said], timeout=min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
-        lanes = [lane.ended for lane in self.retire()]
+            self.farewell().wait(min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
+        lanes = self.retire()
         self.stop_connecting()
-        wait_for(lanes, timeout=max(0.0, (deadline - time.monotonic()) / 2))
+        halftime = (deadline + time.monotonic()) / 2
+        for lane in lanes:
+            lane.ended.wait(halftime - time.monotonic())
         self.abandon()
-        wait_for(lanes, timeout=max(0.0, deadline - time.monotonic()))
+        for lane in lanes:
+            lane.ended.wait(deadline - time.monotonic())
 
 
 def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict | Gathered:

@@ -9,6 +9,7 @@ end (state machine replication, Lamport 1978, with the store's key as the ordere
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -19,10 +20,16 @@ _COMMITS = re.compile(rb"c[0-9]+ [0-9]+")
 
 @dataclass(frozen=True)
 class Released:
-    """Every rank arrived (and, in a commit, the leader published ``result``)."""
+    """Every rank arrived (and, in a commit, the leader published ``result``).
+
+    :ivar listeners: ranks may be waiting for the bell, and not at the meeting
+    :ivar shared: all ranks met, and keep the keys for the next phase of the name
+    """
 
     last_rank: int
     result: bytes = b""
+    listeners: bool = True
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,34 +53,69 @@ class Broken:
 Verdict = Released | Broken
 
 
-def arrival(rank: int, leader: int | None) -> bytes:
-    """The line of a rank that enters; ``leader`` where it enters a commit."""
-    return b"a%d\n" % rank if leader is None else b"c%d %d\n" % (rank, leader)
+def arrival(rank: int, leader: int | None, *, meets: bool = False, keeps: bool = False) -> bytes:
+    """The line of a rank that enters.
+
+    :param leader: where it enters a commit
+    :param meets: where it will read the log itself when all have arrived, and needs no bell
+    :param keeps: where it also wants the next phase of the name to have these keys
+    """
+    if leader is not None:
+        return b"c%d %d\n" % (rank, leader)
+    return (b"k%d\n" if keeps else b"m%d\n" if meets else b"a%d\n") % rank
+
+
+def listening(rank: int) -> bytes:
+    """The line of a rank that was called from the meeting too early, and listens for the bell.
+
+    Also of one that cannot wait for the verdict to know the keys of the next phase: a phase
+    that somebody listens in before it is decided shares its keys with none.
+    """
+    return b"l%d\n" % rank
 
 
 def breaking(
     rank: int,
+    sequence: int,
     reason: str,
     timeout_secs: float | None = None,
     missing: tuple[int, ...] | None = None,
 ) -> bytes:
     """The line of a rank that gives up.
 
-    ``missing`` where the rank knows better than the log who is to blame (law 11).
+    :param sequence: of the phase; a line that was held up must not break a later one
+    :param missing: where the rank knows better than the log who is to blame (law 11)
     """
-    entry = {"rank": rank, "reason": reason[:_MAX_REASON], "timeout_secs": timeout_secs}
+    entry = {
+        "rank": rank,
+        "sequence": sequence,
+        "reason": reason[:_MAX_REASON],
+        "timeout_secs": timeout_secs,
+    }
     if missing is not None:
         entry["missing"] = missing
     return b"b%s\n" % json.dumps(entry).encode()
 
 
-def judge(log: bytes, world_size: int) -> Released | Gathered | Broken | None:
+def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | Broken | None:
     """What the log decides; None while it decides nothing."""
+    lines = log.splitlines()
+    # The common case at the speed of a set: on every rank's path, once per crossing.
+    if len(lines) == world_size and _everyone(world_size).issubset(lines):
+        return Released(int(lines[-1][1:]), listeners=False, shared=True)
     arrived: set[int] = set()
     terms: tuple[int, int | None] | None = None
-    for line in log.splitlines():
-        if line[:1] == b"b":
-            return _judge_break(line, arrived, world_size)
+    kinds = set()
+    for line in lines:
+        kind = line[:1]
+        if kind == b"b":
+            broken = _judge_break(line, arrived, world_size, sequence)
+            if broken is None:
+                continue
+            return broken
+        kinds.add(kind)
+        if kind == b"l" and line[1:].isdigit():
+            continue
         try:
             rank, leader = _read_arrival(line)
         except ValueError:
@@ -90,8 +132,16 @@ def judge(log: bytes, world_size: int) -> Released | Gathered | Broken | None:
             )
         arrived.add(rank)
         if len(arrived) == world_size:
-            return Released(rank) if leader is None else Gathered(rank, leader)
+            if leader is None:
+                return Released(rank, listeners=not kinds <= {b"m", b"k"}, shared=kinds == {b"k"})
+            return Gathered(rank, leader)
     return None
+
+
+@functools.lru_cache
+def _everyone(world_size: int) -> frozenset[bytes]:
+    """The lines of all ranks, where all of them keep the keys."""
+    return frozenset(b"k%d" % rank for rank in range(world_size))
 
 
 def missing(log: bytes, world_size: int) -> tuple[int, ...]:
@@ -111,7 +161,7 @@ def committing(log: bytes) -> set[int]:
 
 
 def _read_arrival(line: bytes) -> tuple[int, int | None]:
-    if line[:1] == b"a" and line[1:].isdigit():
+    if line[:1] in (b"a", b"m", b"k") and line[1:].isdigit():
         return int(line[1:]), None
     if not _COMMITS.fullmatch(line):
         raise ValueError(line)
@@ -119,9 +169,11 @@ def _read_arrival(line: bytes) -> tuple[int, int | None]:
     return int(rank), int(leader)
 
 
-def _judge_break(line: bytes, arrived: set[int], world_size: int) -> Broken:
+def _judge_break(line: bytes, arrived: set[int], world_size: int, sequence: int) -> Broken | None:
     try:
         entry = json.loads(line[1:])
+        if entry["sequence"] != sequence:
+            return None
         rank, reason, timeout_secs = entry["rank"], entry["reason"], entry["timeout_secs"]
         named = entry.get("missing")
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -8,9 +8,11 @@ C++ into a finalising interpreter takes the process down with SIGABRT.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -19,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
@@ -67,22 +69,32 @@ class Worker:
     """One thread, started by the first call; calls run in the order of their submission."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self.ended: Future[None] = Future()
+        self._queue: SimpleQueue[Callable[[], Callable[[], object] | None] | None] = SimpleQueue()
+        self.ended: Promise[None] = Promise()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._retired = False
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Queue ``call`` for the thread.
+    def submit(self, call: Callable[[], T]) -> Promise[T]:
+        """Queue ``call`` for the thread; the promise is settled by what it returns or raises.
 
         :raises RuntimeError: the thread was retired
         """
-        future: Future[T] = Future()
+        promise: Promise[T] = Promise()
+        self.post(lambda: _settle_by(promise, call))
+        return promise
+
+    def post(self, call: Callable[[], Callable[[], object] | None]) -> None:
+        """Queue ``call``, which must not raise, for the thread.
+
+        What it returns is called last, when this thread has nothing else to do: it may wake an
+        event loop, and until this thread lets go of the interpreter, that could not run.
+
+        :raises RuntimeError: the thread was retired
+        """
         with self._lock:
             if self._retired:
                 raise RuntimeError("this thread is retired")
-            self._queue.put((future, call))
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=_work,
@@ -91,7 +103,7 @@ class Worker:
                     daemon=True,
                 )
                 _starter.start(self._thread)
-        return future
+            self._queue.put(call)
 
     def join(self, timeout_secs: float) -> None:
         """Block until the thread is gone, which it is microseconds after `ended`."""
@@ -103,27 +115,177 @@ class Worker:
         with self._lock:
             self._retired = True
             if self._thread is None:
-                settle(self.ended)
+                self.ended.settle()
             else:
-                self._queue.put((Future(), last))
+                self._queue.put(last)
                 self._queue.put(None)
 
 
 def _work(
-    queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], ended: Future[None]
+    queue: SimpleQueue[Callable[[], Callable[[], object] | None] | None], ended: Promise[None]
 ) -> None:
-    while (item := queue.get()) is not None:
-        future, call = item
-        try:
-            result = call()
-        except BaseException as exc:
-            settle(future, error=exc)
-        else:
-            settle(future, result)
+    while (call := queue.get()) is not None:
+        last = call()
         # An idle thread must not keep the last call's objects alive.
-        del item, future, call
-        result = None
-    ended.set_result(None)
+        del call
+        if last is not None:
+            last()
+        del last
+    ended.settle()
+
+
+def _settle_by(promise: Promise[T], call: Callable[[], T]) -> Callable[[], object]:
+    try:
+        promise.tell(call())
+    except BaseException as exc:
+        promise.tell(error=exc)
+    return promise.wake
+
+
+class Promise(Generic[T]):
+    """What a thread will tell, at a third of a Future's cost: every crossing has one.
+
+    It has no lock. The first one to append has told; and of a thread that tells and one that
+    asks to be woken, whichever comes second sees what the other did.
+    """
+
+    __slots__ = ("_told", "_wakes")
+
+    def __init__(self) -> None:
+        self._told: list[tuple[Any, BaseException | None]] = []
+        self._wakes: list[Callable[[], object]] = []
+
+    def done(self) -> bool:
+        return bool(self._told)
+
+    def result(self, within_secs: float = 0.0) -> T:
+        """What was told; raises it if it is an error. Blocks this thread, if it is not settled.
+
+        :raises TimeoutError: it was not settled ``within_secs``
+        """
+        if not self._told and not self.wait(within_secs):
+            raise TimeoutError(f"nothing was told within {within_secs:g} s")
+        result, error = self._told[0]
+        if error is not None:
+            raise error
+        told: T = result
+        return told
+
+    def settle(self, result: Any = None, *, error: BaseException | None = None) -> None:
+        """Tell, unless that was done, and wake whoever waits for it."""
+        self.tell(result, error=error)
+        self.wake()
+
+    def tell(self, result: Any = None, *, error: BaseException | None = None) -> None:
+        """The first half of `settle`."""
+        self._told.append((result, error))
+
+    def wake(self) -> None:
+        """The second half of `settle`."""
+        wakes = self._wakes
+        while wakes:
+            try:
+                wake = wakes.pop()
+            except IndexError:
+                return
+            wake()
+
+    def when_settled(self, wake: Callable[[], object]) -> None:
+        """Have ``wake`` called, in whatever thread, when it is settled or if it is."""
+        self._wakes.append(wake)
+        if self._told:
+            self.wake()
+
+    def wait(self, timeout_secs: float) -> bool:
+        """Block this thread until it is settled; whether it is."""
+        told = threading.Event()
+        self.when_settled(told.set)
+        return told.wait(max(0.0, timeout_secs))
+
+
+async def outcome(promise: Promise[T]) -> T:
+    """Wait for what it tells, without blocking the event loop.
+
+    Cancelling stops the waiting; the call behind it goes on.
+    """
+    await settled(promise)
+    return promise.result()
+
+
+async def settled(
+    promise: Promise[T],
+    deadline: float = math.inf,
+    start: Callable[[], object] | None = None,
+) -> bool:
+    """Wait until ``promise`` is settled, or the event loop's clock says ``deadline``.
+
+    True if it is settled. Cancelling stops the waiting; the call behind it goes on.
+
+    :param start: called when all else is ready, to have a thread make the call. The thread
+        wakes up within microseconds, and could not run while this one still prepares to wait.
+    """
+    if promise.done():
+        return True
+    loop = _running_asyncio_loop()
+    if loop is None:
+        await _settled_on_trio(promise, deadline, start)
+    else:
+        await _settled_on_asyncio(loop, promise, deadline, start)
+    return promise.done()
+
+
+def _running_asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+        return None if asyncio.current_task() is None else asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def _settled_on_asyncio(
+    loop: asyncio.AbstractEventLoop,
+    promise: Promise[T],
+    deadline: float,
+    start: Callable[[], object] | None,
+) -> None:
+    # anyio's event and cancel scope would cost as much as a round trip to the store.
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def post() -> None:
+        # The loop may end at any moment: nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(wake)
+
+    timer = loop.call_at(deadline, wake) if deadline < math.inf else None
+    try:
+        promise.when_settled(post)
+        if start is not None:
+            start()
+        await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+async def _settled_on_trio(
+    promise: Promise[T], deadline: float, start: Callable[[], object] | None
+) -> None:
+    done = anyio.Event()
+    on_loop = poster()
+
+    def post() -> None:
+        with contextlib.suppress(RuntimeError):
+            on_loop(done.set)
+
+    promise.when_settled(post)
+    if start is not None:
+        start()
+    with anyio.CancelScope(deadline=deadline):
+        await done.wait()
 
 
 def settle(future: Future[T], result: Any = None, *, error: BaseException | None = None) -> None:
@@ -133,25 +295,6 @@ def settle(future: Future[T], result: Any = None, *, error: BaseException | None
             future.set_result(result)
         else:
             future.set_exception(error)
-
-
-async def outcome(future: Future[T]) -> T:
-    """Wait for ``future`` without blocking the event loop.
-
-    Cancelling stops the waiting; the call behind the future goes on.
-    """
-    if not future.done():
-        settled = anyio.Event()
-        post = poster()
-
-        def wake(_: Future[T]) -> None:
-            # The loop may have ended while the call was under way: nobody waits any more.
-            with contextlib.suppress(RuntimeError):
-                post(settled.set)
-
-        future.add_done_callback(wake)
-        await settled.wait()
-    return future.result()
 
 
 def poster() -> Callable[[Callable[[], object]], object]:
