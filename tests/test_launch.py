@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import launched_rank
 import pytest
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from worlds import free_port, gather
 
 from async_barriers import BarrierConnectionError, StoreBarrier, TCPStoreBarrier
 from async_barriers._keys import Keys
+from async_barriers._launch import from_environment
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -165,6 +167,9 @@ async def test_a_port_that_another_process_has(
     with pytest.raises(BarrierConnectionError, match="choose another MASTER_PORT"):
         async with StoreBarrier.from_env():
             pass
+    # What the doctor says of it.
+    probe = from_environment().store.probe
+    assert "but it may be no store" in await anyio.to_thread.run_sync(probe)
     launched.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     capfd.readouterr()
     async with StoreBarrier.from_env() as barrier:

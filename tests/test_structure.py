@@ -38,7 +38,7 @@ def test_imports_go_one_way() -> None:
     }
     TopologicalSorter(graph).prepare()  # raises CycleError
     for name, others in graph.items():
-        if name.startswith("_") and name != "__init__":
+        if name.startswith("_") and not name.startswith("__"):
             assert all(other.startswith("_") for other in others), name
 
 
@@ -74,6 +74,8 @@ def test_each_thing_is_known_in_one_place() -> None:
 def test_nothing_is_printed_by_the_source() -> None:
     """The logger is the only way the library speaks."""
     for name, tree in MODULES.items():
+        if name == "__main__":  # a command, whose output this is
+            continue
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "print"], name
 

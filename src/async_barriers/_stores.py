@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from typing import Protocol
 
@@ -56,6 +57,15 @@ class StoreAt:
         self._shared = shared
         self._lock = threading.Lock()
         self._server: TCPStore | None = None
+
+    def probe(self) -> str:
+        """What is seen at the address, in words; for a barrier that could not connect."""
+        host, port, _ = self._address
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+        except OSError as exc:
+            return f"nothing answers at {host}:{port} ({exc})"
+        return f"something answers at {host}:{port}, but it may be no store"
 
     def open(self, deadline: float, stop: threading.Event) -> Connection:
         if not self.hosts:
