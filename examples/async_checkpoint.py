@@ -3,6 +3,7 @@
     make demo
     make demo ARGS="--fail-rank 2 --fail-at 3"    # the third upload of rank 2 raises
     make demo ARGS="--hang-rank 3 --hang-at 4"    # the fourth upload of rank 3 never ends
+    make demo ARGS="--trace trace.json"           # every phase of the barrier, for Perfetto
 
 Training is DistributedDataParallel on gloo, in the main thread. Checkpoints are written by an
 asyncio event loop in a second thread, over a barrier with a TCPStore of its own, so that the two
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import report
@@ -41,7 +43,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from async_barriers import TCPStoreBarrier
+from async_barriers import Barrier, TCPStoreBarrier
+from async_barriers.recording import Recorder
 
 logger = logging.getLogger("demo")
 
@@ -67,7 +70,8 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> bool:
     model, optimizer = build()
     log = report.RankLog(rank)
 
-    barrier = TCPStoreBarrier(
+    recorder = Recorder()
+    barrier: Barrier = TCPStoreBarrier(
         rank,
         world_size,
         "checkpoint",
@@ -78,6 +82,8 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> bool:
         timeout_secs=args.commit_timeout_secs,
         warn_after_secs=2,
     )
+    if args.trace is not None:
+        barrier = recorder.watch(barrier)
     writer = CheckpointWriter(
         barrier,
         rank=rank,
@@ -95,12 +101,25 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> bool:
     restore(root, digits, log)
     logs = [log] * world_size
     dist.gather_object(log, logs if rank == 0 else None)
+    events = [recorder.events] * world_size
+    dist.gather_object(recorder.events, events if rank == 0 else None)
     if rank != 0:
         return True
+    if args.trace is not None:
+        save_trace(events, args.trace)
     good = conclude(args, logs)
     if args.out is None:
         shutil.rmtree(root)
     return good
+
+
+def save_trace(events: list[list[dict[str, Any]]], path: Path) -> None:
+    """One file for all ranks."""
+    trace = Recorder()
+    for of_one_rank in events:
+        trace.merge(of_one_rank)
+    trace.save(path)
+    print(f"\nThe phases of all ranks are in {path}; open it at https://ui.perfetto.dev.")
 
 
 def conclude(args: argparse.Namespace, logs: list[report.RankLog]) -> bool:
@@ -301,6 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--hang-at", type=int, default=4, metavar="N", help="in which checkpoint, from 1")
     add("--out", type=Path, metavar="DIR", help="keep the checkpoints (default: temporary)")
     add("--timeline", type=Path, metavar="PNG", help="default: timeline.png, in DIR if given")
+    add("--trace", type=Path, metavar="JSON", help="write the barrier's phases, for Perfetto")
     args = parser.parse_args()
     if args.out is not None and any(args.out.glob("step-*")):
         parser.error(f"{args.out} has checkpoints in it already")

@@ -1,0 +1,235 @@
+"""Watching a run: the phases of barriers on a timeline, for Perfetto or chrome://tracing.
+
+    recorder = Recorder()
+    async with recorder.watch(StoreBarrier.from_env()) as barrier:
+        ...
+    recorder.save(f"barriers-{rank}.json")
+
+    merge_traces(["barriers-0.json", "barriers-1.json"], "barriers.json")  # once, anywhere
+
+Barriers that are not watched are not touched, and cost nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from ._barrier import CONFIGURED, Barrier, Publish, Timeout
+from ._crossing import CrossingBarrier
+from ._errors import BarrierError
+from ._values import BarrierResult
+
+__all__ = ["Recorder", "merge_traces"]
+
+Event = dict[str, Any]
+
+
+class Recorder:
+    """Collects what the barriers that it watches do, with one track for each rank.
+
+    May be used by several barriers, event loops and threads at once. Times are the machine's
+    wall clock, so tracks of different machines are as far apart as their clocks are.
+
+    :param limit: only so many of the newest calls are kept
+    """
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self._events: deque[Event] = deque(maxlen=limit)
+        self._lock = Lock()
+        self._rows: dict[int, set[int]] = {}
+        self._recording = True
+        # Wall clocks jump; the steps between events are those of the monotonic clock.
+        self._epoch_ns = time.time_ns() - time.perf_counter_ns()
+
+    def watch(self, barrier: Barrier, *, rank: int | None = None) -> Barrier:
+        """A barrier that does what ``barrier`` does, and is recorded; use it in its place.
+
+        :param rank: whose track it is on; None: the barrier's own, or else RANK's
+        """
+        if rank is None and isinstance(barrier, CrossingBarrier):
+            rank = barrier._session.rank
+        if rank is None:
+            rank = int(os.environ.get("RANK", "0"))
+        return _Watched(self, barrier, rank)
+
+    @property
+    def events(self) -> list[Event]:
+        """What was recorded, as Chrome's trace format has it; can be pickled."""
+        return list(self._events)
+
+    def merge(self, events: Iterable[Event]) -> None:
+        """Add the `events` of another rank's recorder."""
+        self._events.extend(events)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that opens in Perfetto and chrome://tracing. Blocks while it writes."""
+        _write(self._events, path)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Record nothing that ends from now on."""
+        self._recording = False
+
+    @contextmanager
+    def _call(self, rank: int, call: str, name: str) -> Iterator[Event]:
+        """Record what happens in the body, and how it ends; more facts may be added."""
+        facts: Event = {"call": call}
+        with self._row(rank) as row:
+            began = time.perf_counter_ns()
+            try:
+                yield facts
+            except BaseException as exc:
+                facts.update(_facts_of(exc))
+                raise
+            finally:
+                self._add(rank, row, f"{call} {name!r}", began, facts)
+
+    @contextmanager
+    def _row(self, rank: int) -> Iterator[int]:
+        """A row of the rank's track that no call under way is drawn on."""
+        with self._lock:
+            taken = self._rows.setdefault(rank, set())
+            row = next(row for row in itertools.count() if row not in taken)
+            taken.add(row)
+        try:
+            yield row
+        finally:
+            with self._lock:
+                taken.discard(row)
+
+    def _add(self, rank: int, row: int, title: str, began_ns: int, facts: Event) -> None:
+        if self._recording:
+            self._events.append(
+                {
+                    "name": title,
+                    "cat": "barrier",
+                    "ph": "X",
+                    "ts": (self._epoch_ns + began_ns) / 1e3,
+                    "dur": (time.perf_counter_ns() - began_ns) / 1e3,
+                    "pid": rank,
+                    "tid": row,
+                    "args": facts,
+                }
+            )
+
+
+def merge_traces(paths: Iterable[str | os.PathLike[str]], into: str | os.PathLike[str]) -> None:
+    """Make one trace of those that the ranks have saved; blocks meanwhile.
+
+    :raises OSError, ValueError: a file cannot be read, or is no trace
+    """
+    events: list[Event] = []
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            events += json.load(file)["traceEvents"]
+    _write([event for event in events if event["ph"] != "M"], into)
+
+
+def _write(events: Iterable[Event], path: str | os.PathLike[str]) -> None:
+    events = sorted(events, key=lambda event: (event["pid"], event["ts"]))
+    tracks: list[Event] = []
+    for rank in sorted({event["pid"] for event in events}):
+        for what, value in (
+            ("process_name", {"name": f"rank {rank}"}),
+            ("process_sort_index", {"sort_index": rank}),
+        ):
+            tracks.append({"name": what, "ph": "M", "pid": rank, "tid": 0, "args": value})
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"traceEvents": tracks + events, "displayTimeUnit": "ms"}, file)
+
+
+def _facts_of(exc: BaseException) -> Event:
+    if isinstance(exc, anyio.get_cancelled_exc_class()):
+        return {"verdict": "cancelled"}
+    verdict = "broken"
+    if getattr(exc, "in_doubt", False):
+        verdict = "in doubt"
+    elif not hasattr(exc, "sequence"):
+        verdict = "error" if isinstance(exc, BarrierError) else "raised"
+    facts = {"verdict": verdict, "error": f"{type(exc).__name__}: {exc}"}
+    if hasattr(exc, "sequence"):
+        facts["sequence"] = exc.sequence
+    return facts
+
+
+class _Watched(Barrier):
+    """A barrier, and the recorder of what it does."""
+
+    def __init__(self, recorder: Recorder, barrier: Barrier, rank: int) -> None:
+        self.barrier_type = barrier.barrier_type  # type: ignore[misc]  # as that one's
+        self._recorder = recorder
+        self._barrier = barrier
+        self._rank = rank
+
+    async def execute_barrier(
+        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+    ) -> BarrierResult:
+        with self._recorder._call(self._rank, "execute_barrier", name) as facts:
+            result = await self._barrier.execute_barrier(name, timeout_secs=timeout_secs)
+            facts.update(verdict="released", sequence=result.sequence, last_rank=result.last_rank)
+            return result
+
+    async def connect(self) -> None:
+        with self._recorder._call(self._rank, "connect", ""):
+            await self._barrier.connect()
+
+    async def commit(
+        self,
+        publish: Publish,
+        *,
+        payload: bytes = b"",
+        name: str = "",
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> bytes:
+        async def watched(payloads: Mapping[int, bytes]) -> bytes | None:
+            # On a row of its own, beside the commit.
+            with self._recorder._call(self._rank, "publish", name):
+                return await publish(payloads)
+
+        with self._recorder._call(self._rank, "commit", name) as facts:
+            facts["leader"] = leader
+            result = await self._barrier.commit(
+                watched, payload=payload, name=name, timeout_secs=timeout_secs, leader=leader
+            )
+            facts["verdict"] = "released"
+            return result
+
+    async def abort(self, reason: str, name: str = "") -> None:
+        with self._recorder._call(self._rank, "abort", name) as facts:
+            facts["reason"] = reason
+            await self._barrier.abort(reason, name)
+
+    async def aclose(self) -> None:
+        with self._recorder._call(self._rank, "aclose", ""):
+            await self._barrier.aclose()
+
+    def phase(
+        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+    ) -> AbstractAsyncContextManager[None]:
+        # That one may refuse the call; what it returns would not be recorded.
+        self._barrier.phase(name, timeout_secs=timeout_secs)
+        return super().phase(name, timeout_secs=timeout_secs)
+
+    async def _fail(self, reason: str, name: str) -> None:
+        with self._recorder._call(self._rank, "phase failed", name) as facts:
+            facts["reason"] = reason
+            await self._barrier._fail(reason, name)

@@ -1,0 +1,188 @@
+"""The recorder: what it keeps of each call, and the file that it writes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from worlds import Tasks, gather, until
+
+from async_barriers import (
+    Barrier,
+    BarrierClosedError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    DistBarrier,
+)
+from async_barriers.recording import Recorder, merge_traces
+from async_barriers.testing import local_barriers
+
+pytestmark = pytest.mark.anyio
+
+
+async def publish(payloads: Any) -> bytes:
+    await anyio.sleep(0.01)
+    return b"published"
+
+
+def calls(recorder: Recorder, rank: int) -> list[tuple[str, str | None]]:
+    """What rank did, in the order in which it ended, and the verdicts."""
+    return [
+        (event["name"], event["args"].get("verdict"))
+        for event in recorder.events
+        if event["pid"] == rank
+    ]
+
+
+async def test_what_happened_is_on_the_ranks_tracks() -> None:
+    """Each call is one event with its verdict; what it returned and raised is unchanged."""
+    began = time.time()
+    recorder = Recorder()
+    async with local_barriers(2) as barriers:
+        ranks = [recorder.watch(barrier) for barrier in barriers]
+        assert ranks[0].barrier_type == "store"
+        await gather(rank.connect for rank in ranks)
+        results = await gather(rank.execute_barrier for rank in ranks)
+        assert (
+            await gather(partial(rank.commit, publish, name="c") for rank in ranks)
+            == [b"published"] * 2
+        )
+        with pytest.raises(TypeError, match="name must be a string"):
+            ranks[0].phase(7)  # type: ignore[arg-type]
+        with pytest.raises(BarrierTimeoutError):
+            async with ranks[0].phase("p", timeout_secs=0.1):
+                pass
+        with pytest.raises(LookupError, match="mine"):
+            async with ranks[1].phase("q"):
+                raise LookupError("mine")
+        with pytest.raises(BrokenBarrierError):
+            await ranks[0].execute_barrier("q")
+        await ranks[1].abort("enough", "r")
+        async with Tasks() as tasks:
+            cancelled = tasks.start(partial(ranks[0].execute_barrier, "s"))
+            await anyio.sleep(0.01)
+            cancelled.scope.cancel()
+            await cancelled.ended.wait()
+        await gather(rank.aclose for rank in ranks)
+        with pytest.raises(BarrierClosedError):
+            await ranks[1].execute_barrier()
+    assert calls(recorder, 0) == [
+        ("connect ''", None),
+        ("execute_barrier ''", "released"),
+        ("publish 'c'", None),
+        ("commit 'c'", "released"),
+        ("execute_barrier 'p'", "broken"),
+        ("execute_barrier 'q'", "broken"),
+        ("execute_barrier 's'", "cancelled"),
+        ("aclose ''", None),
+    ]
+    assert calls(recorder, 1) == [
+        ("connect ''", None),
+        ("execute_barrier ''", "released"),
+        ("commit 'c'", "released"),
+        ("phase failed 'q'", None),
+        ("abort 'r'", None),
+        ("aclose ''", None),
+        ("execute_barrier ''", "error"),
+    ]
+    events = [event for event in recorder.events if event["pid"] == 0]
+    assert events[1]["args"] == {
+        "call": "execute_barrier",
+        "verdict": "released",
+        "sequence": 0,
+        "last_rank": results[0].last_rank,
+    }
+    assert events[4]["args"]["sequence"] == 0
+    assert "BarrierTimeoutError" in events[4]["args"]["error"]
+    assert 0.1e6 <= events[4]["dur"] < 1e6
+    # Microseconds of the wall clock, to a second.
+    assert all(began - 1 < event["ts"] / 1e6 < time.time() + 1 for event in events)
+    # The leader's publish is within its commit, on another row.
+    assert events[2]["tid"] != events[3]["tid"]
+    assert events[3]["ts"] <= events[2]["ts"]
+
+
+async def test_calls_at_once_are_on_rows_of_their_own() -> None:
+    """Phases that overlap on one rank hide no part of each other; rows are used again."""
+    recorder = Recorder()
+    async with local_barriers(2) as barriers, Tasks() as tasks:
+        first, second = (recorder.watch(barrier) for barrier in barriers)
+        waiting = [tasks.start(partial(first.execute_barrier, name)) for name in "ab"]
+
+        async def both_wait() -> bool:
+            return len(recorder._rows.get(0, ())) == 2
+
+        await until(both_wait)
+        for name in "ab":
+            await second.execute_barrier(name)
+        for outcome in waiting:
+            await outcome.returned()
+        await gather([first.execute_barrier, second.execute_barrier])
+    rows = {event["name"]: event["tid"] for event in recorder.events if event["pid"] == 0}
+    # Which of the two tasks was the first is the event loop's choice.
+    assert {rows["execute_barrier 'a'"], rows["execute_barrier 'b'"]} == {0, 1}
+    assert rows["execute_barrier ''"] == 0
+
+
+class Doubtful(Barrier):
+    """Fails as a barrier does that lost its store, or as one that has an error in it."""
+
+    barrier_type = "doubtful"
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def execute_barrier(self, name: str = "", **options: Any) -> Any:
+        raise self.error
+
+
+async def test_doubts_and_other_errors() -> None:
+    """What is in doubt is no broken phase, and neither is an error that is not ours."""
+    for error, verdict in (
+        (BrokenBarrierError("x", 3, None, "lost", in_doubt=True), "in doubt"),
+        (KeyError("bug"), "raised"),
+    ):
+        recorder = Recorder()
+        with pytest.raises(type(error)):
+            await recorder.watch(Doubtful(error)).execute_barrier("x")
+        assert calls(recorder, 0) == [("execute_barrier 'x'", verdict)]
+
+
+async def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's file can be opened alone, and all of them can be made one."""
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        with Recorder(limit=2) as recorder:
+            barrier = recorder.watch(DistBarrier())
+            for _ in range(3):
+                await barrier.aclose()
+        recorded = recorder.events
+        assert len(recorded) == 2
+        await barrier.aclose()  # recorded no more
+        assert recorder.events == recorded
+        await anyio.to_thread.run_sync(recorder.save, tmp_path / f"{rank}.json")
+    both = [tmp_path / "1.json", tmp_path / "0.json"]
+    await anyio.to_thread.run_sync(merge_traces, both, tmp_path / "all.json")
+    trace = json.loads((tmp_path / "all.json").read_text())
+    assert trace["displayTimeUnit"] == "ms"
+    named = {
+        e["pid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"
+    }
+    assert named == {0: "rank 0", 1: "rank 1"}
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert [event["pid"] for event in events] == [0, 0, 1, 1]
+    assert all({"name", "ts", "dur", "tid", "args"} <= event.keys() for event in events)
+
+    # What ranks send to each other instead of files.
+    whole = Recorder()
+    whole.merge(pickle.loads(pickle.dumps(recorder.events)))
+    assert whole.events == recorder.events
+    await anyio.to_thread.run_sync(whole.save, tmp_path / "whole.json")
+    assert (tmp_path / "whole.json").read_text() == (tmp_path / "0.json").read_text()
