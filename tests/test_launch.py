@@ -15,7 +15,7 @@ import anyio.to_thread
 import launched_rank
 import pytest
 import torch.distributed as dist
-from processes import BACKENDS, EXIT_SECS, Forge, Rank
+from processes import BACKENDS, PATIENCE_SECS, Forge, Rank
 from torch.distributed import FileStore, HashStore, TCPStore
 from worlds import free_port, gather
 
@@ -78,7 +78,7 @@ def test_beside_a_process_group_without_a_launcher(forge: Forge, order: str) -> 
     ]
     try:
         of_all_ranks([rank.event() for rank in ranks], 3)
-        by = time.monotonic() + EXIT_SECS
+        by = time.monotonic() + PATIENCE_SECS
         assert [(rank.exit(by), rank.stderr) for rank in ranks] == [(0, "")] * 3
     finally:
         for rank in ranks:
