@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import importlib
 import itertools
 import math
 import os
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +29,13 @@ import anyio
 from anyio.lowlevel import current_token
 
 T = TypeVar("T")
+
+# anyio imports the half of it that is made for an event loop when it is first used there, and
+# that would hold up the loop for some 30 ms. An anyio that has moved it does so.
+for _loops in ("asyncio", "trio"):
+    if _loops in sys.modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"anyio._backends._{_loops}")
 
 _numbers = itertools.count()
 
