@@ -62,13 +62,13 @@ class Turn:
         follows: Turn | None = None,
         present: Callable[[Connection], bool] = lambda store: True,
     ) -> None:
-        self.keys = keys
+        self.keys: PhaseKeys = keys
         self.name = name
         self.sequence = sequence
         self.rank = rank
         self.world_size = world_size
         self.leader = leader
-        self.entered = False
+        self.entered: bool = False
         self.verdict: Verdict | None = None
         self.keeps = keeps
         self._present = present

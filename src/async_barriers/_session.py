@@ -71,7 +71,7 @@ class Session:
         self.world_size = world_size
         self.init_secs = init_secs
         self.hosts = hosts
-        self.all_joined = False
+        self.all_joined: bool = False
         self._open_connection = open_connection
         self._keys = keys
         self._token = uuid.uuid4().hex

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 UNKNOWN_RANK = -1
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @register_barrier
