@@ -272,6 +272,25 @@ def test_a_connection_that_was_lost_is_let_go_of(tcp: TCPConnection) -> None:
     assert file not in still_open, caught
 
 
+def test_a_store_that_goes_away_as_it_is_connected_to() -> None:
+    """It is tried until the deadline, or until that is called off, which c10d would not hear."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(2) as pool:
+        host, port = server.getsockname()
+
+        def answer_once() -> None:
+            with server.accept()[0] as hailed:
+                hailed.sendall(hailed.recv(64)[-4:])
+                hailed.recv(1)
+            server.close()
+
+        answering = pool.submit(answer_once)
+        began = time.monotonic()
+        with pytest.raises(BarrierConnectionError, match=f"no store .* at {host}:{port}"):
+            connections.connect_to_port(host, port, True, began + 0.4, threading.Event())
+        answering.result(5)
+        assert time.monotonic() - began < 3
+
+
 def test_a_wait_that_was_ended_as_its_value_came(tcp: TCPConnection) -> None:
     """The connection is done for: an answer that nobody expects may be on its way."""
     tcp.stop_waiting()

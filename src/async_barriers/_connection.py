@@ -28,6 +28,9 @@ T = TypeVar("T")
 # c10d knows no endless wait, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
 _RETRY_SECS = 0.1
+# While it is tried again nothing can end c10d's constructor, and a thread that comes back from
+# it into an interpreter that is ending aborts the process: no longer than closing waits.
+_CONSTRUCTION = timedelta(seconds=0.3)
 # VALIDATE with c10d's magic number, and PING with a number that is sent back.
 _ECHO = struct.pack("=I", 20020)
 _HAIL = struct.pack("=BIB", 0, 0x3C85F7CE, 13) + _ECHO
@@ -284,20 +287,24 @@ def connect_to_port(
     host: str, port: int, use_libuv: bool, deadline: float, stop: threading.Event
 ) -> Connection:
     """A connection to the TCPStore that another process hosts; else as `connect_to`."""
-    await_store(host, port, deadline, stop)
-    remaining = max(1.0, deadline - time.monotonic())
-    timeout = timedelta(seconds=min(remaining, _FOREVER.total_seconds()))
-    with _in_turn(), _translated(f"no store can be reached at {host}:{port}"):
-        return TCPConnection(
-            TCPStore(
-                host,
-                port,
-                is_master=False,
-                timeout=timeout,
-                wait_for_workers=False,
-                use_libuv=use_libuv,
-            )
-        )
+    while True:
+        await_store(host, port, deadline, stop)
+        try:
+            with _in_turn(), _translated(f"no store can be reached at {host}:{port}"):
+                return TCPConnection(
+                    TCPStore(
+                        host,
+                        port,
+                        is_master=False,
+                        timeout=_CONSTRUCTION,
+                        wait_for_workers=False,
+                        use_libuv=use_libuv,
+                    )
+                )
+        except BarrierConnectionError:
+            # It went away in that very instant.
+            if time.monotonic() >= deadline or stop.is_set():
+                raise
 
 
 def host_store(host: str, port: int, use_libuv: bool, *, shared: bool = False) -> TCPStore:
