@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -83,6 +84,58 @@ def test_a_life_that_was_followed_by_another_gives_way() -> None:
     assert third is not None
     store.delete(keys.over(0))
     assert membership.join(store, keys, 0, 2, "first", first) is None
+
+
+def test_a_claim_that_was_carried_out_late() -> None:
+    """A rank that gave up on joining, and whose claim was made all the same, joins for real."""
+    store, keys = Connection(MemoryStore()), Keys("p")
+    first = membership.join(store, keys, 0, 2, "first")
+    membership.join(store, keys, 1, 2, "peer")
+    membership.join(store, keys, 1, 2, "peer again")
+    # As by a connection that was cut and given up, when what was sent on it gets through.
+    store.set(keys.member(0), json.dumps({"generation": 1, "token": "first"}).encode())
+    second = membership.join(store, keys, 0, 2, "first", first)
+    assert second is not None
+    assert second.generation == 1
+    assert membership.join(store, keys, 0, 2, "first", second) is second
+
+
+def test_what_a_sleeper_may_come_to_is_not_swept() -> None:
+    """What a generation leaves behind is deleted when every rank has joined a later one: a log
+    without the lines of the others would tell who comes late another verdict (law 2)."""
+    store, keys = Connection(MemoryStore()), Keys("p")
+    log = keys.phase(0, "x", 0).log
+    sleeper = membership.join(store, keys, 2, 3, "sleeper")
+    membership.join(store, keys, 1, 3, "peer")
+    store.set(log, b"decided")
+
+    def others_restart(life: str) -> None:
+        membership.join(store, keys, 0, 3, f"0, {life}")
+        membership.join(store, keys, 1, 3, f"1, {life}")
+
+    for life in "abcd":
+        others_restart(life)
+    assert store.read(log) == b"decided"
+    assert membership.join(store, keys, 2, 3, "sleeper", sleeper) is not sleeper
+    others_restart("e")
+    assert store.read(log) is None
+
+
+async def test_a_break_that_is_owed_to_a_phase_that_is_forgotten(memory: World) -> None:
+    """It is given up; a rank is not kept from joining by it."""
+    ranks = await memory.barriers(2, lanes=2)
+    session = ranks[0]._session
+    async with Tasks() as tasks:
+        tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await memory.entered(0, name="x")
+        await memory.call(memory.store.delete_key, memory.keys("x").log)
+        turn = session.open_turn("x")
+        assert turn is not None
+        session.start_afresh(turn)
+        results = await gather(partial(rank.execute_barrier, "y") for rank in ranks)
+        assert {result.sequence for result in results} == {0}
+    # Nothing ends a wait in this store but what it waits for.
+    await memory.call(memory.store.set, memory.keys("x").verdict, "r1\n")
 
 
 def test_two_that_join_at_the_same_moment() -> None:

@@ -43,6 +43,10 @@ class Membership:
     def mail(self) -> str:
         return self.keys.mail(self.generation, self.rank)
 
+    def is_over(self, store: Connection) -> bool:
+        """Whether this generation was ended."""
+        return store.read(self.keys.over(self.generation)) is not None
+
     def successor(self, store: Connection) -> int | None:
         """The rank that ended this generation; None where the store does not say (any more)."""
         value = store.read(self.keys.over(self.generation))
@@ -129,7 +133,9 @@ def _join(
         generation = _present(store, keys, world_size)
         mine = store.read(keys.member(rank))
         claim = _claim(generation, token)
-        if mine == claim and previous is not None:
+        # Not where only our claim is of this generation: an attempt to join again that we gave
+        # up on may have been carried out later, and we have not lived in it yet.
+        if mine == claim and previous is not None and previous.generation == generation:
             return previous
         if previous is not None and mine is not None and _token_of(mine) != token:
             # The later life wins, or two processes that share a rank would oust each other
@@ -183,7 +189,7 @@ def _end(
     if generation >= _REMEMBERED:
         for spent in (keys.over, keys.world, keys.roll, keys.all_left):
             store.delete(spent(generation - _REMEMBERED))
-    _sweep(store, keys, generation - 1)
+    _sweep(store, keys, generation - 1, world_size)
 
 
 def _tell(store: Connection, keys: Keys, generation: int, world_size: int) -> None:
@@ -191,13 +197,26 @@ def _tell(store: Connection, keys: Keys, generation: int, world_size: int) -> No
     store.set(keys.generation, b"%d" % (generation + 1))
 
 
-def _sweep(store: Connection, keys: Keys, upto: int) -> None:
-    """Delete what the dead of generations before ``upto`` left behind, where keys can be listed."""
+def _sweep(store: Connection, keys: Keys, upto: int, world_size: int) -> None:
+    """Delete what the dead of generations before ``upto`` left behind, where keys can be listed.
+
+    Not where a rank has yet to leave: one that is cut off or asleep may still come to a phase
+    there, and has to find what was decided, not a log without the lines of the others.
+    """
     marks = (f"{keys.root}/phase/", f"{keys.root}/mail/")
-    for key in store.list_keys():
-        for mark in marks:
-            if key.startswith(mark) and int(key[len(mark) :].partition("/")[0]) < upto:
-                store.delete(key)
+    found = [
+        (int(key[len(mark) :].partition("/")[0]), key)
+        for key in store.list_keys()
+        for mark in marks
+        if key.startswith(mark)
+    ]
+    if not any(generation < upto for generation, _ in found):
+        return
+    members = store.read_many([keys.member(rank) for rank in range(world_size)])
+    upto = min([upto, *(_generation_of(member) for member in members if member is not None)])
+    for generation, key in found:
+        if generation < upto:
+            store.delete(key)
 
 
 def _claim(generation: int, token: str) -> bytes:

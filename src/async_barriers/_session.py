@@ -145,16 +145,17 @@ class Session:
             raise _closed(self._keys.prefix)
         before = life = self._life
         previous = None if life is None else life.membership
+        if previous is not None and previous.is_over(store):
+            # Before this rank is seen to have left that generation, and what is left of it goes.
+            self._reset_remains()
+            self._outlive(store, previous, self._turns_in(previous))
         membership = _membership.join(
             store, self._keys, self.rank, self.world_size, self._token, previous
         )
         if membership is None:
             self._replaced = True
             return
-        # Before this rank departs from the phases that it gave up, and their keys are deleted:
-        # an arrival that came late would bring them back.
-        while self._remains:
-            self._remains.pop().reset()
+        self._reset_remains()
         if life is None or membership is not previous:
             # Phases of a generation that is over are broken by those who still live in it.
             self._owed.clear()
@@ -183,6 +184,12 @@ class Session:
             raise _closed(self._keys.prefix)
         if watched is not membership:
             self._watcher.submit(lambda store: self._watch(store, membership))
+
+    def _reset_remains(self) -> None:
+        # Before this rank departs from the phases that it gave up, and their keys are deleted:
+        # an arrival that came late would bring them back.
+        while self._remains:
+            self._remains.pop().reset()
 
     def _watch(self, store: Connection, membership: Membership) -> None:
         began = time.monotonic()
@@ -482,7 +489,11 @@ class Session:
     def _make_up_for(
         self, store: Connection, turn: Turn, lane: Lane | None, reason: str = _LOST
     ) -> None:
-        judged = self._break(store, turn, reason)
+        try:
+            judged = self._break(store, turn, reason)
+        except Forgotten:
+            # Nobody is left who could wait for it, and this rank must not fail to join for it.
+            return
         if isinstance(judged, Gathered):
             self._forsake(store, turn, judged, lane)
 
