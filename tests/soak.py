@@ -8,6 +8,7 @@ logs are judged apart (judge.py), and kept where a law was broken.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cuttable import Cut, Way, Ways
-from judge import EXIT_SECS, Record, Violation, judge_record
+from judge import EXIT_SECS, SLACK_SECS, Record, Violation, judge_record
 from processes import BACKENDS, CRASHES, PATIENCE_SECS, Forge, Rank
 from soak_rank import NAMES
 from worlds import free_port
@@ -102,7 +103,7 @@ class Episode:
             self._start_all()
             until = time.monotonic() + secs
             while time.monotonic() < until:
-                self._sleep(self._random.uniform(0.0, 0.25))
+                self._sleep(self._random.uniform(0.0, self._random.choice(_PAUSES_SECS)))
                 self._fault()
             while self._due:
                 self._sleep(0.05)
@@ -172,25 +173,26 @@ class Episode:
             self._ready.discard(number)
 
     def _end_all(self) -> None:
-        told = [rank for rank in self._all if rank.exit_code is None and rank is not self._server]
-        for rank in told:
-            try:
-                rank.start("end")
-            except BrokenPipeError:
-                continue
-        since = time.monotonic()
-        for rank in told:
-            allowed = HOST_EXIT_SECS if self._hosted and rank.number == 0 else EXIT_SECS + 1
-            try:
-                code = rank.exit(max(since + allowed, time.monotonic()))
-                if code:
-                    self._complain(rank, f"exited with {code}")
-            except AssertionError as exc:
-                self._complain(rank, str(exc))
+        # One after another: how long an interpreter takes to end is mostly the machine's to say.
         for rank in self._all:
-            for crash in CRASHES:
-                if crash in rank.stderr:
-                    self._complain(rank, rank.stderr)
+            if rank.exit_code is not None or rank is self._server:
+                continue
+            allowed = HOST_EXIT_SECS if self._hosted and rank.number == 0 else EXIT_SECS
+            with contextlib.suppress(BrokenPipeError):
+                rank.start("end")
+            try:
+                code = rank.exit(time.monotonic() + allowed + SLACK_SECS)
+            except AssertionError:
+                # It says where each of its threads is.
+                rank.signal(signal.SIGUSR1)
+                self._sleep(0.2)
+                self._complain(rank, f"did not exit within {allowed:g} s\n{_last_words(rank)}")
+            else:
+                if code:
+                    self._complain(rank, f"exited with {code}\n{_last_words(rank)}")
+        for rank in self._all:
+            if any(crash in rank.stderr for crash in CRASHES):
+                self._complain(rank, _last_words(rank))
 
     def _complain(self, rank: Rank, what: str) -> None:
         life = self._life_of.get(rank)
@@ -320,6 +322,8 @@ class Episode:
         self._log.write(json.dumps({"t": time.monotonic(), "event": event, **facts}) + "\n")
 
 
+# One fault after another, or a while in which ranks get on; each as often.
+_PAUSES_SECS = (0.1, 0.2, 1.0)
 # What is done how often, relative to each other.
 _WEIGHTS = {
     "cancel": 10,
@@ -333,6 +337,12 @@ _WEIGHTS = {
     "rebuild": 1.5,
     "usurp": 0.5,
 }
+
+
+def _last_words(rank: Rank) -> str:
+    """The end of its stderr, but for what c10d says of connections that were cut."""
+    said = [line for line in rank.stderr.splitlines() if "frame #" not in line]
+    return "\n".join(said[-60:])
 
 
 def lines(logs: Path) -> Iterator[str]:

@@ -5,10 +5,12 @@ What it writes is described in judge.py, and what it is told to do in soak.py.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -312,4 +314,5 @@ def _facts(exc: BarrierError) -> dict[str, Any]:
 
 async def main(options: dict[str, Any]) -> None:
     """What a process of the forge does: host the store of all others, or be a rank."""
+    faulthandler.register(signal.SIGUSR1)
     await (serve() if options["serves"] else SoakRank(options).run())
