@@ -1,5 +1,5 @@
-# make test, make check, make demo, make bench, make soak: each makes .venv first if it is missing or
-# out of date. ARGS goes through to pytest, to the example, or to soak.py;
+# make test, make check, make demo, make docs, make bench, make soak: each makes .venv first if it is
+# missing or out of date. ARGS goes through to pytest, to the example, or to soak.py;
 # make bench BENCHMARKS="crossing start" runs some of them.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ demo bench soak: export OMP_NUM_THREADS = 1
 # Of a resolver that knows no name for the loopback address.
 bench: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: demo test check types bench soak
+.PHONY: demo test check types docs bench soak
 
 demo: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
@@ -34,6 +34,10 @@ check: $(STAMP) types
 # What users' type checkers see; fails below 100 %. It looks for torch where `python` on the PATH does.
 types: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes async_barriers --ignoreexternal
+
+# Warnings are errors. Nothing is fetched from elsewhere.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 # Prints its seed; SEED=N does the same things to the same ranks again.
 soak: $(STAMP)

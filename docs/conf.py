@@ -1,0 +1,16 @@
+"""`make docs` builds build/docs/index.html from this, offline; a warning is an error."""
+
+project = "async_barriers"
+copyright = "the async_barriers authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+
+html_theme = "furo"
+html_title = "async_barriers"
+
+myst_heading_anchors = 3
+# Docstrings say `commit` where they mean the method.
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"exclude-members": "__init__, __new__"}
+autodoc_inherit_docstrings = True

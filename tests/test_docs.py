@@ -1,0 +1,88 @@
+"""The documentation: its examples run, and it is built without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(page.relative_to(ROOT)): page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BOUND_SECS = 60
+
+
+def script_of(page: Path) -> str:
+    """All python blocks of a page, at the lines where they stand there; a traceback leads back."""
+    text = page.read_text()
+    lines = [""] * text.count("\n")
+    for block in BLOCK.finditer(text):
+        first = text.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+SCRIPTS = {name: script for name, page in PAGES.items() if (script := script_of(page)).strip()}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the script of each page printed, and how it ended."""
+    places = {}
+    for name, script in SCRIPTS.items():
+        places[name] = tmp_path_factory.mktemp("page") / "page.py"
+        places[name].write_text(script)
+    subprocess.run(
+        [sys.executable, "tests/run_pages.py", *map(str, places.values())],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::RuntimeWarning"},
+        check=True,
+        timeout=BOUND_SECS,
+    )
+    return {name: place.with_name("output.txt").read_text() for name, place in places.items()}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_a_page_shows_runs(ended: dict[str, str], name: str) -> None:
+    """The python blocks of a page, one after another, are a program that ends well."""
+    assert ended[name].endswith("\nended with 0"), ended[name]
+
+
+def test_every_block_says_what_it_is() -> None:
+    """A block in no language would neither be run nor be known to be nothing to run."""
+    for name, page in PAGES.items():
+        if name == "README.md":
+            continue
+        openings = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)[::2]
+        known = {"python", "shell", "text", "toml", "{toctree}", "{eval-rst}"}
+        assert set(openings) <= known, name
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("sphinx", "myst_parser", "furo"))),
+    reason="needs the extra docs",
+)
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Links lead somewhere, every page is in a table of contents, docstrings are understood."""
+    strictly = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", *strictly, "docs", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=BOUND_SECS,
+    )
+    assert built.returncode == 0, built.stderr
+    reference = (tmp_path / "site" / "reference.html").read_text()
+    for promised in ("Barrier.execute_barrier", "testing.FaultyStore.hang"):
+        assert f'id="async_barriers.{promised}"' in reference
