@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 
@@ -49,6 +50,28 @@ async def test_a_name_in_use_keeps_few_keys(tcp: World) -> None:
     for rank in ranks:
         await rank.aclose()
     assert await tcp.call(phase_keys, tcp) == set()
+
+
+async def test_a_commit_in_the_keys_of_crossings(tcp: World) -> None:
+    """It waits for all of its own arrivals, not for as many as were counted before."""
+
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        return b"".join(payloads[rank] for rank in sorted(payloads))
+
+    ranks = await tcp.barriers(3)
+    for crossings in (1, 3):
+        for _ in range(crossings):
+            await cross(ranks)
+        async with Tasks() as tasks:
+            waiting = [
+                tasks.start(partial(rank.commit, publish, payload=b"%d" % number))
+                for number, rank in enumerate(ranks[:2])
+            ]
+            await anyio.sleep(0.1)
+            assert not any(outcome.ended.is_set() for outcome in waiting)
+            assert await ranks[2].commit(publish, payload=b"2") == b"012"
+            for outcome in waiting:
+                assert await outcome.returned() == b"012"
 
 
 async def test_breaks_between_phases_that_share_keys(tcp: World) -> None:

@@ -184,7 +184,8 @@ class Turn:
         store.append(self.keys.log, self._arrival)
         self._arrived_at = store.add(self.keys.count, 1) & _RANKS
         self._counted = True
-        if self._arrived_at >= self.world_size:
+        # Those of the phases before are counted in keys that are shared.
+        if self._arrived_at >= self.world_size * (self.keys.index + 1):
             judged = self._decide(store)
         elif self.rank == self.leader:
             store.await_value(self.keys.gathered)
