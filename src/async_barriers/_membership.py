@@ -132,6 +132,8 @@ def _join(
     while True:
         generation = _present(store, keys, world_size)
         mine = store.read(keys.member(rank))
+        # Another life may have been faster, and be in a later one by now.
+        generation = max(generation, _generation_of(mine))
         claim = _claim(generation, token)
         # Not where only our claim is of this generation: an attempt to join again that we gave
         # up on may have been carried out later, and we have not lived in it yet.
