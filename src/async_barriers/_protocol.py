@@ -99,16 +99,33 @@ class Turn:
             self._users += not self._departed
             return not self._departed
 
-    def release(self, store: Connection) -> None:
-        """Undo one `hold`. The last one departs, if the verdict is known."""
-        if self.let_go():
+    def release(self, store: Connection, *, spoke: bool = False) -> None:
+        """Undo one `hold`. The last one departs, if the verdict is known.
+
+        :param spoke: where what was last sent on ``store`` may still be on its way
+        """
+        departs = self.let_go(if_last=spoke)
+        if departs is None:
+            # Another connection departs for us, and what is on its way on this one must not come
+            # after that, when the keys may be gone. An answer says that it has come.
+            try:
+                store.read(self.keys.summary)
+            finally:
+                departs = self.let_go()
+        if departs:
             self.depart(store)
 
-    def let_go(self) -> bool:
-        """Undo one `hold`; whether it is up to the caller to `depart` now."""
+    def let_go(self, *, if_last: bool = False) -> bool | None:
+        """Undo one `hold`; whether it is up to the caller to `depart` now.
+
+        :param if_last: not where this rank cannot depart with it: None, and `release` is due
+        """
         with self._lock:
+            last = self._users == 1 and not self._departed and self.verdict is not None
+            if if_last and not last:
+                return None
             self._users -= 1
-            if self._users or self._departed or self.verdict is None:
+            if not last:
                 return False
             self._departed = True
         # Where the next phase of this name has our keys, we depart with that.
@@ -139,11 +156,14 @@ class Turn:
         """``call``, and no departing until it returns; ``afterwards`` if this rank has departed."""
         if not self.hold():
             return afterwards()
+        spoke = False
         try:
             self.locate(store)
-            return call(store)
+            outcome = call(store)
+            spoke = True
+            return outcome
         finally:
-            self.release(store)
+            self.release(store, spoke=spoke)
 
     def locate(self, store: Connection) -> None:
         """Find out which keys are ours, where the phase before was going on when we began."""

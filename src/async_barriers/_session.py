@@ -370,14 +370,17 @@ class Session:
         except BaseException:
             turn.release(store)
             raise
-        departs = turn.let_go()
+        departs = turn.let_go(if_last=True)
         # The caller goes on now, and may use this lane again.
         self._free(turn, lane, future, outcome)
-        if not departs:
+        if departs is False:
             return future.wake
         # Off the caller's path, and short.
         future.wake()
-        turn.depart(store)
+        if departs:
+            turn.depart(store)
+        else:
+            turn.release(store, spoke=True)
         return None
 
     def _free(self, turn: Turn, lane: Lane, future: Promise[T], outcome: T) -> None:
