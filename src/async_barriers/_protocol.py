@@ -72,19 +72,20 @@ class Turn:
         self.verdict: Verdict | None = None
         self.keeps = keeps
         self._present = present
+        self._lock = threading.Lock()
+        self._users = 0
+        self._heir: Turn | None = None
         self._clears = False
         self._follows = follows
-        if follows is not None and follows.verdict is not None:
-            self._take_over(follows, follows.verdict)
         self._arrival = b""
         self._counted = False
         self._arrived_at = 0
         self._summary_seen = 0
-        self._lock = threading.Lock()
-        self._users = 0
         self._departed = False
         self._forsaken: Gathered | None = None
         self._claimed = False
+        if follows is not None and follows.verdict is not None:
+            self._take_over(follows, follows.verdict)
 
     @property
     def parting_word(self) -> Verdict | Gathered:
@@ -114,6 +115,8 @@ class Turn:
                 departs = self.let_go()
         if departs:
             self.depart(store)
+        elif heir := self._bequeath():
+            heir.release(store)
 
     def let_go(self, *, if_last: bool = False) -> bool | None:
         """Undo one `hold`; whether it is up to the caller to `depart` now.
@@ -122,7 +125,7 @@ class Turn:
         """
         with self._lock:
             last = self._users == 1 and not self._departed and self.verdict is not None
-            if if_last and not last:
+            if if_last and (not last or self._heir is not None):
                 return None
             self._users -= 1
             if not last:
@@ -130,6 +133,22 @@ class Turn:
             self._departed = True
         # Where the next phase of this name has our keys, we depart with that.
         return not self.shared
+
+    def _leave_to(self, heir: Turn) -> bool:
+        """Whether ``heir`` has to be released when all calls have let go of this turn."""
+        with self._lock:
+            if not self._users or self._heir is heir:
+                return False
+            self._heir = heir
+            return True
+
+    def _bequeath(self) -> Turn | None:
+        """The next turn with our keys, if it has to be released now."""
+        with self._lock:
+            if self._users:
+                return None
+            heir, self._heir = self._heir, None
+            return heir
 
     @property
     def shared(self) -> bool:
@@ -184,6 +203,11 @@ class Turn:
             # log is the one after ours; it is empty by the time anyone enters the next phase,
             # as nobody does before we have entered this one.
             self._clears = judged.last_rank == self.rank
+            # A call that would break the phase before may still be under way, and writes to these
+            # keys: it keeps us from departing, too.
+            self.hold()
+            if not before._leave_to(self):
+                self.let_go()
         self._follows = None
 
     def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
@@ -361,6 +385,9 @@ class Turn:
         counted = self._counted
         if log is None:
             log = store.read(self.keys.log) or b""
+        if self.verdict is not None:
+            # Known by now; and then a later phase may have this log already.
+            return self.verdict
         # An arrival that is not there may just be on its way, if it was not counted yet.
         if self._arrival not in log and (counted or not self._present(store)):
             raise Forgotten
