@@ -17,7 +17,7 @@ demo bench soak: export OMP_NUM_THREADS = 1
 # Of a resolver that knows no name for the loopback address.
 bench: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: demo test check types docs bench soak
+.PHONY: demo test check types docs explore bench soak
 
 demo: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
@@ -38,6 +38,10 @@ types: $(STAMP)
 # Warnings are errors. Nothing is fetched from elsewhere.
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+
+# Every interleaving, also those that `make test` has no time for, and how many there were.
+explore: $(STAMP)
+	EXPLORE_DEEP=1 $(BIN)/python -m pytest tests/test_interleavings.py -s --no-cov --durations=0 $(ARGS)
 
 # Prints its seed; SEED=N does the same things to the same ranks again.
 soak: $(STAMP)
