@@ -6,11 +6,12 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from networks import HUB_ADDRESS, Network, what_is_lacking
-from processes import CRASHES, EXIT_SECS, Call, Job, StartJob, until
+from processes import CRASHES, EXIT_SECS, Call, Job, Rank, StartJob, until
 
 pytestmark = pytest.mark.processes
 
@@ -91,6 +92,16 @@ def belief(answer: dict[str, Any]) -> str:
     if answer["error"] in ("BarrierTimeoutError", "BrokenBarrierError"):
         return "broken"
     return "not entered"
+
+
+def still_sending(rank: Rank) -> bool:
+    """Whether connections that were closed where ``rank`` lives have something to deliver."""
+    for table in ("tcp", "tcp6"):
+        rows = Path(f"/proc/{rank.pid}/net/{table}").read_text().splitlines()[1:]
+        # FIN_WAIT1, LAST_ACK and CLOSING.
+        if any(row.split()[3] in ("04", "09", "0B") for row in rows):
+            return True
+    return False
 
 
 @pytest.mark.parametrize(
@@ -193,6 +204,8 @@ def test_two_ranks_are_cut_off(
             answer = beliefs.hear(call, name, REPAIRED_SECS, sequence=1)
             assert answer["belief"] == "released", answer
     beliefs.agree()
+    # Also when all has come through that TCP still delivers: nothing that was sent too late.
+    until(lambda: not any(still_sending(job.ranks[rank]) for rank in FAR))
     store = job.store
     until(lambda: not any("/phase/" in key for key in store.list_keys()))
     job.ends(quietly=False)

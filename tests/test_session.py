@@ -24,6 +24,7 @@ from async_barriers import (
     StoreBarrier,
 )
 from async_barriers import _protocol as protocol
+from async_barriers import _session as sessions
 from async_barriers._connection import Connection
 from async_barriers._keys import Keys
 from async_barriers._protocol import Turn
@@ -385,6 +386,98 @@ async def test_closing_when_the_store_refuses(memory: World) -> None:
 
 
 @pytest.mark.anyio
+async def test_an_abort_that_the_store_did_not_take(memory: World) -> None:
+    """It is made up for when the rank is back, with its own reason: peers wait in that phase."""
+    ranks = await memory.barriers(2)
+    log = memory.keys("x").log
+
+    def refuse(operation: str, key: str) -> None:
+        if operation == "append" or (operation, key) == ("compare_set", log):
+            hook.off()
+            raise ConnectionResetError(operation)
+
+    hook = Hook(memory, refuse)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x", timeout_secs=None))
+        await memory.entered(1, name="x")
+        hook.on()
+        with pytest.raises(BarrierConnectionError):
+            await ranks[0].abort("no disk", "x")
+        error = await waiting.raised(BrokenBarrierError)
+    assert (error.rank, error.reason) == (0, "no disk")
+
+
+@pytest.mark.anyio
+async def test_a_word_that_the_store_did_not_take(memory: World) -> None:
+    """The leader gives it again as soon as it can: its peers do not wait for its next call."""
+    ranks = await memory.barriers(2)
+    verdict = memory.keys("x").verdict
+
+    def refuse(operation: str, key: str) -> None:
+        if (operation, key) == ("compare_set", verdict):
+            hook.off()
+            raise ConnectionResetError(operation)
+
+    async def publish(payloads: object) -> bytes:
+        hook.on()
+        return b"published"
+
+    hook = Hook(memory, refuse)
+    async with Tasks() as tasks:
+        leader, peer = (
+            tasks.start(partial(rank.commit, publish, name="x", timeout_secs=None))
+            for rank in ranks
+        )
+        assert (await leader.raised(BarrierConnectionError)).in_doubt
+        assert await peer.returned() == b"published"
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_hangs_is_not_used_again(
+    memory: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rank knew the verdict, and the store did not answer any more: the next phase works."""
+    monkeypatch.setattr(sessions, "_HANGS_SECS", 0.0)
+    ranks = await memory.barriers(2)
+    counter = memory.keys("x").count
+    counted, over = [0], threading.Event()
+
+    def hang(operation: str, key: str) -> None:
+        if (operation, key) == ("add", counter):
+            counted[0] += 1
+            if counted[0] > 2:
+                over.wait()
+
+    async def they_depart() -> bool:
+        return counted[0] == 4
+
+    hook = Hook(memory, hang)
+    hook.on()
+    await gather(partial(rank.execute_barrier, "x") for rank in ranks)
+    await until(they_depart)
+    await gather(partial(rank.execute_barrier, "y", timeout_secs=5) for rank in ranks)
+    hook.off()
+    over.set()
+
+
+@pytest.mark.anyio
+async def test_joining_again_hangs(memory: World) -> None:
+    """On a connection that stays dead when the store is well again: another one is tried."""
+    ranks = await memory.barriers(2)
+    over = threading.Event()
+    hook = Hook(memory, lambda operation, key: over.wait())
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", timeout_secs=0.3))
+        await memory.entered(0, name="x")
+        hook.on()
+        assert (await waiting.raised(BarrierConnectionError)).in_doubt
+        hook.off()
+        # What hangs goes on hanging.
+        await gather(partial(rank.execute_barrier, "y", timeout_secs=5) for rank in ranks)
+    over.set()
+
+
+@pytest.mark.anyio
 async def test_closing_while_a_break_hangs(memory: World) -> None:
     """The caller is told in time that it cannot know; no connection is begun that nobody ends."""
     ranks = await memory.barriers(2)
@@ -401,10 +494,10 @@ async def test_closing_while_a_break_hangs(memory: World) -> None:
         await memory.entered(0, name="x")
         hook.on()
         await memory.call(breaking.wait)
-        before = len(ranks[0]._session._lanes)
+        before = set(ranks[0]._session._lanes)
         await ranks[0].aclose()
         assert (await waiting.raised(BarrierConnectionError)).in_doubt
-        assert len(ranks[0]._session._lanes) <= before
+        assert set(ranks[0]._session._lanes) <= before
     assert waiting.secs < 0.3 + 1 + LOAD_SECS
     hook.off()
     over.set()

@@ -52,6 +52,8 @@ _PEERS_SECS = 3.0
 _STOP_SECS = 0.4
 _THREADS_SECS = 0.5
 _THREAD_GONE_SECS = 0.01
+# How long joining again may take on one connection, and twice as long on the next one.
+_JOINS_AGAIN_SECS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +127,7 @@ class CrossingBarrier(Barrier):
             raise TypeError(f"reason must be a string, not {reason!r}")
         turn = self._session.open_turn(name)
         if turn is None:
-            return await self._break(await self._take_turn(name), reason)
+            return await self._break(await self._take_turn(name), reason, self._init_secs)
         if turn not in self._publishing:
             await _require(self._session.give_up(turn, reason), self._init_secs, turn)
         # Also where it began to publish in the same instant.
@@ -184,23 +186,18 @@ class CrossingBarrier(Barrier):
 
     async def _fail(self, reason: str, name: str) -> None:
         session = self._session
+        deadline = anyio.current_time() + UNDO_SECS
         turn: Turn | None = None
         try:
             self._check_call(name, CONFIGURED)
-            with anyio.move_on_after(UNDO_SECS):
-                turn = await self._take_turn(name)
-                return await self._break(turn, reason)
-            why = "the store does not answer"
+            turn = await self._take_turn(name, deadline)
+            return await self._break(turn, reason, deadline - anyio.current_time())
         except BarrierError as exc:
             why = str(exc)
         # The caller's own exception is on its way, and matters more than this one.
         logger.warning("%s could not be broken for its peers: %s", describe(name), why)
-        if self._closed or session.replaced:
-            return
-        if turn is None:
+        if turn is None and not (self._closed or session.replaced):
             session.owe_turn(name, reason)
-        else:
-            session.start_afresh(turn, reason)
 
     # -- taking a turn -----------------------------------------------------------------
 
@@ -220,9 +217,16 @@ class CrossingBarrier(Barrier):
         """Join, or join again where the generation ended or the store was lost."""
         session = self._session
         within_secs = min(within_secs, self._init_secs)
+        deadline = anyio.current_time() + within_secs
+        patience = _JOINS_AGAIN_SECS if session.joined_before else math.inf
         try:
-            with anyio.move_on_after(within_secs):
-                await outcome(session.join())
+            while (remaining := deadline - anyio.current_time()) > 0:
+                with anyio.move_on_after(min(remaining, patience)):
+                    await outcome(session.join())
+                    break
+                # The network may be well again, and the connection still not.
+                session.doubt_joining()
+                patience *= 2
         except BarrierConnectionError:
             if not self._closed:
                 raise
@@ -265,9 +269,13 @@ class CrossingBarrier(Barrier):
             await self._ready(deadline - anyio.current_time(), name)
         return turn
 
-    async def _break(self, turn: Turn, reason: str) -> None:
+    async def _break(self, turn: Turn, reason: str, within_secs: float) -> None:
         try:
-            await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+            await _require(self._session.give_up(turn, reason), within_secs, turn)
+        except BarrierConnectionError:
+            # The turn is used up; peers may wait in its phase.
+            self._session.start_afresh(turn, reason)
+            raise
         finally:
             self._session.forget(turn)
 

@@ -24,6 +24,7 @@ class Lane:
         self._connection: Connection | None = None
         self._abandoned = threading.Event()
         self._stale = False
+        self.busy = False
         self._worker = Worker()
         self.ended = self._worker.ended
 
@@ -35,14 +36,18 @@ class Lane:
         """
 
         def run() -> T:
-            used_before = self._connection is not None and not self._stale
+            self.busy = True
             try:
+                used_before = self._connection is not None and not self._stale
+                try:
+                    return call(self._connected())
+                except BarrierConnectionError:
+                    self._hang_up()
+                    if not (again and used_before):
+                        raise
                 return call(self._connected())
-            except BarrierConnectionError:
-                self._hang_up()
-                if not (again and used_before):
-                    raise
-            return call(self._connected())
+            finally:
+                self.busy = False
 
         try:
             return self._worker.submit(run)
@@ -62,6 +67,7 @@ class Lane:
         """
 
         def run() -> Callable[[], object] | None:
+            self.busy = True
             try:
                 return call(self._connected())
             except BaseException as exc:
@@ -69,6 +75,8 @@ class Lane:
                     self._hang_up()
                 failed(exc)
                 return None
+            finally:
+                self.busy = False
 
         try:
             self._worker.post(run)

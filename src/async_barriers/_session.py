@@ -92,7 +92,7 @@ class Session:
         self._remains: list[Remains] = []
         self._control = self._lane()
         self._watcher = self._lane()
-        self._idle: deque[Lane] = deque()
+        self._idle: deque[tuple[Lane, float]] = deque()
         self._lanes = [self._control, self._watcher]
         end_at_exit(self)
 
@@ -102,6 +102,11 @@ class Session:
     def stands(self) -> bool:
         """Whether turns can be taken: joined, and the generation not known to be over."""
         return self._standing
+
+    @property
+    def joined_before(self) -> bool:
+        """Whether joining is joining again."""
+        return self._life is not None
 
     @property
     def generation(self) -> int:
@@ -386,7 +391,7 @@ class Session:
     def _free(self, turn: Turn, lane: Lane, future: Promise[T], outcome: T) -> None:
         # If the lane was given up meanwhile, it is nobody's any more.
         if self._entered_on.pop(turn, None) is lane:
-            self._idle.append(lane)
+            self._idle.append((lane, time.monotonic()))
         future.tell(outcome)
 
     def give_up(
@@ -418,32 +423,41 @@ class Session:
 
     def payloads(self, turn: Turn) -> Promise[dict[int, bytes]]:
         """What all brought, for the leader of a commit in which everyone has arrived."""
-        return self._on_free_lane(lambda store: turn.during(store, turn.payloads, dict))
+        return self._on_free_lane(turn, lambda store: turn.during(store, turn.payloads, dict))
 
     def settle(self, turn: Turn, verdict: Verdict) -> Promise[Verdict | Gathered]:
         """The leader's word on such a commit; settled by the first word it gave."""
         try:
-            return self._on_free_lane(lambda store: _settle(store, turn, verdict))
+            return self._on_free_lane(turn, lambda store: _settle(store, turn, verdict))
         except BarrierClosedError as exc:
             refused: Promise[Verdict | Gathered] = Promise()
             refused.settle(error=BarrierConnectionError(str(exc)))
             return refused
 
     def owe(self, turn: Turn, verdict: Verdict) -> None:
-        """The store did not take the leader's word: give it when this rank joins again."""
-        self._owed.append(lambda store: _settle(store, turn, verdict))
-        self._standing = False
+        """The store did not take the leader's word: as `start_afresh`, but for that."""
+        lane = self._entered_on.pop(turn, None)
+        self._owe(lane, lambda store: _settle(store, turn, verdict))
 
     def hear(self, turn: Turn) -> Promise[Verdict | Gathered]:
         """Wait for the verdict, without entering."""
         return self._on_free_lane(
-            lambda store: turn.during(store, turn.await_verdict, lambda: turn.parting_word)
+            turn, lambda store: turn.during(store, turn.await_verdict, lambda: turn.parting_word)
         )
 
-    def _on_free_lane(self, call: Callable[[Connection], T]) -> Promise[T]:
-        lane = self._take_lane()
+    def _on_free_lane(self, turn: Turn, call: Callable[[Connection], T]) -> Promise[T]:
+        lane = self._entered_on[turn] = self._take_lane()
+
+        def ended() -> None:
+            if self._entered_on.get(turn) is lane:
+                del self._entered_on[turn]
+                self._idle.append((lane, time.monotonic()))
+            else:
+                # It was given up, or another call for this turn did not wait for it.
+                self._discard(lane)
+
         future = lane.submit(call)
-        future.when_settled(lambda: self._idle.append(lane))
+        future.when_settled(ended)
         return future
 
     def survey(self, turn: Turn) -> Promise[tuple[int, tuple[int, ...]] | None]:
@@ -457,7 +471,10 @@ class Session:
         which it tries at once: peers may still wait in the phase.
         """
         lane = self._entered_on.pop(turn, None)
-        self._owed.append(lambda store: self._make_up_for(store, turn, lane, reason))
+        self._owe(lane, lambda store: self._make_up_for(store, turn, lane, reason))
+
+    def _owe(self, lane: Lane | None, debt: Callable[[Connection], object]) -> None:
+        self._owed.append(debt)
         self._start_afresh(lane)
         if not self._closing:
             self.join()
@@ -513,12 +530,15 @@ class Session:
     def _take_lane(self) -> Lane:
         if self._closing:
             raise _closed(self._keys.prefix)
-        try:
-            return self._idle.pop()
-        except IndexError:
-            lane = self._lane()
-            self._lanes.append(lane)
-            return lane
+        while self._idle:
+            lane, since = self._idle.pop()
+            # One that has not yet got rid of its last phase hangs.
+            if not lane.busy or time.monotonic() - since < _HANGS_SECS:
+                return lane
+            self._discard(lane)
+        lane = self._lane()
+        self._lanes.append(lane)
+        return lane
 
     def _discard(self, lane: Lane) -> None:
         if lane in self._lanes:
