@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,12 +242,12 @@ def test_an_error_of_torch_that_escapes(log: Log) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("seed", ["7", str(random.randrange(10**6))])
 def test_a_short_soak(
-    forge: Forge, seed: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    forge: Forge, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Ranks that are cancelled, killed, stopped, restarted and cut off keep all laws."""
-    print(f"seed {seed}")
+    # One that can be run again as it was; `make soak` picks others.
+    seed = "7"
     total = soak.Tally()
     for hosted, secs in ((False, SHARED_SECS), (True, HOSTED_SECS)):
         logs = tmp_path / ("hosted" if hosted else "shared")
