@@ -29,6 +29,7 @@ from async_barriers import _membership as membership
 from async_barriers._connection import Connection
 from async_barriers._keys import Keys
 from async_barriers._protocol import Forgotten, Turn
+from async_barriers._worker import Promise
 
 pytestmark = pytest.mark.anyio
 
@@ -463,3 +464,27 @@ def test_a_call_that_may_be_made_twice() -> None:
     assert lane.submit(lambda connection: connection.add("k", 1), again=True).result(5) == 2
     lane.retire()
     lane.ended.result(time.monotonic())
+
+
+def test_what_a_lane_tells_when_it_cannot() -> None:
+    """A call that fails is told as it failed; a lane that was retired has nothing left to do."""
+    lane = lanes.Lane(lambda deadline, stop: Connection(MemoryStore()), 1.0)
+    failed: list[BaseException] = []
+    told = threading.Event()
+
+    def fail(store: Connection) -> None:
+        raise ValueError("not the store's fault")
+
+    def has_failed(error: BaseException) -> None:
+        failed.append(error)
+        told.set()
+
+    lane.post(fail, has_failed)
+    assert told.wait(5)
+    assert isinstance(failed[0], ValueError)
+    assert lane.drained().wait(5)
+    lane.retire()
+    lane.ended.result(5)
+    assert lane.drained().done()
+    with pytest.raises(TimeoutError, match="nothing was told"):
+        Promise[None]().result(0.01)

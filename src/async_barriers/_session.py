@@ -256,7 +256,8 @@ class Session:
                     error=BrokenBarrierError(turn.name, turn.sequence, 0, reason, in_doubt=True),
                 )
         self._stop_doubting()
-        readers = set(self._lanes) - {self._control, self._watcher}
+        # Those that read verdicts, and the one that may be clearing up.
+        readers = set(self._lanes) - {self._watcher}
         deadline = time.monotonic() + _DRAIN_SECS
         for drained in [lane.drained() for lane in readers]:
             drained.wait(deadline - time.monotonic())
@@ -566,9 +567,8 @@ class Session:
                 # Known now, while the thread that waits for it may not have read it yet.
                 future.settle(judged)
         self._stop_doubting()
-        if self._life is not None:
-            for turn in self._life.kept.values():
-                turn.leave(store)
+        for turn in list(self._life.kept.values()) if self._life is not None else ():
+            turn.leave(store)
         # Not `_standing`: one lost connection ends that, and the watcher may be well.
         if (membership := self._watched) is not None:
             store.set(membership.mail, _membership.CLOSED)

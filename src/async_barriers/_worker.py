@@ -191,10 +191,9 @@ class Promise(Generic[T]):
 
     def wake(self) -> None:
         """The second half of `settle`."""
-        wakes = self._wakes
-        while wakes:
+        while True:
             try:
-                wake = wakes.pop()
+                wake = self._wakes.pop()
             except IndexError:
                 return
             wake()
