@@ -486,5 +486,7 @@ def test_what_a_lane_tells_when_it_cannot() -> None:
     lane.retire()
     lane.ended.result(5)
     assert lane.drained().done()
+    lane.post(fail, has_failed)
+    assert isinstance(failed[1], BarrierConnectionError)
     with pytest.raises(TimeoutError, match="nothing was told"):
         Promise[None]().result(0.01)
