@@ -38,9 +38,10 @@ from ._errors import (
     describe,
     plural_ranks,
 )
-from ._keys import Keys, check_name
+from ._keys import Keys, check_name, check_prefix
 from ._protocol import Turn
 from ._session import Session
+from ._stores import Source
 from ._values import BarrierProgress, BarrierResult
 from ._verdict import Broken, Gathered, Released, Verdict
 from ._worker import Promise, outcome, settled
@@ -63,23 +64,34 @@ class CrossingBarrier(Barrier):
 
     def __init__(
         self,
-        session: Session,
+        source: Source,
+        rank: int,
+        world_size: int,
         prefix: str,
+        timeout_barrier_init_secs: float,
         timeout_secs: float | None,
         warn_after_secs: float | None,
         on_progress: Callable[[BarrierProgress], object] | None,
     ) -> None:
+        check_world(rank, world_size)
+        check_prefix(prefix)
+        init_secs = check_timeout("timeout_barrier_init_secs", timeout_barrier_init_secs)
+        if init_secs is None:
+            raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
-        self._session = session
+        self._source = source
         self._keys = Keys(prefix)
+        self._session = Session(
+            source.open, self._keys, rank, world_size, init_secs=init_secs, hosts=source.hosts
+        )
         self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
         self._warn_after_secs = check_timeout("warn_after_secs", warn_after_secs)
         self._on_progress = on_progress
         self._closed = False
         self._publishing: dict[Turn, _Publication] = {}
         # A barrier that is dropped without aclose() must not leave its threads behind.
-        weakref.finalize(self, _abandon, session).atexit = False
+        weakref.finalize(self, _abandon, self._session).atexit = False
 
     # -- the API -----------------------------------------------------------------------
 
@@ -168,7 +180,7 @@ class CrossingBarrier(Barrier):
                     await outcome(lane.ended)
                     lane.join(_THREAD_GONE_SECS)
             session.abandon()
-            self._let_go()
+            self._source.let_go()
 
     async def _stop_publishing(self) -> None:
         # What was published must not be declared broken: publish itself has to end first.
@@ -180,9 +192,6 @@ class CrossingBarrier(Barrier):
             with anyio.move_on_after(within_secs, shield=shield):
                 for publication in publications:
                     await publication.settled.wait()
-
-    def _let_go(self) -> None:
-        """Drop what only an open barrier needs."""
 
     async def _fail(self, reason: str, name: str) -> None:
         session = self._session

@@ -8,11 +8,8 @@ from typing import ClassVar, TypeVar
 from torch.distributed import ProcessGroup, Store
 
 from . import _launch
-from ._barrier import check_timeout, check_world
 from ._config import register_barrier
 from ._crossing import CrossingBarrier
-from ._keys import Keys, check_prefix
-from ._session import Session
 from ._stores import PassedIn, Source, StoreAt
 from ._values import BarrierProgress
 
@@ -59,9 +56,16 @@ class StoreBarrier(CrossingBarrier):
             source = PassedIn(store)
         else:
             raise TypeError(f"store must be a torch.distributed.Store, not {store!r}")
-        session = _checked_session(source, rank, world_size, prefix, timeout_barrier_init_secs)
-        super().__init__(session, prefix, timeout_secs, warn_after_secs, on_progress)
-        self._source = source
+        super().__init__(
+            source,
+            rank,
+            world_size,
+            prefix,
+            timeout_barrier_init_secs,
+            timeout_secs,
+            warn_after_secs,
+            on_progress,
+        )
 
     @classmethod
     def from_process_group(
@@ -133,9 +137,6 @@ class StoreBarrier(CrossingBarrier):
             on_progress=on_progress,
         )
 
-    def _let_go(self) -> None:
-        self._source.let_go()
-
 
 @register_barrier
 class TCPStoreBarrier(CrossingBarrier):
@@ -187,27 +188,16 @@ class TCPStoreBarrier(CrossingBarrier):
             use_checkpoint_barrier_tcpstore_libuv,
             hosts=global_rank == 0,
         )
-        session = _checked_session(
-            own_store, global_rank, global_world_size, barrier_prefix, timeout_barrier_init_secs
+        super().__init__(
+            own_store,
+            global_rank,
+            global_world_size,
+            barrier_prefix,
+            timeout_barrier_init_secs,
+            timeout_secs,
+            warn_after_secs,
+            on_progress,
         )
-        super().__init__(session, barrier_prefix, timeout_secs, warn_after_secs, on_progress)
-        self._source = own_store
-
-    def _let_go(self) -> None:
-        self._source.let_go()
-
-
-def _checked_session(
-    source: Source, rank: int, world_size: int, prefix: str, timeout_barrier_init_secs: float
-) -> Session:
-    check_world(rank, world_size)
-    check_prefix(prefix)
-    init_secs = check_timeout("timeout_barrier_init_secs", timeout_barrier_init_secs)
-    if init_secs is None:
-        raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
-    return Session(
-        source.open, Keys(prefix), rank, world_size, init_secs=init_secs, hosts=source.hosts
-    )
 
 
 def _checked_port(port: int) -> int:
