@@ -11,13 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import wait as wait_for
+from concurrent.futures import CancelledError
 from typing import Any, Generic, TypeVar
 
 import anyio
 
-from ._worker import Worker, end_at_exit, poster, settle
+from ._worker import Promise, Worker, end_at_exit, poster
 
 T = TypeVar("T")
 
@@ -47,7 +46,7 @@ class Portal:
         self._inbox: deque[_Call[Any]] = deque()
         self._post: Callable[[Callable[[], object]], object] | None = None
         self._roused: anyio.Event
-        self._parted: Future[None] = Future()
+        self._parted: Promise[None] = Promise()
         self._worker = Worker()
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
@@ -61,10 +60,10 @@ class Portal:
         call = _Call(function)
         try:
             self._submit(call)
-            return call.future.result()
+            return call.promise.result(None)
         except BaseException:
-            if not call.future.done() and self._cancel(call):
-                wait_for([call.future], _CANCELLED_SECS)
+            if not call.promise.done() and self._cancel(call):
+                call.promise.wait(_CANCELLED_SECS)
             raise
         finally:
             # Its error has a traceback that leads here.
@@ -81,7 +80,7 @@ class Portal:
             if not self._closing:
                 self._start()
                 self.retire()
-        self._parted.result()
+        self._parted.result(None)
         self._worker.ended.wait(_THREAD_GONE_SECS)
         self._worker.join(_THREAD_GONE_SECS)
 
@@ -94,7 +93,7 @@ class Portal:
                 return
             self._closing = True
             if self._process is None:
-                settle(self._parted)
+                self._parted.settle()
             self._rouse()
             self._worker.retire(_nothing)
 
@@ -153,8 +152,8 @@ class Portal:
                 self._closing = True
                 self._worker.retire(_nothing)
             unanswered, self._calls = self._calls, set()
-        for future in [self._parted, *(call.future for call in unanswered)]:
-            settle(future, error=failure or PortalClosed("its event loop has ended"))
+        for promise in [self._parted, *(call.promise for call in unanswered)]:
+            promise.settle(error=failure or PortalClosed("its event loop has ended"))
 
     async def _main(self) -> None:
         async with anyio.create_task_group() as calls:
@@ -171,13 +170,13 @@ class Portal:
                 with anyio.move_on_after(self._patience_secs):
                     await self._last()
             except Exception as exc:
-                settle(self._parted, error=exc)
+                self._parted.settle(error=exc)
             finally:
                 with self._lock:
                     self._post = None
                 # Those that the last call did not end.
                 calls.cancel_scope.cancel()
-        settle(self._parted)
+        self._parted.settle()
 
     async def _make(self, call: _Call[Any]) -> None:
         await call.make()
@@ -189,7 +188,7 @@ class _Call(Generic[T]):
     """One call, and what came of it."""
 
     def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
-        self.future: Future[T] = Future()
+        self.promise: Promise[T] = Promise()
         self.unwanted = False
         self._function = function
         self._scope: anyio.CancelScope | None = None
@@ -199,12 +198,12 @@ class _Call(Generic[T]):
             if self.unwanted:
                 self._scope.cancel()
             try:
-                settle(self.future, await self._function())
+                self.promise.settle(await self._function())
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as exc:
-                settle(self.future, error=exc)
-        settle(self.future, error=CancelledError())
+                self.promise.settle(error=exc)
+        self.promise.settle(error=CancelledError())
 
     def cancel(self) -> None:
         """On the loop: cancel it, if it has begun; it sees for itself otherwise."""

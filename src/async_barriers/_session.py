@@ -24,7 +24,7 @@ from ._lane import Lane, Open
 from ._membership import Membership
 from ._protocol import Forgotten, Turn
 from ._verdict import Gathered, Verdict
-from ._worker import Promise, end_at_exit
+from ._worker import Promise, end_at_exit, wait_for_all
 
 T = TypeVar("T")
 
@@ -258,9 +258,8 @@ class Session:
         self._stop_doubting()
         # Those that read verdicts, and the one that may be clearing up.
         readers = set(self._lanes) - {self._watcher}
-        deadline = time.monotonic() + _DRAIN_SECS
-        for drained in [lane.drained() for lane in readers]:
-            drained.wait(deadline - time.monotonic())
+        drained = [lane.drained() for lane in readers]
+        wait_for_all(drained, time.monotonic() + _DRAIN_SECS)
         self._renew_lanes()
 
     def _stop_doubting(self) -> None:
@@ -605,14 +604,11 @@ class Session:
         """Leave before the interpreter does, blocking until ``deadline`` (monotonic) at most."""
         if self.has_a_say and not self._closing:
             self.farewell().wait(min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
-        lanes = self.retire()
+        ended = [lane.ended for lane in self.retire()]
         self.stop_connecting()
-        halftime = (deadline + time.monotonic()) / 2
-        for lane in lanes:
-            lane.ended.wait(halftime - time.monotonic())
+        wait_for_all(ended, (deadline + time.monotonic()) / 2)
         self.abandon()
-        for lane in lanes:
-            lane.ended.wait(deadline - time.monotonic())
+        wait_for_all(ended, deadline)
 
 
 def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict | Gathered:

@@ -20,8 +20,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -167,9 +166,10 @@ class Promise(Generic[T]):
     def done(self) -> bool:
         return bool(self._told)
 
-    def result(self, within_secs: float = 0.0) -> T:
+    def result(self, within_secs: float | None = 0.0) -> T:
         """What was told; raises it if it is an error. Blocks this thread, if it is not settled.
 
+        :param within_secs: how long it may block; None for as long as it takes
         :raises TimeoutError: it was not settled ``within_secs``
         """
         if not self._told and not self.wait(within_secs):
@@ -204,11 +204,17 @@ class Promise(Generic[T]):
         if self._told:
             self.wake()
 
-    def wait(self, timeout_secs: float) -> bool:
-        """Block this thread until it is settled; whether it is."""
+    def wait(self, timeout_secs: float | None) -> bool:
+        """Block this thread until it is settled, or for ``timeout_secs``; whether it is."""
         told = threading.Event()
         self.when_settled(told.set)
-        return told.wait(max(0.0, timeout_secs))
+        return told.wait(None if timeout_secs is None else max(0.0, timeout_secs))
+
+
+def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
+    """Block this thread until they are settled, or `time.monotonic` says ``deadline``."""
+    for promise in promises:
+        promise.wait(deadline - time.monotonic())
 
 
 async def outcome(promise: Promise[T]) -> T:
@@ -294,15 +300,6 @@ async def _settled_on_trio(
         start()
     with anyio.CancelScope(deadline=deadline):
         await done.wait()
-
-
-def settle(future: Future[T], result: Any = None, *, error: BaseException | None = None) -> None:
-    """Settle ``future`` unless it is settled."""
-    with contextlib.suppress(InvalidStateError):
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
 
 
 def poster() -> Callable[[Callable[[], object]], object]:
