@@ -1,7 +1,7 @@
 """How a coroutine crosses: deadline, cancellation, progress, errors.
 
 The event loop's side of a store barrier. It owns no thread and no key: it takes a turn from
-the session, awaits the future of its verdict, and breaks the phase where it stops waiting.
+the session, awaits the promise of its verdict, and breaks the phase where it stops waiting.
 """
 
 from __future__ import annotations
@@ -427,7 +427,7 @@ class Crossing:
         raise BrokenBarrierError(turn.name, turn.sequence, verdict.rank, verdict.reason)
 
     async def _await_verdict(
-        self, payload: bytes, future: Promise[Verdict | Gathered] | None = None
+        self, payload: bytes, promise: Promise[Verdict | Gathered] | None = None
     ) -> Verdict | Gathered:
         session, turn = self._session, self.turn
         report_at = self.started + self._warn_after_secs
@@ -435,10 +435,10 @@ class Crossing:
         absent: tuple[int, ...] = ()
         try:
             start = None
-            if future is None:
-                future = session.promised(turn)
+            if promise is None:
+                promise = session.promised(turn)
                 start = functools.partial(session.enter, turn, payload)
-            while not await settled(future, min(self.deadline, report_at, absent_at), start):
+            while not await settled(promise, min(self.deadline, report_at, absent_at), start):
                 start = None
                 now = anyio.current_time()
                 if now >= self.deadline:
@@ -452,7 +452,7 @@ class Crossing:
                     report_at += self._warn_after_secs
                     await self._report()
             else:
-                return future.result()
+                return promise.result()
         except BarrierConnectionError as exc:
             return await self._break_after_loss(exc)
         except BarrierError:
@@ -463,7 +463,7 @@ class Crossing:
             if not isinstance(exc, GeneratorExit) and await _answer(broken) is None:
                 session.start_afresh(turn)
             raise
-        return await (self._miss(absent, future) if absent else self._time_out())
+        return await (self._miss(absent, promise) if absent else self._time_out())
 
     async def _time_out(self) -> Verdict:
         assert self.timeout_secs is not None
@@ -485,7 +485,7 @@ class Crossing:
         return verdict
 
     async def _miss(
-        self, absent: tuple[int, ...], future: Promise[Verdict | Gathered]
+        self, absent: tuple[int, ...], promise: Promise[Verdict | Gathered]
     ) -> Verdict | Gathered:
         init_secs = self._session.init_secs
         verdict = await _answer(
@@ -503,7 +503,7 @@ class Crossing:
         if isinstance(verdict, Gathered):
             # All came in the meantime, and the leader publishes: wait on.
             self._session.all_joined = True
-            return await self._await_verdict(b"", future)
+            return await self._await_verdict(b"", promise)
         return verdict
 
     async def _break_after_loss(self, exc: BarrierConnectionError) -> Verdict:
@@ -544,29 +544,29 @@ class Crossing:
         )
         _progress.report(progress, self._on_progress)
 
-    async def _ask(self, future: Promise[T]) -> T | None:
+    async def _ask(self, promise: Promise[T]) -> T | None:
         """What the store says on the way, which must not outlast the deadline."""
         with anyio.CancelScope(deadline=self.deadline):
-            return await _answer(future, shield=False)
+            return await _answer(promise, shield=False)
         return None
 
 
-async def _answer(future: Promise[T], *, shield: bool = True) -> T | None:
+async def _answer(promise: Promise[T], *, shield: bool = True) -> T | None:
     """What the store says within `UNDO_SECS`; None where it does not answer.
 
     Shielded, since it undoes what a cancelled caller did; bounded for the same reason.
     """
     try:
         with anyio.move_on_after(UNDO_SECS, shield=shield):
-            return await outcome(future)
+            return await outcome(promise)
     except BarrierConnectionError as exc:
         logger.debug("the store does not answer: %s", exc)
     return None
 
 
-async def _require(future: Promise[T], within_secs: float, turn: Turn) -> T:
+async def _require(promise: Promise[T], within_secs: float, turn: Turn) -> T:
     with anyio.move_on_after(within_secs):
-        return await outcome(future)
+        return await outcome(promise)
     raise BarrierConnectionError(
         f"{describe(turn.name, turn.sequence)}: the store did not answer within {within_secs:g} s"
     )

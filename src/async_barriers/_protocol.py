@@ -3,12 +3,14 @@
 Blocking calls on one connection, no threads and no event loop, so that it can be read
 beside the laws. Why it is safe is argued in docs/design.md; in short:
 
-* *enter*: append my arrival to the phase's log, then count it. Whoever counts the last one
-  reads the log, judges it and announces the verdict; the others block on the verdict.
-* *give up*: append a break to the log, read it back, judge it, announce. The order of the
-  log decides between a break and the last arrival, so all who judge it agree.
+* *enter*: append my arrival to the phase's log, then count it. Ranks that *meet* wait for the
+  count to be full, read the log and judge it, each for itself. Where they cannot, whoever counts
+  the last arrival reads the log, judges it and announces the verdict; the others *listen* for it.
+* *give up*: append a break to the log, overfill the count, read the log back, judge it, announce.
+  The order of the log decides between a break and the last arrival, so all who judge it agree.
 * *depart*: when I know the verdict and no call of mine uses the phase any more, I count
-  myself out. The last one out deletes the keys: nobody is left to read them.
+  myself out. The last one out deletes the keys: nobody is left to read them. Where all ranks
+  *keep* the keys, the next phase of the name has them, and we depart with that.
 """
 
 from __future__ import annotations

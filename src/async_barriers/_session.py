@@ -235,24 +235,24 @@ class Session:
         who = "another rank" if rank is None else f"rank {rank}"
         reason = f"{who} joined again: it was restarted, or two processes share its number"
         logger.info("barrier %r: %s", self._keys.prefix, reason)
-        for turn, future in turns:
+        for turn, promise in turns:
             try:
                 judged = self._break(store, turn, reason, by=rank)
             except Forgotten as exc:
                 exc.in_doubt = turn.entered
-                future.settle(error=exc)
+                promise.settle(error=exc)
                 continue
             if isinstance(judged, Gathered) and judged.leader == rank:
                 # It may have published before it died; nobody else can say.
-                future.settle(
+                promise.settle(
                     error=BrokenBarrierError(turn.name, turn.sequence, rank, reason, in_doubt=True),
                 )
 
     def _lose_host(self, store: Connection, turns: _OpenTurns) -> None:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
-        for turn, future in turns:
+        for turn, promise in turns:
             if isinstance(self._break(store, turn, reason, by=0), Gathered):
-                future.settle(
+                promise.settle(
                     error=BrokenBarrierError(turn.name, turn.sequence, 0, reason, in_doubt=True),
                 )
         self._stop_doubting()
@@ -347,16 +347,16 @@ class Session:
 
     def enter(self, turn: Turn, payload: bytes = b"") -> None:
         """Enter the phase on a lane that is free."""
-        future = self._turns[turn]
+        promise = self._turns[turn]
         lane = self._entered_on[turn] = self._take_lane()
 
         def failed(error: BaseException) -> None:
             # Not where the verdict was told, and only what follows it failed.
             if self._entered_on.pop(turn, None) is lane:
                 self._discard(lane)
-                future.settle(error=error)
+                promise.settle(error=error)
 
-        lane.post(lambda store: self._enter(store, turn, payload, lane, future), failed)
+        lane.post(lambda store: self._enter(store, turn, payload, lane, promise), failed)
 
     def _enter(
         self,
@@ -364,12 +364,12 @@ class Session:
         turn: Turn,
         payload: bytes,
         lane: Lane,
-        future: Promise[Verdict | Gathered],
+        promise: Promise[Verdict | Gathered],
     ) -> Callable[[], object] | None:
         # A turn that was given up before its lane could open is not entered any more.
         if not turn.hold():
-            self._free(turn, lane, future, turn.parting_word)
-            return future.wake
+            self._free(turn, lane, promise, turn.parting_word)
+            return promise.wake
         try:
             outcome = turn.enter(store, payload)
         except BaseException:
@@ -377,22 +377,22 @@ class Session:
             raise
         departs = turn.let_go(if_last=True)
         # The caller goes on now, and may use this lane again.
-        self._free(turn, lane, future, outcome)
+        self._free(turn, lane, promise, outcome)
         if departs is False:
-            return future.wake
+            return promise.wake
         # Off the caller's path, and short.
-        future.wake()
+        promise.wake()
         if departs:
             turn.depart(store)
         else:
             turn.release(store, spoke=True)
         return None
 
-    def _free(self, turn: Turn, lane: Lane, future: Promise[T], outcome: T) -> None:
+    def _free(self, turn: Turn, lane: Lane, promise: Promise[T], outcome: T) -> None:
         # If the lane was given up meanwhile, it is nobody's any more.
         if self._entered_on.pop(turn, None) is lane:
             self._idle.append((lane, time.monotonic()))
-        future.tell(outcome)
+        promise.tell(outcome)
 
     def give_up(
         self,
@@ -456,9 +456,9 @@ class Session:
                 # It was given up, or another call for this turn did not wait for it.
                 self._discard(lane)
 
-        future = lane.submit(call)
-        future.when_settled(ended)
-        return future
+        promise = lane.submit(call)
+        promise.when_settled(ended)
+        return promise
 
     def survey(self, turn: Turn) -> Promise[tuple[int, tuple[int, ...]] | None]:
         """Who has arrived; None where the phase is over."""
@@ -557,14 +557,14 @@ class Session:
         return self._control.submit(self._say_farewell)
 
     def _say_farewell(self, store: Connection) -> None:
-        for turn, future in list(self._turns.items()):
+        for turn, promise in list(self._turns.items()):
             judged = self._break(store, turn, "it closed its barrier")
             if isinstance(judged, Gathered):
-                future.settle(error=_closed(self._keys.prefix, in_doubt=True))
+                promise.settle(error=_closed(self._keys.prefix, in_doubt=True))
                 self._forsake(store, turn, judged, self._entered_on.get(turn))
             else:
                 # Known now, while the thread that waits for it may not have read it yet.
-                future.settle(judged)
+                promise.settle(judged)
         self._stop_doubting()
         for turn in list(self._life.kept.values()) if self._life is not None else ():
             turn.leave(store)
@@ -577,8 +577,8 @@ class Session:
     def retire(self) -> list[Lane]:
         """End all lanes after what they are doing; their `ended` is settled then."""
         self._closing = True
-        for turn, future in list(self._turns.items()):
-            future.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
+        for turn, promise in list(self._turns.items()):
+            promise.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:
             self._watcher.submit(self._membership.wait_no_longer)
         while self._remains:
