@@ -98,7 +98,7 @@ def test_abort_without_entering(world_size: int, store: str) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=deep)])
 def test_arrival_made_twice(world_size: int, store: str) -> None:
     """A rank that arrives and is counted twice makes up for nobody."""
     scenario = Scenario(world_size, store=store)
@@ -131,7 +131,7 @@ def test_a_report_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["publishes", "fails"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=deep)])
 def test_commit(world_size: int, fails: bool) -> None:
     """Only the leader settles, when all are in; if it dies, nobody is told anything."""
     scenario = Scenario(world_size)
@@ -155,7 +155,9 @@ def test_commit_and_a_deadline(rank: int, fails: bool) -> None:
 # -- one name again and again --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world_size", "count"), [(2, 6), (3, 3), pytest.param(3, 4, marks=deep)])
+@pytest.mark.parametrize(
+    ("world_size", "count"), [(2, 6), *(pytest.param(3, count, marks=deep) for count in (3, 4))]
+)
 def test_a_series(world_size: int, count: int) -> None:
     """Phases that share their keys never read each other's logs, and leave nothing behind."""
     scenario = Scenario(world_size)

@@ -191,8 +191,8 @@ async def test_sixty_four_names_at_once(tcp: World, monkeypatch: pytest.MonkeyPa
         for name in order
     )
     assert sorted(result.name for result in results) == sorted(names * 2)
-    # Only the thread that starts the others, once or a few times; Thread.start() waits.
-    assert len(starters) > 120
+    # Only the thread that starts the others, now and then; Thread.start() waits.
+    assert len(starters) > 64
     assert starters.count(threading.get_ident()) < 30
 
 
