@@ -24,7 +24,8 @@ demo: $(STAMP)
 		--nproc-per-node 4 examples/async_checkpoint.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+		--cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: $(STAMP) types
 	$(BIN)/ruff check $(SOURCES)

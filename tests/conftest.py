@@ -43,10 +43,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What differs between the loops does not depend on the store, and the time is short.
     """
+    # If two tests run at a time (-n 2): what needs the whole machine comes last, one by one.
+    items.sort(key=_needs_processes)
+    for item in filter(_needs_processes, items):
+        item.add_marker(pytest.mark.xdist_group("processes"))
     if not config.getoption("every_loop"):
         spared = [item for item in items if _spared(getattr(item, "callspec", None))]
         config.hook.pytest_deselected(items=spared)
         items[:] = [item for item in items if item not in spared]
+
+
+def _needs_processes(item: pytest.Item) -> bool:
+    return item.get_closest_marker("processes") is not None
 
 
 def _spared(case: Any) -> bool:

@@ -83,7 +83,8 @@ def test_torchs_writer(start_writers: StartWriters, tmp_path: Path) -> None:
     for told in fails_on_one(job, save, tmp_path, step=5, within_secs=ENDING_SECS):
         assert f"was broken by rank {FAILING}: it closed its barrier" in told["text"]
     each(job, "here_close_process")
-    job.ends(quietly=False)
+    # torch takes its time to end its subprocesses.
+    job.ends(PATIENCE_SECS, quietly=False)
 
 
 @pytest.mark.skipif(
@@ -106,4 +107,5 @@ def test_torch_checkpointing(start_writers: StartWriters, tmp_path: Path) -> Non
         for told in fails_on_one(job, "here_save", here, step=2, within_secs=within_secs):
             assert f"was broken by rank {FAILING}" in told["text"]
         each(job, "here_close_manager")
-    job.ends(quietly=False)
+    # torch takes its time to end its subprocesses.
+    job.ends(PATIENCE_SECS, quietly=False)
