@@ -26,6 +26,7 @@ from async_barriers import (
 from async_barriers._connection import connect_to
 from async_barriers._protocol import Turn
 from async_barriers._verdict import Broken, Released
+from async_barriers._worker import outcome
 
 pytestmark = pytest.mark.anyio
 
@@ -276,6 +277,8 @@ async def test_asyncios_own_cancellation(tcp: World) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    # It did not wait for the break, which is still on its way.
+    await outcome(ranks[0]._session._control.drained())
     with pytest.raises(BrokenBarrierError, match="its task was cancelled"):
         await ranks[1].execute_barrier("x")
 

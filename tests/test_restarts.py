@@ -18,7 +18,6 @@ from worlds import AnyBarrier, Tasks, World, free_port, gather, until
 from async_barriers import (
     BarrierClosedError,
     BarrierConnectionError,
-    BarrierError,
     BrokenBarrierError,
     StoreBarrier,
     TCPStoreBarrier,
@@ -156,19 +155,22 @@ def test_two_that_join_at_the_same_moment() -> None:
     assert b"slower" in (store.read(keys.member(0)) or b"")
 
 
-def test_a_world_that_changes_its_size() -> None:
-    """A stranger of another size is refused; a job whose ranks were there before is not."""
+def test_a_world_that_changes_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that comes back, larger or smaller, when nobody of the former size is left."""
+    monkeypatch.setattr(membership, "_ANSWERS_SECS", 0.1)
     store, keys = Connection(MemoryStore()), Keys("p")
     for rank in range(3):
         membership.join(store, keys, rank, 3, f"old {rank}")
-    with pytest.raises(BarrierError, match="built with world size 4, but its peers with 3"):
-        membership.join(store, keys, 3, 4, "stranger")
     joined = [membership.join(store, keys, rank, 2, f"new {rank}") for rank in range(2)]
     assert {one.generation for one in joined if one is not None} == {1}
     # A rank of the old size that comes back: the last word on the size is its own.
     back = membership.join(store, keys, 2, 3, "new 2")
     assert back is not None
     assert back.generation == 2
+    # One that was no member before.
+    grown = membership.join(store, keys, 3, 4, "new 3")
+    assert grown is not None
+    assert grown.generation == 3
 
 
 async def test_a_host_that_is_built_anew() -> None:

@@ -12,8 +12,6 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from stores import MemoryStore
 from worlds import AnyBarrier, Outcome, Tasks, World, gather, library_threads, until
 
@@ -66,13 +64,6 @@ def arrive(turn: Turn, store: Connection, pool: ThreadPoolExecutor) -> None:
         pass
     while not turn._arrived_at:
         pass
-
-
-@given(st.sets(st.integers(0, 3000)))
-def test_a_summary_can_be_read_back(ranks: set[int]) -> None:
-    """Whoever is missing, in neighbours or alone, is the same to who reads it."""
-    missing = tuple(sorted(ranks))
-    assert protocol._read_summary(b"7:" + protocol._ranges(missing)) == (7, missing)
 
 
 @pytest.fixture

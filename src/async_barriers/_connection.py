@@ -28,6 +28,8 @@ T = TypeVar("T")
 # c10d knows no endless wait, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
 _RETRY_SECS = 0.1
+# No value of ours looks like this, nor what something else may write by mistake.
+_ABSENT = b"\0absent\0"
 # While it is tried again nothing can end c10d's constructor, and a thread that comes back from
 # it into an interpreter that is ending aborts the process: no longer than closing waits.
 _CONSTRUCTION = timedelta(seconds=0.3)
@@ -52,6 +54,8 @@ class Connection:
     def __init__(self, store: Store) -> None:
         # torch's stubs lack half of the stores' methods.
         self._store: Any = store
+        # Whether a call has failed: a store that is still there may have hung up.
+        self.failed = False
 
     def append(self, key: str, line: bytes) -> None:
         """Add ``line`` at the end of the value, atomically."""
@@ -134,6 +138,7 @@ class Connection:
         except Exception as exc:
             # The traceback must not keep the store, and with it the socket, from being closed.
             del operation
+            self.failed = True
             raise _lost(exc) from exc
 
 
@@ -176,13 +181,14 @@ class TCPConnection(HashConnection):
             return _bytes(store.compare_set(log, b"\0", b"\0"))
         except Exception as exc:
             del store  # as in `_do`
+            self.failed = True
             raise _lost(exc) from exc
 
     def read(self, key: str) -> bytes | None:
         # One round trip where check and get take three. An absent key answers with what we
-        # expected, and no value of ours looks like this one.
-        value = _bytes(self._do(self._store.compare_set, key, b"\0", b"\0"))
-        return None if value == b"\0" else value
+        # expected.
+        value = _bytes(self._do(self._store.compare_set, key, _ABSENT, _ABSENT))
+        return None if value == _ABSENT else value
 
     def await_value(self, key: str) -> bytes:
         with self._lock:

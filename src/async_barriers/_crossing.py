@@ -39,7 +39,7 @@ from ._errors import (
     plural_ranks,
 )
 from ._keys import Keys, check_name, check_prefix
-from ._protocol import Turn
+from ._protocol import Forgotten, Turn
 from ._session import Session
 from ._stores import Source
 from ._values import BarrierProgress, BarrierResult
@@ -468,10 +468,7 @@ class Crossing:
     async def _time_out(self) -> Verdict:
         assert self.timeout_secs is not None
         turn = self.turn
-        verdict = await _answer(self._session.give_up(turn, "", self.timeout_secs))
-        if verdict is None:
-            self._session.start_afresh(turn)
-            raise self._lost()
+        verdict = await self._decided(self._session.give_up(turn, "", self.timeout_secs))
         if isinstance(verdict, Gathered):
             raise BarrierTimeoutError(
                 turn.name,
@@ -488,7 +485,7 @@ class Crossing:
         self, absent: tuple[int, ...], promise: Promise[Verdict | Gathered]
     ) -> Verdict | Gathered:
         init_secs = self._session.init_secs
-        verdict = await _answer(
+        verdict = await self._decided(
             self._session.give_up(
                 self.turn,
                 f"{plural_ranks(absent)} did not join again after a restart; start them again, or "
@@ -497,9 +494,6 @@ class Crossing:
                 absent,
             )
         )
-        if verdict is None:
-            self._session.start_afresh(self.turn)
-            raise self._lost()
         if isinstance(verdict, Gathered):
             # All came in the meantime, and the leader publishes: wait on.
             self._session.all_joined = True
@@ -509,16 +503,31 @@ class Crossing:
     async def _break_after_loss(self, exc: BarrierConnectionError) -> Verdict:
         session, turn = self._session, self.turn
         # The store itself may be well; then the others need not wait for their deadlines.
-        verdict = await _answer(session.give_up(turn, "it lost its connection to the store"))
-        if verdict is None:
-            session.start_afresh(turn)
-        elif isinstance(verdict, Gathered):
+        verdict = await self._decided(
+            session.give_up_lost(turn, "it lost its connection to the store"), exc
+        )
+        if isinstance(verdict, Gathered):
             session.lost(turn)
-        if verdict is None or isinstance(verdict, Gathered):
             raise self._lost(exc) from exc.__cause__
         if isinstance(verdict, Broken) and verdict.rank == session.rank:
             raise self._lost(exc, in_doubt=False) from exc.__cause__
         return verdict
+
+    async def _decided(
+        self, broken: Promise[Verdict | Gathered], exc: BarrierConnectionError | None = None
+    ) -> Verdict | Gathered:
+        """What the log says after this rank gave up, because of ``exc`` if that is why."""
+        try:
+            with anyio.move_on_after(UNDO_SECS, shield=True):
+                return await outcome(broken)
+        except Forgotten as forgotten:
+            # The store answers, so that other phases have nothing to fear.
+            self._session.doubt()
+            raise self._lost(forgotten) from forgotten.__cause__
+        except BarrierConnectionError as failed:
+            logger.debug("the store does not answer: %s", failed)
+        self._session.start_afresh(self.turn)
+        raise self._lost(exc) from (exc and exc.__cause__)
 
     def _lost(
         self, exc: BarrierConnectionError | None = None, *, in_doubt: bool | None = None

@@ -84,7 +84,7 @@ class Lane:
             failed(_given_up(exc))
 
     def _connected(self) -> Connection:
-        if self._stale:
+        if self._stale or (self._connection is not None and self._connection.failed):
             self._hang_up()
         if self._connection is None and not self._abandoned.is_set():
             deadline = time.monotonic() + self._init_secs

@@ -11,7 +11,9 @@ Members of a generation that is over are woken by a key of their own, the *mail*
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from dataclasses import dataclass
 
 from ._connection import Connection
@@ -23,10 +25,21 @@ _LEFT = 1 << 31
 _HOST_LEAVES = 1 << 62
 # How many ends of generations are remembered, for members that were asleep meanwhile.
 _REMEMBERED = 8
+# What reading a value raises that something else wrote.
+_RUBBISH = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+_MOST_GENERATIONS = 2**31
+# A job that is larger could not even write to the mail of all in one message.
+_MOST_RANKS = 100_000
+# How long a member takes at most to say that it lives.
+_ANSWERS_SECS = 1.0
+_LOOKS_EVERY_SECS = 0.02
 
 OVER = b"over"
 CLOSED = b"closed"
 HOST_LEAVES = b"host leaves"
+LETTERS = (OVER, CLOSED, HOST_LEAVES)
+# Any member that lives takes it out of its mail.
+_DO_YOU_LIVE = b"do you live?"
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,10 @@ class Membership:
     def successor(self, store: Connection) -> int | None:
         """The rank that ended this generation; None where the store does not say (any more)."""
         value = store.read(self.keys.over(self.generation))
-        return None if value is None else int(json.loads(value)["rank"])
+        try:
+            return None if value is None else int(json.loads(value)["rank"])
+        except _RUBBISH:
+            return None
 
     def holds(self, store: Connection) -> bool:
         """Whether the store still knows this life, and its generation is not over."""
@@ -68,7 +84,7 @@ class Membership:
         """The ranks that have not joined this generation, sorted."""
         ranks = range(self.world_size)
         found = store.read_many([self.keys.member(rank) for rank in ranks])
-        return tuple(r for r in ranks if _generation_of(found[r]) < self.generation)
+        return tuple(r for r in ranks if _last_generation(found[r]) < self.generation)
 
     def leave(self, store: Connection) -> None:
         """Tell a host that waits in `host_leave` that this rank needs the store no more."""
@@ -108,11 +124,12 @@ def join(
 
     :return: ``previous`` itself where that membership still holds; None where a later life of
         this rank took our place, which is for good
-    :raises BarrierError: the members have another world size, or something else wrote to our keys
+    :raises BarrierError: the members have another world size and live, or this rank was a member
+        before they were; or something else wrote to our keys
     """
     try:
         return _join(store, keys, rank, world_size, token, previous)
-    except (ValueError, KeyError, TypeError) as exc:
+    except _RUBBISH as exc:
         raise BarrierError(
             f"something else wrote to the keys of barrier {keys.prefix!r} in the store ({exc!r}); "
             "choose another prefix, or delete the keys under " + repr(keys.root)
@@ -143,21 +160,24 @@ def _join(
             # The later life wins, or two processes that share a rank would oust each other
             # for ever.
             return None
-        if _generation_of(mine) == generation and mine != claim:
+        agreed = _size(store.compare_set(keys.world(generation), b"", b"%d" % world_size))
+        # Where nobody lives who has the other size, the whole job came back with this one.
+        if agreed != world_size and (
+            previous is not None or _anyone_lives(store, keys, generation, agreed)
+        ):
+            raise BarrierError(
+                f"rank {rank} of barrier {keys.prefix!r} was built with world size "
+                f"{world_size}, but its peers with {agreed}; all ranks must give the same"
+            )
+        if agreed != world_size or (_generation_of(mine) == generation and mine != claim):
             _end(store, keys, generation, rank, token, world_size)
-            continue
-        agreed = int(store.compare_set(keys.world(generation), b"", b"%d" % world_size))
-        if agreed != world_size:
-            if mine is None:
-                raise BarrierError(
-                    f"rank {rank} of barrier {keys.prefix!r} was built with world size "
-                    f"{world_size}, but its peers with {agreed}; all ranks must give the same"
-                )
-            # The whole job came back with another size.
-            _end(store, keys, generation, rank, token, max(world_size, agreed))
             continue
         if store.compare_set(keys.member(rank), mine or b"", claim) != claim:
             continue
+        roll = store.read(keys.roll(generation)) or b"0"
+        if not (roll.isdigit() and len(roll) < 20):
+            # A TCPStore hangs up on whoever adds to what is no number.
+            raise ValueError(roll)
         store.add(keys.roll(generation), 1)
         # The mail of a former life stays: it may live on, a duplicate that has to be told. If
         # this generation ended meanwhile, our mail says so already: no need to look.
@@ -165,7 +185,7 @@ def _join(
 
 
 def _present(store: Connection, keys: Keys, world_size: int) -> int:
-    generation = int(store.read(keys.generation) or b"0")
+    generation = _number(store.read(keys.generation) or b"0", _MOST_GENERATIONS)
     while store.read(keys.over(generation)) is not None:
         # Whoever ended it died before it could tell (or is just about to; twice is no harm).
         _tell(store, keys, generation, world_size)
@@ -178,8 +198,23 @@ def _ousted(store: Connection, membership: Membership) -> bool:
     value = store.read(membership.keys.over(membership.generation))
     if value is None:
         return False
-    entry = json.loads(value)
-    return bool(entry["rank"] == membership.rank and entry["token"] != membership.token)
+    try:
+        entry = json.loads(value)
+        return bool(entry["rank"] == membership.rank and entry["token"] != membership.token)
+    except _RUBBISH:
+        return False
+
+
+def _anyone_lives(store: Connection, keys: Keys, generation: int, size: int) -> bool:
+    """Whether a member of ``generation``, which has ``size`` ranks, is there to answer."""
+    mails = [keys.mail(generation, rank) for rank in range(size)]
+    store.set_many(mails, _DO_YOU_LIVE)
+    deadline = time.monotonic() + _ANSWERS_SECS
+    while time.monotonic() < deadline:
+        if any(store.read(mail) is None for mail in mails):
+            return True
+        time.sleep(_LOOKS_EVERY_SECS)  # no store tells when a key is deleted
+    return False
 
 
 def _end(
@@ -195,6 +230,9 @@ def _end(
 
 
 def _tell(store: Connection, keys: Keys, generation: int, world_size: int) -> None:
+    # Its members may be more than the newcomer has peers.
+    with contextlib.suppress(ValueError):
+        world_size = max(world_size, _size(store.read(keys.world(generation)) or b""))
     store.set_many([keys.mail(generation, rank) for rank in range(world_size)], OVER)
     store.set(keys.generation, b"%d" % (generation + 1))
 
@@ -207,15 +245,15 @@ def _sweep(store: Connection, keys: Keys, upto: int, world_size: int) -> None:
     """
     marks = (f"{keys.root}/phase/", f"{keys.root}/mail/")
     found = [
-        (int(key[len(mark) :].partition("/")[0]), key)
+        (int(number), key)
         for key in store.list_keys()
         for mark in marks
-        if key.startswith(mark)
+        if key.startswith(mark) and (number := key[len(mark) :].partition("/")[0]).isdecimal()
     ]
     if not any(generation < upto for generation, _ in found):
         return
     members = store.read_many([keys.member(rank) for rank in range(world_size)])
-    upto = min([upto, *(_generation_of(member) for member in members if member is not None)])
+    upto = min([upto, *(_last_generation(member) for member in members if member is not None)])
     for generation, key in found:
         if generation < upto:
             store.delete(key)
@@ -230,4 +268,27 @@ def _token_of(member: bytes) -> str:
 
 
 def _generation_of(member: bytes | None) -> int:
-    return -1 if member is None else int(json.loads(member)["generation"])
+    if member is None:
+        return -1
+    generation = int(json.loads(member)["generation"])
+    if generation > _MOST_GENERATIONS:
+        raise ValueError(member)
+    return generation
+
+
+def _last_generation(member: bytes | None) -> int:
+    """As `_generation_of`, for another rank; what something else wrote there is none of it."""
+    try:
+        return _generation_of(member)
+    except _RUBBISH:
+        return -1
+
+
+def _size(value: bytes) -> int:
+    return _number(value, _MOST_RANKS)
+
+
+def _number(value: bytes, most: int) -> int:
+    if not (value.isdigit() and len(value) < 20 and int(value) <= most):
+        raise ValueError(value)
+    return int(value)

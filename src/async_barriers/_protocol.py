@@ -15,6 +15,7 @@ beside the laws. Why it is safe is argued in docs/design.md; in short:
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from typing import TypeVar
 
 from . import _verdict
 from ._connection import Connection
-from ._errors import BarrierConnectionError
+from ._errors import BarrierConnectionError, BarrierError, describe
 from ._keys import LOGS, PhaseKeys
 from ._verdict import Broken, Gathered, Released, Verdict
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # The counter of a phase: arrivals, those who gave up, departures, and whether somebody wrote a
 # summary. Anyone who gives up brings it over any world size, so that no one waits at it any more.
@@ -34,6 +37,8 @@ _RANKS = (1 << 24) - 1
 _GAVE_UP = 1 << 24
 _DEPARTED = 1 << 36
 _SUMMARISED = 1 << 62
+# Nothing of ours counts up to this.
+_MOST = _SUMMARISED + (_SUMMARISED >> 1)
 # In larger worlds not every rank may read all arrivals.
 _MEETING = 64
 
@@ -217,8 +222,8 @@ class Turn:
         self.locate(store)
         self.entered = True
         if payload:
-            # Marked, so that no payload looks like the absent value (see TCPConnection.read).
-            store.set(self.keys.payload(self.rank), b"p" + payload)
+            # With its length, so that what something else wrote there is not published.
+            store.set(self.keys.payload(self.rank), b"%d:%s" % (len(payload), payload))
         meets = store.meets and self.leader is None and self.world_size <= _MEETING
         keeps = meets and self.keeps
         if self._clears and self.keys.index >= LOGS - 1:
@@ -253,7 +258,17 @@ class Turn:
             # either we find it decided, or whoever decides it finds that we listen.
             store.append(self.keys.log, _verdict.listening(self.rank))
             judged = self._judge(store)
-        return self.await_verdict(store) if judged is None else self._announce(store, judged)
+            if judged is None:
+                return self._listen(store)
+        return self._announce(store, judged)
+
+    def _listen(self, store: Connection) -> Verdict | Gathered:
+        """Wait for the bell, when called from the meeting too early."""
+        if (why := self._foul_count(store)) is not None:
+            return self._break(store, None, why)
+        # If it is lower than it was, those who have yet to come would wait there for ever.
+        store.add(self.keys.count, _GAVE_UP)
+        return self.await_verdict(store)
 
     def give_up(
         self,
@@ -269,18 +284,45 @@ class Turn:
         everyone has arrived is `Gathered`, and giving up leaves it to the leader; for the
         leader too, once it has begun to publish.
         """
-        blamed = self.rank if by is None else by
+        return self._break(store, self.rank if by is None else by, reason, timeout_secs, missing)
+
+    def give_up_lost(self, store: Connection, reason: str) -> Verdict | Gathered:
+        """As `give_up`, after a call on another connection has failed."""
+        if (why := self._foul_count(store)) is not None:
+            return self._break(store, None, why)
+        return self._break(store, self.rank, reason)
+
+    def _break(
+        self,
+        store: Connection,
+        blamed: int | None,
+        reason: str,
+        timeout_secs: float | None = None,
+        missing: tuple[int, ...] | None = None,
+    ) -> Verdict | Gathered:
+        # Before all else: who asks for it may have no time to wait.
         store.append(
             self.keys.log,
             _verdict.breaking(blamed, self.sequence, reason, timeout_secs, missing),
         )
-        if self.world_size <= _MEETING:
+        if self.world_size <= _MEETING and self._foul_count(store) is None:
             store.add(self.keys.count, _GAVE_UP)
         judged = self._decide(store)
         if isinstance(judged, Gathered) and judged.leader == self.rank and self.claim():
             return self.settle(store, Broken(blamed, reason, timeout_secs))
         # What the leader said may be known here already.
         return self.verdict or judged
+
+    def _foul_count(self, store: Connection) -> str | None:
+        """Why nothing can be counted, if something else wrote there; from now on it can be.
+
+        A TCPStore hangs up on whoever adds to what is no number.
+        """
+        value = store.read(self.keys.count)
+        if value is None or (value.isdigit() and len(value) < 20 and int(value) < _MOST):
+            return None
+        store.compare_set(self.keys.count, value, b"%d" % _GAVE_UP)
+        return f"something else wrote {_verdict.show(value)} where its arrivals are counted"
 
     def claim(self) -> bool:
         """Take the leader's right to settle; True for the first that asks, in this process."""
@@ -307,7 +349,16 @@ class Turn:
     def payloads(self, store: Connection) -> dict[int, bytes]:
         """What every rank brought; for the leader of a commit in which everyone has arrived."""
         found = store.read_many([self.keys.payload(rank) for rank in range(self.world_size)])
-        return {rank: (payload or b"")[1:] for rank, payload in enumerate(found)}
+        brought = {}
+        for rank, value in enumerate(found):
+            length, _, payload = (b"0:" if value is None else value).partition(b":")
+            if length != b"%d" % len(payload):
+                raise BarrierError(
+                    f"something else wrote {_verdict.show(value or b'')} where rank {rank} had put "
+                    f"its payload for {describe(self.name, self.sequence)}"
+                )
+            brought[rank] = payload
+        return brought
 
     def survey(self, store: Connection) -> tuple[int, tuple[int, ...]]:
         """How many ranks had arrived, and who had not.
@@ -323,7 +374,12 @@ class Turn:
         absent: tuple[int, ...] | None
         for _ in range(5):
             value = store.read(key) or b"0"
-            number, absent = _read_summary(value)
+            try:
+                number, absent = _read_summary(value, self.world_size)
+            except ValueError:
+                # Something else wrote it.
+                number, absent = self._summary_seen, self._missing(store)
+                break
             known = None if absent is None else self.world_size - len(absent)
             if known is not None and number != self._summary_seen and known >= self._arrived_at:
                 break
@@ -358,7 +414,7 @@ class Turn:
                     self.rank,
                     self.sequence,
                     f"{self.world_size} arrivals were counted, but none of rank {absent}; "
-                    "do two processes share a rank?",
+                    "do two processes share a rank, or did something else write to its keys?",
                 ),
             )
             judged = self._judge(store)
@@ -414,7 +470,13 @@ class Turn:
     def depart(self, store: Connection) -> None:
         """Count this rank out; the last one deletes the keys."""
         keys = self.keys
-        count = store.add(keys.count, _DEPARTED)
+        try:
+            count = store.add(keys.count, _DEPARTED)
+        except BarrierConnectionError as exc:
+            # Nobody must lose for it what he has just learnt. What stays is deleted when this
+            # generation is history.
+            logger.debug("rank %d could not depart from %r: %s", self.rank, keys.path, exc)
+            return
         if count // _DEPARTED & _RANKS < self.world_size:
             return
         spent = keys.logs
@@ -430,14 +492,19 @@ class Turn:
             store.delete(key)
 
 
-def _read_summary(value: bytes) -> tuple[int, tuple[int, ...] | None]:
-    """Its number and who was missing; None while the rank that claimed it still reads."""
+def _read_summary(value: bytes, world_size: int) -> tuple[int, tuple[int, ...] | None]:
+    """Its number and who was missing; None while the rank that claimed it still reads.
+
+    :raises ValueError: it is no summary of this world
+    """
     number, colon, ranges = value.partition(b":")
     if not colon:
-        return int(number.split()[0]), None
+        return int(number.partition(b" ")[0]), None
     missing: list[int] = []
     for span in ranges.split(b",") if ranges else ():
         first, _, last = span.partition(b"-")
+        if int(last or first) >= world_size:
+            raise ValueError(f"no summary: {_verdict.show(value)}")
         missing.extend(range(int(first), int(last or first) + 1))
     return int(number), tuple(missing)
 

@@ -199,7 +199,7 @@ class Session:
     def _watch(self, store: Connection, membership: Membership) -> None:
         began = time.monotonic()
         try:
-            mail = store.await_value(membership.mail)
+            mail = self._await_mail(store, membership)
             turns = self._cease(membership)
             if mail == _membership.HOST_LEAVES:
                 self._lose_host(store, turns)
@@ -217,6 +217,17 @@ class Session:
                 # Whoever waits has to hear of the next restart, too.
                 self._control.submit(self._join, again=True)
             raise
+
+    def _await_mail(self, store: Connection, membership: Membership) -> bytes:
+        while (mail := store.await_value(membership.mail)) not in _membership.LETTERS:
+            # Something else wrote it, or somebody asks whether we live; this is the answer.
+            store.delete(membership.mail)
+            # A letter that came just before that is gone with it.
+            if self._closing:
+                return _membership.CLOSED
+            if membership.is_over(store):
+                return _membership.OVER
+        return mail
 
     def _cease(self, membership: Membership) -> _OpenTurns:
         """Take no more turns in a generation; those that are open in it."""
@@ -406,6 +417,16 @@ class Session:
             lambda store: self._break(store, turn, reason, timeout_secs, missing)
         )
 
+    def give_up_lost(self, turn: Turn, reason: str) -> Promise[Verdict | Gathered]:
+        """As `give_up`, after the connection was lost on which this rank had entered."""
+        return self._control.submit(
+            lambda store: turn.during(
+                store,
+                lambda store: turn.give_up_lost(store, reason),
+                lambda: turn.parting_word,
+            )
+        )
+
     def _break(
         self,
         store: Connection,
@@ -478,6 +499,10 @@ class Session:
         self._start_afresh(lane)
         if not self._closing:
             self.join()
+
+    def doubt(self) -> None:
+        """The store answers, and may know nothing of this rank any more: join first, then go on."""
+        self._standing = False
 
     def lost(self, turn: Turn) -> None:
         """``turn`` lost its connection, and is a commit that only its leader can settle."""

@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 _MAX_REASON = 2000
-_COMMITS = re.compile(rb"c[0-9]+ [0-9]+")
+_COMMITS = re.compile(rb"c[0-9]{1,9} [0-9]{1,9}")
+_RELEASES = re.compile(rb"r[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def listening(rank: int) -> bytes:
 
 
 def breaking(
-    rank: int,
+    rank: int | None,
     sequence: int,
     reason: str,
     timeout_secs: float | None = None,
@@ -86,7 +88,7 @@ def breaking(
     :param sequence: of the phase; a line that was held up must not break a later one
     :param missing: where the rank knows better than the log who is to blame (law 11)
     """
-    entry = {
+    entry: dict[str, object] = {
         "rank": rank,
         "sequence": sequence,
         "reason": reason[:_MAX_REASON],
@@ -121,7 +123,7 @@ def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | B
         except ValueError:
             rank, leader = world_size, None
         if rank >= world_size:
-            return Broken(None, f"something else wrote {_show(line)} among this phase's arrivals")
+            return Broken(None, f"something else wrote {show(line)} among this phase's arrivals")
         if terms is None:
             terms = (rank, leader)
         elif leader != terms[1]:
@@ -171,25 +173,47 @@ def _read_arrival(line: bytes) -> tuple[int, int | None]:
 
 def _judge_break(line: bytes, arrived: set[int], world_size: int, sequence: int) -> Broken | None:
     try:
-        entry = json.loads(line[1:])
-        if entry["sequence"] != sequence:
-            return None
-        rank, reason, timeout_secs = entry["rank"], entry["reason"], entry["timeout_secs"]
-        named = entry.get("missing")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return Broken(None, f"something else wrote {_show(line)} among this phase's arrivals")
-    if timeout_secs is None:
-        return Broken(rank, reason)
-    if named is None:
-        named = [rank for rank in range(world_size) if rank not in arrived]
-    return Broken(rank, reason, timeout_secs, tuple(named))
+        entry, broken = _read_break(line[1:])
+    except ValueError:
+        return Broken(None, f"something else wrote {show(line)} among this phase's arrivals")
+    if entry.get("sequence") != sequence:
+        return None
+    if broken.timeout_secs is None:
+        return Broken(broken.rank, broken.reason)
+    if "missing" not in entry:
+        named = tuple(rank for rank in range(world_size) if rank not in arrived)
+        return replace(broken, missing=named)
+    return broken
+
+
+def _read_break(text: bytes) -> tuple[dict[str, Any], Broken]:
+    """What a rank wrote that gave up, as it stands and as it is meant.
+
+    :raises ValueError: something else wrote it
+    """
+    try:
+        entry = json.loads(text)
+        broken = Broken(
+            entry["rank"], entry["reason"], entry["timeout_secs"], tuple(entry.get("missing", ()))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise ValueError(f"no break: {show(text)}") from exc
+    if not (
+        isinstance(broken.rank, int | None)
+        and isinstance(broken.reason, str)
+        and isinstance(broken.timeout_secs, int | float | None)
+        and all(isinstance(rank, int) for rank in broken.missing)
+    ):
+        raise ValueError(f"no break: {show(text)}")
+    return entry, broken
 
 
 def _call(leader: int | None) -> str:
     return "execute_barrier()" if leader is None else f"commit(leader={leader})"
 
 
-def _show(line: bytes) -> str:
+def show(line: bytes) -> str:
+    """For messages: what stands somewhere, or how it begins."""
     return repr(line[:60].decode(errors="replace"))
 
 
@@ -205,13 +229,9 @@ def decode(value: bytes) -> Verdict:
 
     :raises ValueError: for anything that `encode` did not make
     """
-    if value[:1] == b"r":
-        last_rank, _, result = value[1:].partition(b"\n")
-        return Released(int(last_rank), result)
+    said, newline, result = value.partition(b"\n")
+    if newline and _RELEASES.fullmatch(said):
+        return Released(int(said[1:]), result)
     if value[:1] != b"b":
-        raise ValueError(f"no verdict: {_show(value)}")
-    try:
-        fields = json.loads(value[1:])
-        return Broken(**{**fields, "missing": tuple(fields["missing"])})
-    except (KeyError, TypeError) as exc:
-        raise ValueError(f"no verdict: {_show(value)}") from exc
+        raise ValueError(f"no verdict: {show(value)}")
+    return _read_break(value[1:])[1]

@@ -1,0 +1,280 @@
+"""A client that writes rubbish under our prefix: errors of ours, and never a false release."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from worlds import PREFIX, AnyBarrier, Outcome, Tasks, World, close, gather, until
+
+from async_barriers import BarrierError, BrokenBarrierError
+from async_barriers._keys import Keys, PhaseKeys
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE_SECS = 0.6
+BOUND_SECS = DEADLINE_SECS + 1 + 0.3
+# How many cases share the processors, so that their deadlines mean something.
+AT_ONCE = 16
+SIZE = 3
+
+Vandal = Callable[[Any, str], object]
+
+
+def _overwrite(value: bytes, store: Any, key: str) -> None:
+    store.set(key, value)
+
+
+def _extend(store: Any, key: str) -> None:
+    store.append(key, "\x00rubbish")
+
+
+TEXTS = (b"rubbish", b"\xff\x00\xfe", b"", b"2", b"-5", b"9" * 5000, b"b{}", b"[" * 5000)
+VANDALS: dict[str, Vandal] = {
+    **{repr(text[:9]): partial(_overwrite, text) for text in TEXTS},
+    "extended": _extend,
+}
+FIELDS: dict[str, Callable[[PhaseKeys], str]] = {
+    "log": lambda keys: keys.log,
+    "count": lambda keys: keys.count,
+    "verdict": lambda keys: keys.verdict,
+    "gathered": lambda keys: keys.gathered,
+    "summary": lambda keys: keys.summary,
+    "payload": lambda keys: keys.payload(1),
+}
+# When it comes: before anyone enters, while two of three wait for the last one, who comes then,
+# and while they wait in vain.
+MOMENTS = ("first", "meanwhile", "in vain")
+
+
+async def ended(outcomes: Iterable[Outcome]) -> list[BarrierError | None]:
+    """The errors that calls raised, None where one was released; ours, and in time."""
+    errors = []
+    for outcome in outcomes:
+        await outcome.ended.wait()
+        assert outcome.error is None or isinstance(outcome.error, BarrierError), outcome.error
+        assert outcome.secs < BOUND_SECS, (outcome.secs, outcome.error)
+        errors.append(outcome.error)
+    return errors
+
+
+async def run_all(cases: Iterable[tuple[str, ...]], run: Callable[..., Awaitable[None]]) -> None:
+    """Run every case, some at once; say which failed and how."""
+    limiter = anyio.CapacityLimiter(AT_ONCE)
+    failures: list[object] = []
+
+    async def run_one(*case: str) -> None:
+        async with limiter:
+            try:
+                await run(*case)
+            except Exception as exc:
+                failures.append((case, exc))
+
+    async with anyio.create_task_group() as tasks:
+        for case in cases:
+            tasks.start_soon(run_one, *case)
+    assert not failures, "\n".join(map(str, failures))
+
+
+async def entered(world: World, outcomes: list[Outcome], name: str) -> None:
+    """Wait until ranks 0 and 1 are in, or, where the machine is slow, their deadline is over."""
+    async with anyio.create_task_group() as tasks:
+
+        async def is_over() -> None:
+            await outcomes[0].ended.wait()
+            tasks.cancel_scope.cancel()
+
+        tasks.start_soon(is_over)
+        await world.entered(0, 1, name=name)
+        tasks.cancel_scope.cancel()
+
+
+def crossing(rank: AnyBarrier, name: str) -> Callable[[], Awaitable[object]]:
+    return partial(rank.execute_barrier, name, timeout_secs=DEADLINE_SECS)
+
+
+def committing(rank: AnyBarrier, name: str) -> Callable[[], Awaitable[object]]:
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        assert payloads == {0: b"p", 1: b"p", 2: b"p"}
+        assert "in vain" not in name
+        return b"published"
+
+    return partial(rank.commit, publish, payload=b"p", name=name, timeout_secs=DEADLINE_SECS)
+
+
+CALLS = {"crosses": crossing, "commits": committing}
+
+
+@pytest.mark.parametrize(
+    ("kind", "anyio_backend", "calls"),
+    [
+        ("tcp", "asyncio", CALLS),
+        ("tcp", "trio", CALLS),
+        # Where nobody meets.
+        ("prefix", "asyncio", ["crosses"]),
+        ("hash", "trio", ["crosses"]),
+    ],
+)
+async def test_rubbish_in_the_keys_of_one_phase(
+    kind: str, anyio_backend: str, calls: Iterable[str], tmp_path: Path
+) -> None:
+    """One verdict at most; none is released alone; other phases of the same ranks go on."""
+    world = World(kind, tmp_path)
+    ranks = await world.barriers(SIZE, lanes=AT_ONCE, warn_after_secs=0.15)
+
+    async def attack(moment: str, call: str, field: str, vandal: str) -> None:
+        name = f"{moment} {call} {field} {vandal}"
+        entering = [CALLS[call](rank, name) for rank in ranks]
+        async with Tasks() as tasks:
+            early = [] if moment == "first" else [tasks.start(one) for one in entering[:2]]
+            if early:
+                await entered(world, early, name)
+            await world.call(VANDALS[vandal], world.store, FIELDS[field](world.keys(name=name)))
+            late = [] if moment == "in vain" else entering[len(early) :]
+            errors = await ended([*early, *map(tasks.start, late)])
+        told = {error is None for error in errors if error is None or not error.in_doubt}
+        assert len(told) <= 1, errors
+        assert moment != "in vain" or None not in errors
+
+    # In a HashStore nothing ends a wait for a verdict that nobody can know.
+    lists = {"tcp": list(FIELDS), "prefix": ["log", "count", "verdict"]}
+    fields = lists.get(kind, ["count", "verdict"])
+    cases = list(product(MOMENTS, calls, fields, VANDALS))
+    async with Tasks() as tasks:
+        undisturbed = [tasks.start(partial(rank.execute_barrier, "other")) for rank in ranks[:2]]
+        await world.entered(0, 1, name="other")
+        # One event loop goes through one half of what there is, the other one through the rest.
+        await run_all(cases[anyio_backend == "trio" :: 2], attack)
+        assert not any(outcome.ended.is_set() for outcome in undisturbed)
+        result = await ranks[2].execute_barrier("other")
+        assert {(await outcome.returned()).sequence for outcome in undisturbed} == {result.sequence}
+    assert {rank._session.generation for rank in ranks} == {0}
+    await world.aclose()
+
+
+async def test_what_is_said_of_rubbish(tcp: World) -> None:
+    """What was found, and where."""
+    ranks = await tcp.barriers(2, lanes=1)
+    for field, found in (
+        ("log", "something else wrote 'rubbishm1' among this phase's arrivals"),
+        ("count", "something else wrote 'rubbish' where its arrivals are counted"),
+    ):
+        async with Tasks() as tasks:
+            waiting = tasks.start(partial(ranks[0].execute_barrier, field))
+            await tcp.entered(0, name=field)
+            await tcp.call(tcp.store.set, getattr(tcp.keys(name=field), field), "rubbish")
+            if field == "log":
+                late = tasks.start(partial(ranks[1].execute_barrier, field))
+                assert (await waiting.raised(BarrierError)).in_doubt
+                waiting = late
+            assert found in str(await waiting.raised(BrokenBarrierError))
+
+
+async def keys_under(world: World, root: str) -> set[str]:
+    listed: list[str] = await world.call(world.store.list_keys)
+    return {key.removeprefix(root) for key in listed if key.startswith(root)}
+
+
+async def test_rubbish_in_the_membership(tcp: World, anyio_backend: str) -> None:
+    """Under each of its keys, before and after a rank restarts: errors of ours, no release."""
+
+    def barrier(prefix: str, rank: int) -> AnyBarrier:
+        return tcp.barrier(rank, SIZE, prefix, timeout_secs=DEADLINE_SECS, warn_after_secs=0.15)
+
+    async def attack(key: str, vandal: str) -> None:
+        prefix = f"{key} {vandal}"
+        ranks = [barrier(prefix, rank) for rank in range(SIZE)]
+        await gather(rank.connect for rank in ranks)
+
+        async def stray() -> None:
+            await tcp.call(VANDALS[vandal], tcp.store, f"{Keys(prefix).root}/{key}")
+
+        async with Tasks() as tasks:
+            outcomes = [tasks.start(partial(ranks[0].execute_barrier, "x"))]
+            await tcp.entered(0, name="x", prefix=prefix)
+            await stray()
+            outcomes.append(tasks.start(partial(ranks[1].execute_barrier, "x")))
+            assert None not in await ended(outcomes)
+            # Rank 1 comes back, and waits for peers that may not have heard of it.
+            again = barrier(prefix, 1)
+            await ended([tasks.start(again.connect)])
+            alone = tasks.start(partial(again.execute_barrier, "x"))
+            await stray()
+            assert None not in await ended([alone])
+            # What it gave up is broken for who comes now, if it still comes to the same place.
+            await ended([tasks.start(partial(ranks[2].execute_barrier, "x"))])
+        await close([again, *ranks])
+
+    keys = {"over/0", "over/1", "generation", "all_left/0", "mail/0/0", "mail/0/1", "mail/1/1"}
+    await gather(barrier("found", rank).connect for rank in range(SIZE))
+    keys |= await keys_under(tcp, Keys("found").root + "/")
+    assert keys >= {"member/0", "member/1", "world/0", "roll/0"}
+    cases = list(product(sorted(keys), VANDALS))
+    await run_all(cases[anyio_backend == "trio" :: 2], attack)
+    # The store itself is none the worse for it.
+    elsewhere = await tcp.barriers(2, prefix="elsewhere")
+    results = await gather(partial(rank.execute_barrier, "x") for rank in elsewhere)
+    assert {result.sequence for result in results} == {0}
+
+
+async def test_mail_from_strangers_disturbs_nobody(shared: World) -> None:
+    """A generation ends when somebody ended it, not when somebody says so in other words."""
+    ranks = await shared.barriers(2)
+    mail = Keys(PREFIX).mail(0, 0)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await shared.entered(0, name="x")
+        for text in ("rubbish", "-5"):
+            await shared.call(shared.store.set, mail, text)
+            await shared.gone(mail)
+        await ranks[1].execute_barrier("x")
+        assert (await waiting.returned()).sequence == 0
+
+
+async def test_a_stranger_to_a_job_that_lives(shared: World) -> None:
+    """Whatever rank it says it is, of another size it is refused, and disturbs nobody (law 1)."""
+    ranks = await shared.barriers(2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await shared.entered(0, name="x")
+        for rank, size in ((0, 1), (1, 3), (2, 3)):
+            with pytest.raises(BarrierError, match=f"world size {size}, but its peers with 2"):
+                await shared.barrier(rank, size).execute_barrier("x")
+        assert not waiting.ended.is_set()
+        await ranks[1].execute_barrier("x")
+        assert (await waiting.returned()).sequence == 0
+
+
+async def test_a_job_that_came_back_with_another_size(memory: World) -> None:
+    """Who slept through that is refused; the two do not oust each other for ever."""
+    sleepers = await memory.barriers(3)
+    asleep, wake = threading.Event(), threading.Event()
+    watchers = {rank._session._watcher._worker._thread for rank in sleepers}
+
+    def sleep(operation: str, key: str) -> None:
+        if threading.current_thread() in watchers:
+            asleep.set()
+            wake.wait()
+
+    memory.store.data.hook = sleep  # type: ignore[attr-defined]
+    for rank in range(2):
+        await memory.barrier(rank, 2).connect()
+    assert asleep.is_set()
+    wake.set()
+
+    async def they_know() -> bool:
+        return not any(sleeper._session.stands for sleeper in sleepers)
+
+    await until(they_know)
+    for sleeper in sleepers:
+        refused = "took this one's place" if sleeper is not sleepers[2] else "its peers with 2"
+        with pytest.raises(BarrierError, match=refused):
+            await sleeper.execute_barrier("x", timeout_secs=5)
+    results = await gather(partial(rank.execute_barrier, "x") for rank in memory.made[3:])
+    assert {result.sequence for result in results} == {0}
