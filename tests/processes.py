@@ -298,6 +298,10 @@ class Job:
         assert self._observer is not None
         return self._observer
 
+    def lose_store(self) -> None:
+        """End the server of the store, which is this process's."""
+        self._observer = None
+
     def starts(self, ranks: Iterable[int], do: str = "cross", **arguments: Any) -> list[Call]:
         """Have several ranks start the same."""
         return [self.ranks[number].start(do, **arguments) for number in ranks]

@@ -85,6 +85,9 @@ def be_rank(options: dict[str, Any]) -> None:
 
 async def obey(options: dict[str, Any]) -> None:
     """Build the barrier, and do what is asked until the end is."""
+    if "default_group" in options:
+        await importlib.import_module("dist_rank").obey(options)
+        return
     doings = Doings(options)
     if options.get("managed", True):
         async with doings.barrier:

@@ -6,118 +6,126 @@ import contextlib
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ._connection import Connection, connect_to
 from ._errors import BarrierConnectionError
+from ._meeting import Meeting
 from ._worker import Promise, Worker, end_at_exit
 
 T = TypeVar("T")
+# Whether the leader published, and what it returned or why it failed.
+Word = tuple[bool, bytes]
 
 # gloo cannot be woken, so a thread that waits for it looks up this often to see whether it
 # may end. It learns of the collective's own end at once.
 _LOOK_UP = timedelta(milliseconds=250)
-# Our own group's operations must outlast every deadline: one that times out kills the group.
+# gloo's own operations must outlast every deadline: one that times out kills the group.
 _FOREVER = timedelta(days=365)
+# The group's store answered when that was made.
+_INIT_SECS = 5.0
+# How exactly ranks tell each other when they came; below the clocks' own differences.
+_TICK_SECS = 1e-3
+_CROSSING = 0
 
 
-class DifferentLeaders(Exception):
-    """The ranks of one commit named different leaders; all of them know it."""
+class Aborted(Exception):
+    """A rank used up its turn by giving it up; all of them know it."""
 
-    def __init__(self, leaders: tuple[int, ...]) -> None:
-        super().__init__(f"the ranks named different leaders of a commit: {leaders}")
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(reason)
+        self.rank = rank
+
+
+class DifferentCalls(Exception):
+    """The ranks did not all make the same call; all of them know it."""
+
+    def __init__(self, one: int, other: int) -> None:
+        first, second = _described(one), _described(other)
+        super().__init__(f"the ranks made different calls, among them {first} and {second}")
 
 
 class Collectives:
     """One process group, and the thread that waits for it. The calls block; see `submit`."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, meeting: Meeting, group: dist.ProcessGroup | None) -> None:
+        self._meeting = meeting
         self._own = group is None
-        self._group = group
+        # A ProcessGroup or, for ours, a bare backend that torch's own list of groups does
+        # not know: torch's stubs have no name for what is common to them.
+        self._group: Any = group
+        # Once only: a group that was lost is not made again.
+        self._formed = group is not None
+        self._connection: Connection | None = None
+        self._word: Promise[Word] | None = None
         self._abandoned = threading.Event()
         self._stuck = False
         self._worker = Worker()
         self.ended = self._worker.ended
         end_at_exit(self)
 
-    def submit(self, call: Callable[[], T]) -> Promise[T]:
-        """Have the thread make ``call`` after those submitted before."""
+    def submit(self, call: Callable[[], T], promise: Promise[T] | None = None) -> Promise[T]:
+        """Have the thread make ``call`` after those submitted before; see `Worker.submit`."""
+        told: Promise[T] = promise or Promise()
         try:
-            return self._worker.submit(lambda: _translated(call))
+            self._worker.submit(call, told)
         except RuntimeError as exc:
-            refused: Promise[T] = Promise()
-            refused.settle(error=BarrierConnectionError(f"the group was let go ({exc})"))
-            return refused
-
-    @property
-    def connected(self) -> bool:
-        return self._group is not None
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self._group)
-
-    @property
-    def size(self) -> int:
-        return dist.get_world_size(self._group)
+            told.settle(error=BarrierConnectionError(f"the group was let go ({exc})"))
+        return told
 
     def connect(self) -> None:
         """Make the group, unless one was given; blocks until every rank does."""
-        if self._group is not None:
-            return
-        if not dist.is_initialized():
-            raise BarrierConnectionError(
-                "a DistBarrier needs a process group: call torch.distributed."
-                "init_process_group() first, or give it one"
-            )
-        # gloo, whatever the default group is: this one must never touch a GPU, nor stand
-        # between the collectives of the training.
-        self._group = dist.new_group(backend="gloo", timeout=_FOREVER)
+        if not self._formed:
+            with _translated():
+                self._group = self._made()
+            self._formed = True
 
-    def cross(self, abort: bool) -> int | None:
-        """Wait until every rank has called it; a rank that aborts, if there is one."""
-        flag = self._tensor([self.rank + 1 if abort else 0])
-        self._wait(dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True))
-        return int(flag.item()) - 1 if flag.item() else None
+    def cross(self) -> int:
+        """Wait until every rank has called it; the rank that came last."""
+        return self._meet(_CROSSING)
 
-    def gather(self, payload: bytes, leader: int) -> dict[int, bytes]:
-        """Wait until every rank has called it; what all brought, on the leader."""
-        facts = [self._tensor([0, 0]) for _ in range(self.size)]
-        mine = self._tensor([len(payload), leader])
-        self._wait(dist.all_gather(facts, mine, group=self._group, async_op=True))
-        sizes, leaders = zip(*(fact.tolist() for fact in facts), strict=True)
-        if len(set(leaders)) > 1:
-            raise DifferentLeaders(leaders)
-        longest = max(1, *sizes)
-        brought = self._bytes(payload.ljust(longest, b"\0"))
-        found = [torch.empty_like(brought) for _ in sizes] if self.rank == leader else None
-        self._wait(dist.gather(brought, found, group=self._group, group_dst=leader, async_op=True))
-        return {
-            rank: tensor.cpu().numpy().tobytes()[: sizes[rank]]
-            for rank, tensor in enumerate(found or ())
-        }
+    def abort(self, reason: str) -> None:
+        """Tell all ranks, once they have entered."""
+        with contextlib.suppress(Aborted):
+            self._meet(self._meeting.size + 1, reason)
 
-    def tell(self, published: bool, message: bytes) -> None:
-        """The leader's word to all others."""
-        self._share(self._tensor([published, len(message)]), self.rank)
-        self._share(self._bytes(message or b"\0"), self.rank)
+    def lead(
+        self, payload: bytes, gathered: Promise[dict[int, bytes]], word: Promise[Word]
+    ) -> dict[int, bytes]:
+        """Wait until every rank has called it or `follow`, and then for ``word``, to tell it.
 
-    def hear(self, leader: int) -> tuple[bool, bytes]:
-        """What the leader tells."""
-        head = self._tensor([0, 0])
-        self._share(head, leader)
-        published, size = head.tolist()
-        message = self._bytes(b"\0" * max(1, size))
-        self._share(message, leader)
-        return bool(published), message.cpu().numpy().tobytes()[:size]
+        :param gathered: told what all brought
+        """
+        brought = self._gather(payload, self._meeting.rank)
+        self._word = word
+        gathered.settle(brought)
+        self._tell(*word.result(None))
+        return brought
+
+    def follow(self, payload: bytes, leader: int) -> Word:
+        """Bring ``payload``; the leader's word."""
+        self._gather(payload, leader)
+        # At once, so that the leader can tell and leave, whatever our event loop is doing.
+        return self._hear(leader)
 
     def give_up(self) -> None:
-        """From any thread: stop waiting for a collective that may never end."""
+        """From any thread: stop waiting for peers that may never come."""
         self._abandoned.set()
+        if (connection := self._connection) is not None:
+            connection.stop_waiting()
+
+    def abandon(self) -> None:
+        """From any thread: give up the leader's word, and a store that does not answer."""
+        self.give_up()
+        if (word := self._word) is not None:
+            word.settle((False, b"the leader left"))
+        if (connection := self._connection) is not None:
+            connection.interrupt()
 
     def retire(self) -> None:
         """Let go of the group, after the calls already submitted, and end the thread."""
@@ -127,31 +135,123 @@ class Collectives:
         """Leave before the interpreter does; see `_worker.end_at_exit`."""
         self.give_up()
         self.retire()
+        self.ended.wait((deadline - time.monotonic()) / 2)
+        self.abandon()
         self.ended.wait(deadline - time.monotonic())
 
-    def _share(self, tensor: torch.Tensor, source: int) -> None:
-        self._wait(dist.broadcast(tensor, group=self._group, group_src=source, async_op=True))
+    def _made(self) -> dist.ProcessGroupGloo:
+        meeting, deadline = self._meeting, time.monotonic() + _INIT_SECS
+        # Over a connection of our own, since a wait stalls all others who talk through the same.
+        self._connection = connect_to(meeting.store, deadline, self._abandoned)
+        if self._connection.add(meeting.root + "joined", 1) == meeting.size:
+            self._connection.set(meeting.root + "complete", b"1")
+        if self._abandoned.is_set():
+            raise BarrierConnectionError("connecting was given up")
+        # gloo's own waiting for the others could not be called off.
+        self._connection.await_value(meeting.root + "complete")
+        # gloo, whatever the default group is: this one must never touch a GPU, nor stand
+        # between the collectives of the training.
+        store = dist.PrefixStore(meeting.root + "gloo", self._connection.store)
+        return dist.ProcessGroupGloo(store, meeting.rank, meeting.size, _FOREVER)
 
-    def _wait(self, work: dist.Work | None) -> None:
-        assert work is not None
-        self._stuck = True
-        while not _has_ended(work):
-            if self._abandoned.is_set():
-                raise BarrierConnectionError("the collective was given up")
-        # Returns at once; raises if it failed.
-        work.wait()
-        self._stuck = False
+    def _meet(self, call: int, reason: str = "") -> int:
+        """How every call begins, so that calls of different kinds find out that they are.
+
+        :param call: 0 for a crossing, or one more than the leader of a commit; an abort is more
+            than any of them
+        :return: the rank that came last
+        """
+        rank, size = self._meeting.rank, self._meeting.size
+        # The largest of these tells who came last among those with the largest call. gloo sends
+        # round a message for each number, so that there are no more than two.
+        ticks = 1 << (62 - 2 * (size + 1).bit_length())
+        came = int(time.time() / _TICK_SECS) % ticks
+        highest, lowest = self._largest((call * ticks + came) * size + rank, -call)
+        highest, last = divmod(highest, size)
+        highest, lowest = highest // ticks, -lowest
+        if highest > size:
+            if call > size and last == rank:
+                self._tell(False, reason.encode())
+            else:
+                reason = self._hear(last)[1].decode()
+            raise Aborted(last, reason)
+        if highest != lowest:
+            raise DifferentCalls(lowest, highest)
+        return last
+
+    def _largest(self, *values: int) -> list[int]:
+        """Of each of the values that the ranks have."""
+        largest = self._tensor(list(values))
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        options.timeout = _FOREVER
+        self._make(lambda group: group.allreduce([largest], options))
+        return [int(value) for value in largest.tolist()]
+
+    def _gather(self, payload: bytes, leader: int) -> dict[int, bytes]:
+        # A payload comes behind its length and is filled up to the longest.
+        self._meet(leader + 1)
+        size = len(payload).to_bytes(8, "big")
+        (longest,) = self._largest(len(payload))
+        brought = self._bytes(size + payload.ljust(longest, b"\0"))
+        leads = leader == self._meeting.rank
+        found = [torch.empty_like(brought) for _ in range(self._meeting.size)] if leads else []
+        options = dist.GatherOptions()
+        options.rootRank, options.timeout = leader, _FOREVER
+        self._make(lambda group: group.gather([found] if leads else [], [brought], options))
+        pieces = [tensor.cpu().numpy().tobytes() for tensor in found]
+        return {
+            rank: piece[8 : 8 + int.from_bytes(piece[:8], "big")]
+            for rank, piece in enumerate(pieces)
+        }
+
+    def _tell(self, published: bool, message: bytes) -> None:
+        self._share(self._tensor([published, len(message)]), self._meeting.rank)
+        self._share(self._bytes(message or b"\0"), self._meeting.rank)
+
+    def _hear(self, source: int) -> Word:
+        head = self._tensor([0, 0])
+        self._share(head, source)
+        published, size = head.tolist()
+        message = self._bytes(b"\0" * max(1, size))
+        self._share(message, source)
+        return bool(published), message.cpu().numpy().tobytes()[:size]
+
+    def _share(self, tensor: torch.Tensor, source: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = source, 0, _FOREVER
+        self._make(lambda group: group.broadcast([tensor], options))
+
+    def _make(self, collective: Callable[[Any], dist.Work]) -> None:
+        """Begin it, and wait for its end."""
+        with _translated():
+            work = collective(self._group)
+            self._stuck = True
+            while not _has_ended(work):
+                if self._abandoned.is_set():
+                    raise BarrierConnectionError("the collective was given up")
+            self._stuck = False
+            try:
+                # Returns at once; raises if it failed.
+                work.wait()
+            except RuntimeError:
+                # The group is of no more use. If it is ours it ends here, and that is how peers
+                # learn of it who wait for us. The error's traceback would keep the work, and that
+                # the group.
+                self._group = None
+                del work
+                raise
 
     def _let_go(self) -> None:
         group, self._group = self._group, None
-        if group is None:
-            return
         if self._stuck:
             # Its destructor would wait for the collective, and so would the interpreter's
             # exit: one reference too many keeps it from ever being run.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-        elif self._own and dist.is_initialized():
-            dist.destroy_process_group(group)
+        # Ours goes with its last reference, here and not on an event loop: that takes a while.
+        del group
+        if self._connection is not None:
+            self._connection.close()
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -162,9 +262,12 @@ class Collectives:
     @property
     def _device(self) -> torch.device:
         # The CPU where the group serves it; a group we were given may be a GPU's alone.
-        assert self._group is not None
-        kinds: list[torch.device] = self._group._device_types
+        kinds = [torch.device("cpu")] if self._own else self._group._device_types
         return next((kind for kind in kinds if kind.type == "cpu"), kinds[0])
+
+
+def _described(call: int) -> str:
+    return f"commit(leader={call - 1})" if call else "execute_barrier()"
 
 
 def _has_ended(work: dist.Work) -> bool:
@@ -174,10 +277,11 @@ def _has_ended(work: dist.Work) -> bool:
     return work.is_completed()
 
 
-def _translated(call: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
     """torch's errors become ours."""
     try:
-        return call()
+        yield
     except RuntimeError as exc:
         line = str(exc).partition("\n")[0]
         raise BarrierConnectionError(

@@ -57,6 +57,12 @@ class Connection:
         # Whether a call has failed: a store that is still there may have hung up.
         self.failed = False
 
+    @property
+    def store(self) -> Store:
+        """The store itself, for what c10d does with one."""
+        store: Store = self._store
+        return store
+
     def append(self, key: str, line: bytes) -> None:
         """Add ``line`` at the end of the value, atomically."""
         # FileStore's own append is a get and a set: two ranks may lose a line to each other.

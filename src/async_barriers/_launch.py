@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import Store, distributed_c10d
 
 from ._stores import StoreAt
 
@@ -68,7 +68,7 @@ def _number(name: str) -> int:
 def from_group(group: object) -> Member:
     """What ``group``, or else the default process group, says.
 
-    :raises ValueError: there is no such group, or this process is not in it
+    :raises ValueError: there is no such group, it has no store, or this process is not in it
     :raises TypeError: it is no process group
     """
     if group is None:
@@ -84,5 +84,20 @@ def from_group(group: object) -> Member:
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or None, not {group!r}")
-    # Its keys stand behind the group's own name, so groups share none of them.
-    return Member(group.get_group_store(), group.rank(), group.size())
+    return Member(group_store(group), group.rank(), group.size())
+
+
+def group_store(group: dist.ProcessGroup) -> Store:
+    """The store that ``group`` was made with; its keys stand behind the group's own name.
+
+    :raises ValueError: there is none
+    """
+    # torch's own list has it for a backend written in Python, too, which cannot tell it; but
+    # knows only groups that torch itself made.
+    try:
+        store: Store | None = distributed_c10d._get_process_group_store(group)
+    except KeyError:
+        store = group.get_group_store()
+    if store is None:
+        raise ValueError("the process group has no store; give one to StoreBarrier()")
+    return store

@@ -83,14 +83,15 @@ class Worker:
         self._lock = threading.Lock()
         self._retired = False
 
-    def submit(self, call: Callable[[], T]) -> Promise[T]:
+    def submit(self, call: Callable[[], T], promise: Promise[T] | None = None) -> Promise[T]:
         """Queue ``call`` for the thread; the promise is settled by what it returns or raises.
 
+        :param promise: the one to settle, unless it was before; a new one if none is given
         :raises RuntimeError: the thread was retired
         """
-        promise: Promise[T] = Promise()
-        self.post(lambda: _settle_by(promise, call))
-        return promise
+        told: Promise[T] = promise or Promise()
+        self.post(lambda: _settle_by(told, call))
+        return told
 
     def post(self, call: Callable[[], Callable[[], object] | None]) -> None:
         """Queue ``call``, which must not raise, for the thread.

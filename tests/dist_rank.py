@@ -1,0 +1,168 @@
+"""What ranks do that have a default process group and `DistBarrier`s; see rank_process.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import torch
+import torch.distributed as dist
+from rank_process import Doings, say
+
+from async_barriers import DistBarrier, StoreBarrier
+
+# How often the event loop's pulse is felt.
+_PULSE_SECS = 0.005
+
+
+class Foreign(dist.ProcessGroup):
+    """A group of a backend that is not gloo's, and that nobody may touch."""
+
+    touched: list[str] = []  # noqa: RUF012  (of the process)
+
+    def getBackendName(self) -> str:
+        return "foreign"
+
+
+def _untouchable(name: str) -> Callable[..., Any]:
+    def touch(self: Foreign, *args: Any) -> Any:
+        Foreign.touched.append(name)
+        raise AssertionError(f"{name} of the default group was called")
+
+    return touch
+
+
+# What could be called on it, collectives and timeouts.
+_TOUCHES = (
+    "allreduce allreduce_coalesced allgather _allgather_base alltoall alltoall_base barrier "
+    "broadcast gather monitored_barrier recv reduce reduce_scatter scatter send set_timeout "
+    "_set_default_timeout abort shutdown"
+)
+for _name in re.findall(r"\w+", _TOUCHES):
+    setattr(Foreign, _name, _untouchable(_name))
+
+
+def _foreign(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+    return Foreign(rank, size)  # type: ignore[call-arg]
+
+
+async def obey(options: dict[str, Any]) -> None:
+    """Do what is asked until the end is, and then close what was built."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    doings = DistDoings(options)
+    await doings.obey()
+    await doings.close()
+
+
+class DistDoings(Doings):
+    """Each command names the barrier that it is for."""
+
+    def _build(self) -> Any:
+        """The default group, and no barrier yet."""
+        self.barriers: dict[str, DistBarrier] = {}
+        options = self._options
+        if (backend := options["default_group"]) == "foreign":
+            dist.Backend.register_backend("foreign", _foreign, devices=["cpu"])
+        dist.init_process_group(
+            backend, store=self.store, rank=options["rank"], world_size=options["size"]
+        )
+
+    async def build(
+        self, barrier: str = "", members: list[int] | None = None, **given: Any
+    ) -> dict[str, Any]:
+        """A barrier for all, or over a gloo group of ``members``."""
+        group = None if members is None else dist.new_group(members, backend="gloo")
+        self.barriers[barrier] = DistBarrier(group, **given)
+        return {}
+
+    async def connect(self, barrier: str = "", scope: str = "") -> dict[str, Any]:
+        with self._scopes.setdefault(scope, anyio.CancelScope()) if scope else anyio.CancelScope():
+            await self.barriers[barrier].connect()
+            return {}
+        return {"cancelled": True}
+
+    async def cross(  # type: ignore[override]
+        self, name: str = "", barrier: str = "", scope: str = "", **given: Any
+    ) -> dict[str, Any]:
+        with anyio.CancelScope() as made:
+            self._scopes[scope] = made
+            result = await self.barriers[barrier].execute_barrier(name, **given)
+            return {**asdict(result), "released": time.monotonic()}
+        return {"cancelled": True}
+
+    async def cancel(self, scope: str) -> dict[str, Any]:
+        self._scopes[scope].cancel()
+        return {}
+
+    async def abort(  # type: ignore[override]
+        self, reason: str, name: str = "", barrier: str = ""
+    ) -> dict[str, Any]:
+        await self.barriers[barrier].abort(reason, name)
+        return {}
+
+    async def fail(self, name: str = "", barrier: str = "") -> dict[str, Any]:
+        """A phase whose body fails."""
+        async with self.barriers[barrier].phase(name):
+            raise OSError("disk full")
+
+    async def commit(self, publish: str, payload: str, barrier: str = "", **given: Any) -> bytes:
+        async def act(payloads: Mapping[int, bytes]) -> bytes:
+            if publish == "fail":
+                raise OSError("disk full")
+            if publish == "hang":
+                say(event="publishing")
+                await anyio.sleep_forever()
+            return b",".join(payloads[rank] for rank in sorted(payloads))
+
+        return await self.barriers[barrier].commit(act, payload=payload.encode(), **given)
+
+    async def cross_its_store(self) -> dict[str, Any]:
+        async with StoreBarrier.from_process_group(timeout_secs=10.0) as barrier:
+            return asdict(await barrier.execute_barrier())
+
+    async def train(self, steps: int) -> dict[str, Any]:
+        """Collectives on the default group, one after another, in a thread."""
+
+        def reduce() -> None:
+            for step in range(steps):
+                tensor = torch.full((1000,), step)
+                dist.all_reduce(tensor)
+                assert tensor[0].item() == step * dist.get_world_size()
+
+        await anyio.to_thread.run_sync(reduce)
+        return {}
+
+    async def close(self, barrier: str | None = None) -> dict[str, Any]:
+        """Close one, or all."""
+        began = time.monotonic()
+        for name in list(self.barriers) if barrier is None else [barrier]:
+            await self.barriers[name].aclose()
+        return {"secs": time.monotonic() - began}
+
+    async def feel_pulse(self, secs: float) -> dict[str, Any]:
+        """The longest that the event loop did not run in ``secs``."""
+        longest, last = 0.0, time.monotonic()
+        until = last + secs
+        while last < until:
+            await anyio.sleep(_PULSE_SECS)
+            now = time.monotonic()
+            longest, last = max(longest, now - last - _PULSE_SECS), now
+        return {"longest": longest}
+
+    async def facts(self) -> dict[str, Any]:
+        """What a guest must not change, and what it may not leave."""
+        store: Any = self.store
+        return {
+            "touched": Foreign.touched,
+            "groups": dist.distributed_c10d._world.group_count,
+            "timeout": store.timeout / timedelta(seconds=1),
+            "cuda": torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
+            "threads": len(os.listdir("/proc/self/task")),
+        }
