@@ -266,21 +266,6 @@ def test_exits_are_prompt(
     job.ends(quietly=managed)
 
 
-@pytest.mark.parametrize("managed", [True, False], ids=["closed", "not closed"])
-def test_ctrl_c_reaches_all_ranks_at_once(start_job: StartJob, managed: bool) -> None:
-    """As in a terminal: the host goes while its peers are going, and none crashes (law 8)."""
-    for round_ in range(4):
-        backends = BACKENDS[:: 1 if round_ % 2 else -1]
-        job = start_job(4, own_store=True, managed=managed, backends=backends)
-        for rank in job.ranks[:3]:
-            rank.start("here_cross", name="x")
-        job.entered(0, 1, 2, name="x")
-        by = max(rank.signal(signal.SIGINT) for rank in job.ranks) + EXIT_SECS
-        for rank in job.ranks:
-            assert rank.exit(by) in INTERRUPTED, rank.stderr
-            assert not any(crash in rank.stderr for crash in CRASHES), rank.stderr
-
-
 @pytest.mark.parametrize("held_up", ["stopped", "blocked"])
 def test_the_host_leaves_last(start_job: StartJob, held_up: str) -> None:
     """Rank 0 ends right after a release; no peer, however late, sees a lost store (law 13)."""

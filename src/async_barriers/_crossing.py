@@ -51,6 +51,8 @@ T = TypeVar("T")
 # How long closing waits: for the peers of a rank that hosts the store, and for the threads.
 _PEERS_SECS = 3.0
 _STOP_SECS = 0.4
+# As long as that after the store has left a call unanswered: law 8 leaves two seconds in all.
+_SILENT_SECS = 0.3
 _THREADS_SECS = 0.5
 _THREAD_GONE_SECS = 0.01
 # How long joining again may take on one connection, and twice as long on the next one.
@@ -161,6 +163,7 @@ class CrossingBarrier(Barrier):
             return
         self._closed = True
         session = self._session
+        said: Promise[None] | None = None
         try:
             try:
                 await self._stop_publishing()
@@ -168,13 +171,15 @@ class CrossingBarrier(Barrier):
                 # Said even where the waiting is cancelled.
                 said = session.farewell() if session.has_a_say else None
             if said is not None:
-                with anyio.move_on_after(_PEERS_SECS if session.hosts else UNDO_SECS):
+                with anyio.move_on_after(_PEERS_SECS if session.hosts else self._patience_secs):
                     await outcome(said)
         except BarrierConnectionError as exc:
             logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
         finally:
             lanes = session.retire()
             session.stop_connecting()
+            if session.silent and not (said is not None and said.done()):
+                session.abandon()
             with anyio.move_on_after(_THREADS_SECS, shield=True):
                 for lane in lanes:
                     await outcome(lane.ended)
@@ -288,6 +293,14 @@ class CrossingBarrier(Barrier):
         finally:
             self._session.forget(turn)
 
+    @property
+    def _patience_secs(self) -> float:
+        """How long what has to be undone may take."""
+        return _SILENT_SECS if self._session.silent else UNDO_SECS
+
+    async def _answer(self, promise: Promise[T]) -> T | None:
+        return await _answer(promise, within_secs=self._patience_secs)
+
     # -- the leader's part -------------------------------------------------------------
 
     async def _publish(self, crossing: Crossing, publish: Publish, gathered: Gathered) -> bytes:
@@ -331,7 +344,7 @@ class CrossingBarrier(Barrier):
         except BaseException as exc:
             verdict = Broken(rank, f"publish failed: {reason_of(exc)}")
             settled = session.settle(turn, verdict)
-            if not isinstance(exc, GeneratorExit) and await _answer(settled) is None:
+            if not isinstance(exc, GeneratorExit) and await self._answer(settled) is None:
                 session.owe(turn, verdict)
             raise
         if published:
@@ -345,7 +358,7 @@ class CrossingBarrier(Barrier):
             verdict = Broken(rank, reason, crossing.timeout_secs)
         else:
             verdict = Broken(rank, publication.stopped_for)
-        answer = await _answer(session.settle(turn, verdict))
+        answer = await self._answer(session.settle(turn, verdict))
         if answer is None:
             session.owe(turn, verdict)
             raise BarrierConnectionError(
@@ -560,13 +573,15 @@ class Crossing:
         return None
 
 
-async def _answer(promise: Promise[T], *, shield: bool = True) -> T | None:
-    """What the store says within `UNDO_SECS`; None where it does not answer.
+async def _answer(
+    promise: Promise[T], *, shield: bool = True, within_secs: float = UNDO_SECS
+) -> T | None:
+    """What the store says ``within_secs``; None where it does not answer.
 
     Shielded, since it undoes what a cancelled caller did; bounded for the same reason.
     """
     try:
-        with anyio.move_on_after(UNDO_SECS, shield=shield):
+        with anyio.move_on_after(within_secs, shield=shield):
             return await outcome(promise)
     except BarrierConnectionError as exc:
         logger.debug("the store does not answer: %s", exc)

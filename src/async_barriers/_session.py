@@ -83,6 +83,7 @@ class Session:
         self._standing = False
         self._replaced = False
         self._closing = False
+        self._silent = False
         self._joining: Promise[None] | None = None
         self._joining_since = 0.0
         self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
@@ -122,6 +123,11 @@ class Session:
     def closing(self) -> bool:
         """Whether it is taking leave."""
         return self._closing
+
+    @property
+    def silent(self) -> bool:
+        """Whether the store has left a call unanswered, and none was answered since."""
+        return self._silent
 
     @property
     def replaced(self) -> bool:
@@ -182,6 +188,7 @@ class Session:
             if takes_effect:
                 self._life = life
                 self._standing = True
+                self._silent = False
                 watched, self._watched = self._watched, membership
         if not takes_effect:
             if membership is not previous:
@@ -511,6 +518,7 @@ class Session:
 
     def _start_afresh(self, lane: Lane | None) -> None:
         self._standing = False
+        self._silent = True
         self._joining = None
         hung = [self._control]
         if lane is not None:
@@ -628,10 +636,13 @@ class Session:
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does, blocking until ``deadline`` (monotonic) at most."""
         if self.has_a_say and not self._closing:
-            self.farewell().wait(min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
+            said = self.farewell()
+            said.wait(min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
+            self._silent = not said.done()
         ended = [lane.ended for lane in self.retire()]
         self.stop_connecting()
-        wait_for_all(ended, (deadline + time.monotonic()) / 2)
+        if not self._silent:
+            wait_for_all(ended, (deadline + time.monotonic()) / 2)
         self.abandon()
         wait_for_all(ended, deadline)
 
