@@ -26,7 +26,7 @@ from async_barriers import (
 from async_barriers._connection import connect_to
 from async_barriers._protocol import Turn
 from async_barriers._verdict import Broken, Released
-from async_barriers._worker import outcome
+from async_barriers._waiting import outcome
 
 pytestmark = pytest.mark.anyio
 

@@ -34,7 +34,7 @@ from async_barriers import (
 from async_barriers._attendance import Attendance
 from async_barriers._collectives import Collectives
 from async_barriers._meeting import Meeting
-from async_barriers._worker import outcome
+from async_barriers._waiting import outcome
 
 pytestmark = pytest.mark.anyio
 

@@ -23,7 +23,8 @@ from ._errors import (
     plural_ranks,
 )
 from ._meeting import Meeting
-from ._worker import Promise, outcome, settled
+from ._waiting import Waiting, outcome, waiting_here
+from ._worker import Promise
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ class Calls:
         self.sequence = 0
         self._unusable: str | None = None
         self._closed = False
+        self._waiting: Waiting | None = None
 
     def check(self, name: str) -> None:
         """Refuse a call that cannot work."""
@@ -79,7 +81,7 @@ class Calls:
         self._attendance.enter(CONNECTING)
         connecting = self.group.submit(self.group.connect)
         try:
-            if await settled(connecting, anyio.current_time() + or_inf(timeout)):
+            if await self._settled(connecting, anyio.current_time() + or_inf(timeout)):
                 return connecting.result()
         except BarrierConnectionError as exc:
             self.break_for_good(str(exc))
@@ -107,7 +109,9 @@ class Calls:
         deadline = anyio.current_time() + or_inf(timeout)
         call = self._take_number(name, promise or Promise())
         try:
-            if not await settled(call.promise, deadline, lambda: self._submit(call, collective)):
+            if not await self._settled(
+                call.promise, deadline, lambda: self._submit(call, collective)
+            ):
                 assert timeout is not None
                 await self._time_out(call, timeout)
         except BaseException as exc:
@@ -121,7 +125,7 @@ class Calls:
         """As `run`, but the call goes on by itself if it takes longer; the next waits for it."""
         call: Call[None] = self._take_number(name, Promise())
         deadline = anyio.current_time() + secs
-        if await settled(call.promise, deadline, lambda: self._submit(call, collective)):
+        if await self._settled(call.promise, deadline, lambda: self._submit(call, collective)):
             call.promise.result()
 
     def break_for_good(self, why: str) -> None:
@@ -202,6 +206,12 @@ class Calls:
             if call.over:
                 raise BarrierConnectionError("nobody waits for it any more")
             call.entered = entered
+
+    async def _settled(
+        self, promise: Promise[T], deadline: float, start: Callable[[], object] | None = None
+    ) -> bool:
+        self._waiting = waiting_here(self._waiting)
+        return await self._waiting.settled(promise, deadline, start)
 
     def _stop(self, call: Call[Any]) -> bool:
         """Keep it from beginning; whether it had not begun."""

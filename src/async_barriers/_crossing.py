@@ -44,7 +44,8 @@ from ._session import Session
 from ._stores import Source
 from ._values import BarrierProgress, BarrierResult
 from ._verdict import Broken, Gathered, Released, Verdict
-from ._worker import Promise, outcome, settled
+from ._waiting import Waiting, outcome, waiting_here
+from ._worker import Promise
 
 T = TypeVar("T")
 
@@ -91,6 +92,9 @@ class CrossingBarrier(Barrier):
         self._warn_after_secs = check_timeout("warn_after_secs", warn_after_secs)
         self._on_progress = on_progress
         self._closed = False
+        # The same ones most often.
+        self._waiting: Waiting | None = None
+        self._checked_name = ""
         self._publishing: dict[Turn, _Publication] = {}
         # A barrier that is dropped without aclose() must not leave its threads behind.
         weakref.finalize(self, _abandon, self._session).atexit = False
@@ -107,8 +111,7 @@ class CrossingBarrier(Barrier):
         crossing = await self._begin(name, timeout)
         verdict = await crossing.decided()
         assert isinstance(verdict, Released)
-        waited = anyio.current_time() - crossing.started
-        return BarrierResult(name, crossing.turn.sequence, waited, verdict.last_rank)
+        return BarrierResult(name, crossing.turn.sequence, crossing.waited_secs, verdict.last_rank)
 
     def phase(
         self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
@@ -220,7 +223,9 @@ class CrossingBarrier(Barrier):
         return self._session.init_secs
 
     def _check_call(self, name: str, timeout_secs: Timeout) -> float | None:
-        check_name(self._keys, name)
+        if name is not self._checked_name:
+            check_name(self._keys, name)
+            self._checked_name = name
         if self._closed:
             raise BarrierClosedError(describe(self._keys.prefix))
         if isinstance(timeout_secs, Configured):
@@ -266,14 +271,21 @@ class CrossingBarrier(Barrier):
     async def _begin(
         self, name: str, timeout_secs: float | None, leader: int | None = None
     ) -> Crossing:
-        started = anyio.current_time()
+        waiting = self._waiting = waiting_here(self._waiting)
+        started = waiting.now()
         deadline = math.inf if timeout_secs is None else started + timeout_secs
         # Most often there is nothing to wait for.
         turn = self._session.take_turn(name, leader)
         if turn is None:
             turn = await self._take_turn(name, deadline, leader)
         return Crossing(
-            self._session, turn, started, timeout_secs, self._warn_after_secs, self._on_progress
+            self._session,
+            turn,
+            waiting,
+            started,
+            timeout_secs,
+            self._warn_after_secs,
+            self._on_progress,
         )
 
     async def _take_turn(
@@ -396,6 +408,7 @@ class Crossing:
         self,
         session: Session,
         turn: Turn,
+        waiting: Waiting,
         started: float,
         timeout_secs: float | None,
         warn_after_secs: float | None,
@@ -405,9 +418,14 @@ class Crossing:
         self.started = started
         self.timeout_secs = timeout_secs
         self.deadline = math.inf if timeout_secs is None else started + timeout_secs
+        self._waiting = waiting
         self._session = session
         self._warn_after_secs = math.inf if warn_after_secs is None else warn_after_secs
         self._on_progress = on_progress
+
+    @property
+    def waited_secs(self) -> float:
+        return self._waiting.now() - self.started
 
     async def decided(self, payload: bytes = b"") -> Released | Gathered:
         """Enter, and wait for the verdict, or as the leader of a commit until all are in."""
@@ -451,9 +469,10 @@ class Crossing:
             if promise is None:
                 promise = session.promised(turn)
                 start = functools.partial(session.enter, turn, payload)
+            settled = self._waiting.settled
             while not await settled(promise, min(self.deadline, report_at, absent_at), start):
                 start = None
-                now = anyio.current_time()
+                now = self._waiting.now()
                 if now >= self.deadline:
                     break
                 if now >= absent_at:
@@ -545,8 +564,7 @@ class Crossing:
     def _lost(
         self, exc: BarrierConnectionError | None = None, *, in_doubt: bool | None = None
     ) -> BarrierConnectionError:
-        turn = self.turn
-        waited = anyio.current_time() - self.started
+        turn, waited = self.turn, self.waited_secs
         why = "the store did not answer" if exc is None else str(exc)
         return BarrierConnectionError(
             f"{describe(turn.name, turn.sequence)}: rank {turn.rank} waited {waited:.1f} s, then "
@@ -560,9 +578,8 @@ class Crossing:
         if surveyed is None:
             return
         arrived, missing = surveyed
-        waited = anyio.current_time() - self.started
         progress = BarrierProgress(
-            turn.name, turn.sequence, arrived, turn.world_size, missing, waited
+            turn.name, turn.sequence, arrived, turn.world_size, missing, self.waited_secs
         )
         _progress.report(progress, self._on_progress)
 

@@ -19,7 +19,7 @@ from ._crossing import CrossingBarrier
 from ._errors import BarrierConnectionError, BarrierError
 from ._lane import Lane
 from ._stores import Source
-from ._worker import outcome
+from ._waiting import outcome
 
 _ROUND_TRIPS = 100
 _LAG_SECS = 0.005

@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from ._worker import Promise, Worker, end_at_exit, poster
+from ._waiting import poster
+from ._worker import Promise, Worker, end_at_exit
 
 T = TypeVar("T")
 

@@ -212,14 +212,16 @@ class Turn:
             self._clears = judged.last_rank == self.rank
             # A call that would break the phase before may still be under way, and writes to these
             # keys: it keeps us from departing, too.
-            self.hold()
-            if not before._leave_to(self):
-                self.let_go()
+            if before._users:
+                self.hold()
+                if not before._leave_to(self):
+                    self.let_go()
         self._follows = None
 
     def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
         """Arrive and wait for the verdict; a commit's leader waits only until all are in."""
-        self.locate(store)
+        if self._follows is not None:
+            self.locate(store)
         self.entered = True
         if payload:
             # With its length, so that what something else wrote there is not published.

@@ -8,6 +8,7 @@ Nothing here knows of event loops; callers await the promises.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -367,22 +368,26 @@ class Session:
         """Enter the phase on a lane that is free."""
         promise = self._turns[turn]
         lane = self._entered_on[turn] = self._take_lane()
+        lane.post(
+            functools.partial(self._enter, turn, payload, lane, promise),
+            functools.partial(self._not_entered, turn, lane, promise),
+        )
 
-        def failed(error: BaseException) -> None:
-            # Not where the verdict was told, and only what follows it failed.
-            if self._entered_on.pop(turn, None) is lane:
-                self._discard(lane)
-                promise.settle(error=error)
-
-        lane.post(lambda store: self._enter(store, turn, payload, lane, promise), failed)
+    def _not_entered(
+        self, turn: Turn, lane: Lane, promise: Promise[Verdict | Gathered], error: BaseException
+    ) -> None:
+        # Not where the verdict was told, and only what follows it failed.
+        if self._entered_on.pop(turn, None) is lane:
+            self._discard(lane)
+            promise.settle(error=error)
 
     def _enter(
         self,
-        store: Connection,
         turn: Turn,
         payload: bytes,
         lane: Lane,
         promise: Promise[Verdict | Gathered],
+        store: Connection,
     ) -> Callable[[], object] | None:
         # A turn that was given up before its lane could open is not entered any more.
         if not turn.hold():

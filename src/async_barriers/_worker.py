@@ -8,14 +8,9 @@ C++ into a finalising interpreter takes the process down with SIGABRT.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import contextlib
-import importlib
 import itertools
-import math
 import os
-import sys
 import threading
 import time
 import weakref
@@ -24,17 +19,7 @@ from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-import anyio
-from anyio.lowlevel import current_token
-
 T = TypeVar("T")
-
-# anyio imports the half of it that is made for an event loop when it is first used there, and
-# that would hold up the loop for some 30 ms. An anyio that has moved it does so.
-for _loops in ("asyncio", "trio"):
-    if _loops in sys.modules:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(f"anyio._backends._{_loops}")
 
 _numbers = itertools.count()
 
@@ -216,101 +201,6 @@ def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
     """Block this thread until they are settled, or `time.monotonic` says ``deadline``."""
     for promise in promises:
         promise.wait(deadline - time.monotonic())
-
-
-async def outcome(promise: Promise[T]) -> T:
-    """Wait for what it tells, without blocking the event loop.
-
-    Cancelling stops the waiting; the call behind it goes on.
-    """
-    await settled(promise)
-    return promise.result()
-
-
-async def settled(
-    promise: Promise[T],
-    deadline: float = math.inf,
-    start: Callable[[], object] | None = None,
-) -> bool:
-    """Wait until ``promise`` is settled, or the event loop's clock says ``deadline``.
-
-    True if it is settled. Cancelling stops the waiting; the call behind it goes on.
-
-    :param start: called when all else is ready, to have a thread make the call. The thread
-        wakes up within microseconds, and could not run while this one still prepares to wait.
-    """
-    if promise.done():
-        return True
-    loop = _running_asyncio_loop()
-    if loop is None:
-        await _settled_on_trio(promise, deadline, start)
-    else:
-        await _settled_on_asyncio(loop, promise, deadline, start)
-    return promise.done()
-
-
-def _running_asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
-        return None if asyncio.current_task() is None else asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-async def _settled_on_asyncio(
-    loop: asyncio.AbstractEventLoop,
-    promise: Promise[T],
-    deadline: float,
-    start: Callable[[], object] | None,
-) -> None:
-    # anyio's event and cancel scope would cost as much as a round trip to the store.
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    def post() -> None:
-        # The loop may end at any moment: nobody waits any more.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(wake)
-
-    timer = loop.call_at(deadline, wake) if deadline < math.inf else None
-    try:
-        promise.when_settled(post)
-        if start is not None:
-            start()
-        await waiter
-    finally:
-        if timer is not None:
-            timer.cancel()
-
-
-async def _settled_on_trio(
-    promise: Promise[T], deadline: float, start: Callable[[], object] | None
-) -> None:
-    done = anyio.Event()
-    on_loop = poster()
-
-    def post() -> None:
-        with contextlib.suppress(RuntimeError):
-            on_loop(done.set)
-
-    promise.when_settled(post)
-    if start is not None:
-        start()
-    with anyio.CancelScope(deadline=deadline):
-        await done.wait()
-
-
-def poster() -> Callable[[Callable[[], object]], object]:
-    """What schedules a function on the running event loop from any thread."""
-    loop = current_token().native_token
-    # trio's token has the one, asyncio's loop the other.
-    post: Callable[[Callable[[], object]], object] = (
-        getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon  # type: ignore[attr-defined]
-    )
-    return post
 
 
 _to_end_at_exit: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
