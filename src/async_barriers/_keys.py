@@ -23,7 +23,8 @@ def _measured(text: str) -> str:
     return f"{len(text.encode())}:{text}"
 
 
-@dataclass(frozen=True)
+# Every crossing makes one, and to make a frozen one takes six times as long.
+@dataclass(slots=True)
 class PhaseKeys:
     """The keys of one phase, identified by (prefix, generation, name, sequence).
 

@@ -20,6 +20,12 @@ class BarrierResult:
     waited_secs: float
     last_rank: int
 
+    def __init__(self, name: str, sequence: int, waited_secs: float, last_rank: int) -> None:
+        # What dataclass makes for a frozen class takes four times as long.
+        self.__dict__.update(
+            name=name, sequence=sequence, waited_secs=waited_secs, last_rank=last_rank
+        )
+
 
 @dataclass(frozen=True)
 class BarrierProgress:
