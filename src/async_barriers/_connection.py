@@ -55,7 +55,7 @@ class Connection:
         # torch's stubs lack half of the stores' methods.
         self._store: Any = store
         # Whether a call has failed: a store that is still there may have hung up.
-        self.failed = False
+        self.failed: bool = False
 
     @property
     def store(self) -> Store:
