@@ -32,6 +32,7 @@ from async_barriers import (
     _attendance,
 )
 from async_barriers._attendance import Attendance
+from async_barriers._barrier import UNDO_SECS
 from async_barriers._collectives import Collectives
 from async_barriers._meeting import Meeting
 from async_barriers._waiting import outcome
@@ -497,6 +498,8 @@ def test_connecting_alone_is_bounded_and_named(start_job: StartJob) -> None:
     for error in errors_of(crossing, "BarrierTimeoutError"):
         # It could not have been released, whoever came.
         assert (error["missing_ranks"], error["in_doubt"]) == ([1, 2], False)
+    # Closing waits for peers no longer than that.
+    assert job.ranks[2].do("close", barrier="second")["secs"] < UNDO_SECS
     quiet_exit(job, 0, 1, 2)
 
 

@@ -151,9 +151,8 @@ class Calls:
             error = BarrierClosedError(describe(call.name, call.sequence))
             error.in_doubt = call.entered
             call.promise.settle(error=error)
-        if pending or self._unusable is not None:
-            # What it waits for may never come; but what is on its way comes.
-            self.group.give_up()
+        # What its thread waits for may never come; but what is on its way comes.
+        self.group.give_up()
         self.group.retire()
         self._attendance.retire()
         with anyio.move_on_after(UNDO_SECS, shield=True):
