@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import IO, Any, TypeVar
@@ -138,6 +139,16 @@ class Rank:
         tasks = Path(f"/proc/{self.pid}/task")
         # The state follows the command, which stands in brackets and may hold anything.
         until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
+
+    def strike(self, blow: Signals) -> float:
+        """Kill or stop it, and wait until it is dead or stopped; when that was begun."""
+        began = time.monotonic()
+        if blow == signal.SIGSTOP:
+            self.stop()
+        else:
+            self.signal(blow)
+            assert self.exit(began + EXIT_SECS) == -blow
+        return began
 
     def exit(self, by: float) -> int:
         """Its exit code; an error if it still runs at ``by`` (on the monotonic clock)."""

@@ -182,6 +182,67 @@ def test_the_host_of_the_store_is_killed(start_job: StartJob) -> None:
     job.ends(quietly=False)
 
 
+def test_the_host_of_the_store_is_stopped(start_job: StartJob) -> None:
+    """Who waits for it is in doubt at its deadline; it goes on as if nothing had been."""
+    job = start_job(4, own_store=True, lanes=2)
+    host = job.ranks[0]
+    patient = job.starts([0], name="x", timeout_secs=15)
+    waiting = job.starts([1, 2], name="x", timeout_secs=DEADLINE_SECS)
+    patient += job.starts([1, 2], name="y", timeout_secs=None)
+    job.entered(0, 1, 2, name="x")
+    job.entered(1, 2, name="y")
+    host.stop()
+    late = job.ranks[3].start("cross", name="z", timeout_secs=DEADLINE_SECS)
+    # This one has to open a connection first.
+    opens = job.ranks[1].start("cross", name="z", timeout_secs=DEADLINE_SECS)
+    for call in (*waiting, late, opens):
+        error = call.error("BarrierConnectionError")
+        assert DEADLINE_SECS <= error["ended"] - error["began"] < DEADLINE_SECS + GRACE_SECS
+        assert error["in_doubt"] == (call is not opens)
+    goes_on = host.signal(signal.SIGCONT)
+    error = patient[0].error("BarrierTimeoutError")
+    assert (error["missing_ranks"], error["timeout_secs"]) == ([3], DEADLINE_SECS)
+    assert error["ended"] < goes_on + GRACE_SECS
+    assert job.ranks[3].start("cross", name="x").error("BarrierTimeoutError")
+    # Who has no deadline waits on, and is released when all have come.
+    for call in (*job.starts([0, 3], name="y"), *patient[1:]):
+        call.released()
+    assert {result["sequence"] for result in job.crosses("x")} == {1}
+    job.ends(quietly=False)
+
+
+def test_the_last_one_is_struck_as_it_arrives(start_job: StartJob) -> None:
+    """At whatever point of its arrival, in sixteen phases at once: each has one verdict (law 2)."""
+    job = start_job(3, own_store=False, lanes=17)
+    victim = job.ranks[2]
+    for round_, blow in enumerate((signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL)):
+        names = [f"{round_} {number}" for number in range(16)]
+        waiting = {
+            name: job.starts([0, 1], name=name, timeout_secs=DEADLINE_SECS) for name in names
+        }
+        for name in names:
+            job.entered(0, 1, name=name)
+        # Where it stands in this one tells how far it has come in the others.
+        mark = f"mark {round_}"
+        order = [*names[: 8 * round_], mark, *names[8 * round_ :]]
+        calls = {name: victim.start("cross", name=name, timeout_secs=1.0) for name in order}
+        job.entered(2, name=mark)
+        victim.strike(blow)
+        verdicts = {}
+        for name in names:
+            answers = [call.answer() for call in waiting[name]]
+            (verdicts[name],) = {answer.get("error", "released") for answer in answers}
+            for answer in answers:
+                assert answer["ended"] - answer["began"] < DEADLINE_SECS + GRACE_SECS
+                assert answer.get("missing_ranks", [2]) == [2]
+        assert set(verdicts.values()) <= {"released", "BarrierTimeoutError"}
+        if blow == signal.SIGSTOP:
+            victim.signal(signal.SIGCONT)
+            for name in names:
+                assert calls[name].answer().get("error", "released") == verdicts[name]
+    job.ends()
+
+
 @over_both
 @pytest.mark.parametrize("leader", [0, 1])
 def test_a_commit(start_job: StartJob, leader: int, own_store: bool) -> None:
@@ -212,25 +273,44 @@ def test_a_commit(start_job: StartJob, leader: int, own_store: bool) -> None:
     job.ends()
 
 
-@over_both
-def test_a_leader_that_is_killed_inside_publish(start_job: StartJob, own_store: bool) -> None:
-    """Its peers cannot know whether it has published, and say so at their deadlines."""
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("own_store", "leader"),
+    [(False, 1), (True, 1), (True, 0)],
+    ids=["shared store", "own store", "host of the store"],
+)
+def test_a_leader_that_is_struck_inside_publish(
+    start_job: StartJob, own_store: bool, leader: int, blow: signal.Signals
+) -> None:
+    """Its peers cannot know whether it has published, and say so; it knows that it has not."""
     job = start_job(3, own_store=own_store)
-    arguments = {"publish": "hang", "payload": "", "leader": 1}
+    arguments = {"publish": "hang", "payload": "", "leader": leader}
+    victim, *peers = (job.ranks[leader], *(r for r in job.ranks if r.number != leader))
+    deadlines = (1.0, 1.5)
     calls = [
-        job.ranks[0].start("commit", timeout_secs=1.0, **arguments),
-        job.ranks[2].start("commit", timeout_secs=1.5, **arguments),
+        peer.start("commit", timeout_secs=secs, **arguments)
+        for peer, secs in zip(peers, deadlines, strict=True)
     ]
-    job.ranks[1].start("commit", **arguments)
-    job.ranks[1].event()
-    job.ranks[1].signal(signal.SIGKILL)
-    for call, timeout_secs in zip(calls, (1.0, 1.5), strict=True):
-        error = call.error("BarrierTimeoutError")
+    leads = victim.start("commit", timeout_secs=1.2, **arguments)
+    assert victim.event()["event"] == "publishing"
+    began = victim.strike(blow)
+    for call, secs in zip(calls, deadlines, strict=True):
+        error = call.error("BarrierTimeoutError" if leader else "BarrierConnectionError")
         assert error["in_doubt"]
-        assert (error["timeout_secs"], error["missing_ranks"]) == (timeout_secs, [])
-        assert timeout_secs <= error["ended"] - error["began"] < timeout_secs + GRACE_SECS
-    assert job.ranks[1].exit(time.monotonic() + EXIT_SECS) == -signal.SIGKILL
-    job.ends(HOST_EXIT_SECS)
+        if leader:
+            assert (error["timeout_secs"], error["missing_ranks"]) == (secs, [])
+        if not leader and blow == signal.SIGKILL:
+            assert error["ended"] < began + GRACE_SECS
+        else:
+            assert secs <= error["ended"] - error["began"] < secs + GRACE_SECS
+    if blow == signal.SIGSTOP:
+        goes_on = victim.signal(signal.SIGCONT)
+        error = leads.error("BarrierTimeoutError")
+        assert (error["timeout_secs"], error["in_doubt"]) == (1.2, False)
+        assert error["ended"] < goes_on + GRACE_SECS
+        assert {result["sequence"] for result in job.crosses()} == {1}
+    # A host waits for the dead, for a while.
+    job.ends(HOST_EXIT_SECS, quietly=leader != 0)
 
 
 @pytest.mark.parametrize("leaver", [0, 1], ids=["host", "peer"])

@@ -242,7 +242,10 @@ class CrossingBarrier(Barrier):
             while (remaining := deadline - anyio.current_time()) > 0:
                 with anyio.move_on_after(min(remaining, patience)):
                     await outcome(session.join())
-                    break
+                    if session.stands or session.replaced or self._closed:
+                        break
+                    # What it joined is over already.
+                    continue
                 # The network may be well again, and the connection still not.
                 session.doubt_joining()
                 patience *= 2

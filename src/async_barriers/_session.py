@@ -196,7 +196,8 @@ class Session:
                 membership.leave(store)
             raise _closed(self._keys.prefix)
         if watched is not membership:
-            self._watcher.submit(lambda store: self._watch(store, membership))
+            watcher = self._watcher
+            watcher.submit(lambda store: self._watch(store, membership, watcher))
 
     def _reset_remains(self) -> None:
         # Before this rank departs from the phases that it gave up, and their keys are deleted:
@@ -204,11 +205,11 @@ class Session:
         while self._remains:
             self._remains.pop().reset()
 
-    def _watch(self, store: Connection, membership: Membership) -> None:
+    def _watch(self, store: Connection, membership: Membership, watcher: Lane) -> None:
         began = time.monotonic()
         try:
             mail = self._await_mail(store, membership)
-            turns = self._cease(membership)
+            turns = self._cease(membership, watcher)
             if mail == _membership.HOST_LEAVES:
                 self._lose_host(store, turns)
             elif mail != _membership.CLOSED:
@@ -218,8 +219,9 @@ class Session:
                 # Our last word: a host that waits for it may be gone the moment it hears it.
                 membership.leave(store)
         except BarrierConnectionError as exc:
-            turns = self._cease(membership)
-            self._renew_lanes()
+            turns = self._cease(membership, watcher)
+            if watcher is self._watcher:
+                self._renew_lanes()
             logger.debug("rank %d lost the store: %s", self.rank, exc)
             if turns and time.monotonic() - began > 1:
                 # Whoever waits has to hear of the next restart, too.
@@ -237,10 +239,13 @@ class Session:
                 return _membership.OVER
         return mail
 
-    def _cease(self, membership: Membership) -> _OpenTurns:
-        """Take no more turns in a generation; those that are open in it."""
+    def _cease(self, membership: Membership, watcher: Lane) -> _OpenTurns:
+        """Take no more turns in a generation; those that are open in it.
+
+        :param watcher: who heard of its end; not one that was left behind, and has been replaced
+        """
         with self._lock:
-            if self._watched is membership:
+            if self._watched is membership and self._watcher is watcher:
                 self._watched = None
                 self._standing = False
         return self._turns_in(membership)
