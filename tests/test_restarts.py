@@ -321,6 +321,26 @@ async def test_closing_before_it_joins(memory: World) -> None:
     assert await memory.read(Keys("tests").member(0)) is None
 
 
+async def test_closing_before_its_watcher_is_connected(memory: World) -> None:
+    """It is counted out all the same, or a host would wait for it (law 13)."""
+    clones: list[str] = []
+    go_on = threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "clone":
+            clones.append(key)
+            if len(clones) == 2:
+                go_on.wait()
+
+    memory.store.data.hook = hook  # type: ignore[attr-defined]
+    barrier = memory.barrier(0, 2)
+    await barrier.connect()
+    await barrier.aclose()
+    roll = int(await memory.read(Keys("tests").roll(0)) or b"0")
+    assert (roll & ((1 << 31) - 1), roll >> 31) == (1, 1)
+    go_on.set()
+
+
 async def test_closing_while_it_joins_again(memory: World) -> None:
     """It keeps its place on the roll, which the farewell gives up (law 13)."""
     (barrier,) = await memory.barriers(1)

@@ -81,6 +81,7 @@ class Session:
         self._lock = threading.Lock()
         self._life: _Life | None = None
         self._watched: Membership | None = None
+        self._left: Membership | None = None
         self._standing = False
         self._replaced = False
         self._closing = False
@@ -215,9 +216,9 @@ class Session:
             elif mail != _membership.CLOSED:
                 self._outlive(store, membership, turns)
             store.delete(membership.mail)
-            if mail in (_membership.CLOSED, _membership.HOST_LEAVES) and not self.hosts:
+            if mail in (_membership.CLOSED, _membership.HOST_LEAVES):
                 # Our last word: a host that waits for it may be gone the moment it hears it.
-                membership.leave(store)
+                self._leave(store, membership)
         except BarrierConnectionError as exc:
             turns = self._cease(membership, watcher)
             if watcher is self._watcher:
@@ -227,6 +228,14 @@ class Session:
                 # Whoever waits has to hear of the next restart, too.
                 self._control.submit(self._join, again=True)
             raise
+
+    def _leave(self, store: Connection, membership: Membership) -> None:
+        """Be counted out, once."""
+        with self._lock:
+            if self.hosts or self._left is membership:
+                return
+            self._left = membership
+        membership.leave(store)
 
     def _await_mail(self, store: Connection, membership: Membership) -> bytes:
         while (mail := store.await_value(membership.mail)) not in _membership.LETTERS:
@@ -616,6 +625,9 @@ class Session:
             store.set(membership.mail, _membership.CLOSED)
             if self.hosts:
                 membership.host_leave(store)
+            elif not self._watcher.connected:
+                # It would be stopped before it can; and a host waits for that.
+                self._leave(store, membership)
 
     def retire(self) -> list[Lane]:
         """End all lanes after what they are doing; their `ended` is settled then."""
