@@ -79,6 +79,7 @@ class SoakRank:
         self._open: dict[int, Call] = {}
         self._failing: set[str] = set()
         self._over = False
+        self._leaving = False
         self._store: TCPStore | None = None
         self.barrier: AnyBarrier
 
@@ -95,6 +96,7 @@ class SoakRank:
             for name in NAMES:
                 tasks.start_soon(self._cross_on, name)
             await self._obey(tasks)
+            self._leaving = True
             for call in list(self._open.values()):
                 self.say("cancel", call=call.number)
             tasks.cancel_scope.cancel()
@@ -263,6 +265,9 @@ class SoakRank:
                 self._open[call.number] = call
             _current.set(call)
             self.say("call", call=call.number, do=do, name=name, within=within)
+            if self._leaving and call.number in self._open:
+                # Its task was about to begin it when it was cancelled.
+                self.say("cancel", call=call.number)
             try:
                 value = await make(call)
             except BarrierError as exc:
