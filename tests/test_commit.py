@@ -22,7 +22,7 @@ from async_barriers import (
     BarrierResult,
     BarrierTimeoutError,
     BrokenBarrierError,
-    _crossing,
+    _crossing_barrier,
 )
 from async_barriers._barrier import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
 from async_barriers._connection import Connection, connect_to
@@ -541,7 +541,7 @@ async def test_a_publish_that_outlasts_its_barrier(
     memory: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing does not wait for ever; the leader says that it published and could not tell."""
-    monkeypatch.setattr(_crossing, "_PEERS_SECS", 0.5)
+    monkeypatch.setattr(_crossing_barrier, "_PEERS_SECS", 0.5)
     ranks = await memory.barriers(2)
     publish = Publisher(parks=True)
 

@@ -1,7 +1,7 @@
-"""How a coroutine crosses: deadline, cancellation, progress, errors.
+"""How a coroutine crosses one phase: deadline, cancellation, progress, errors.
 
-The event loop's side of a store barrier. It owns no thread and no key: it takes a turn from
-the session, awaits the promise of its verdict, and breaks the phase where it stops waiting.
+It owns no thread and no key: it awaits the promise of its turn's verdict, and breaks the phase
+where it stops waiting.
 """
 
 from __future__ import annotations
@@ -9,26 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 import anyio
 
 from . import _progress
-from ._barrier import (
-    CONFIGURED,
-    UNDO_SECS,
-    Barrier,
-    Configured,
-    Publish,
-    Timeout,
-    check_timeout,
-    check_world,
-    checked_blob,
-    reason_of,
-)
+from ._barrier import UNDO_SECS, reason_of
 from ._errors import (
     BarrierClosedError,
     BarrierConnectionError,
@@ -38,370 +25,16 @@ from ._errors import (
     describe,
     plural_ranks,
 )
-from ._keys import Keys, check_name, check_prefix
 from ._protocol import Forgotten, Turn
 from ._session import Session
-from ._stores import Source
-from ._values import BarrierProgress, BarrierResult
+from ._values import BarrierProgress
 from ._verdict import Broken, Gathered, Released, Verdict
-from ._waiting import Waiting, outcome, waiting_here
+from ._waiting import Waiting, outcome
 from ._worker import Promise
 
 T = TypeVar("T")
 
-# How long closing waits: for the peers of a rank that hosts the store, and for the threads.
-_PEERS_SECS = 3.0
-_STOP_SECS = 0.4
-# As long as that after the store has left a call unanswered: law 8 leaves two seconds in all.
-_SILENT_SECS = 0.3
-_THREADS_SECS = 0.5
-_THREAD_GONE_SECS = 0.01
-# How long joining again may take on one connection, and twice as long on the next one.
-_JOINS_AGAIN_SECS = 1.0
-
 logger = logging.getLogger(__name__)
-
-
-class CrossingBarrier(Barrier):
-    """What StoreBarrier and TCPStoreBarrier share: all but where the store comes from."""
-
-    def __init__(
-        self,
-        source: Source,
-        rank: int,
-        world_size: int,
-        prefix: str,
-        timeout_barrier_init_secs: float,
-        timeout_secs: float | None,
-        warn_after_secs: float | None,
-        on_progress: Callable[[BarrierProgress], object] | None,
-    ) -> None:
-        check_world(rank, world_size)
-        check_prefix(prefix)
-        init_secs = check_timeout("timeout_barrier_init_secs", timeout_barrier_init_secs)
-        if init_secs is None:
-            raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
-        if on_progress is not None and not callable(on_progress):
-            raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
-        self._source = source
-        self._keys = Keys(prefix)
-        self._session = Session(
-            source.open, self._keys, rank, world_size, init_secs=init_secs, hosts=source.hosts
-        )
-        self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
-        self._warn_after_secs = check_timeout("warn_after_secs", warn_after_secs)
-        self._on_progress = on_progress
-        self._closed = False
-        # The same ones most often.
-        self._waiting: Waiting | None = None
-        self._checked_name = ""
-        self._publishing: dict[Turn, _Publication] = {}
-        # A barrier that is dropped without aclose() must not leave its threads behind.
-        weakref.finalize(self, _abandon, self._session).atexit = False
-
-    # -- the API -----------------------------------------------------------------------
-
-    async def connect(self) -> None:
-        await self._ready(math.inf, "")
-
-    async def execute_barrier(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
-    ) -> BarrierResult:
-        timeout = self._check_call(name, timeout_secs)
-        crossing = await self._begin(name, timeout)
-        verdict = await crossing.decided()
-        assert isinstance(verdict, Released)
-        return BarrierResult(name, crossing.turn.sequence, crossing.waited_secs, verdict.last_rank)
-
-    def phase(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
-    ) -> AbstractAsyncContextManager[None]:
-        # What is wrong with the call is said before the body runs, not after.
-        self._check_call(name, timeout_secs)
-        return super().phase(name, timeout_secs=timeout_secs)
-
-    async def commit(
-        self,
-        publish: Publish,
-        *,
-        payload: bytes = b"",
-        name: str = "",
-        timeout_secs: Timeout = CONFIGURED,
-        leader: int = 0,
-    ) -> bytes:
-        timeout = self._check_call(name, timeout_secs)
-        check_world(leader, self._session.world_size)
-        brought = checked_blob("payload", payload)
-        crossing = await self._begin(name, timeout, leader)
-        verdict = await crossing.decided(brought)
-        if isinstance(verdict, Gathered):
-            return await self._publish(crossing, publish, verdict)
-        return verdict.result
-
-    async def abort(self, reason: str, name: str = "") -> None:
-        self._check_call(name, CONFIGURED)
-        if not isinstance(reason, str):
-            raise TypeError(f"reason must be a string, not {reason!r}")
-        turn = self._session.open_turn(name)
-        if turn is None:
-            return await self._break(await self._take_turn(name), reason, self._init_secs)
-        if turn not in self._publishing:
-            await _require(self._session.give_up(turn, reason), self._init_secs, turn)
-        # Also where it began to publish in the same instant.
-        if (publication := self._publishing.get(turn)) is not None:
-            publication.stop(reason)
-            await publication.settled.wait()
-
-    async def part(self, name: str) -> None:
-        """Before closing: break the next phase of ``name`` for peers that would wait in it.
-
-        Where that takes joining (again) first, nobody is told.
-        """
-        if (turn := self._session.take_turn(name)) is not None:
-            await _answer(self._session.give_up(turn, "it closed its barrier"), shield=False)
-            self._session.forget(turn)
-
-    async def aclose(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        session = self._session
-        said: Promise[None] | None = None
-        try:
-            try:
-                await self._stop_publishing()
-            finally:
-                # Said even where the waiting is cancelled.
-                said = session.farewell() if session.has_a_say else None
-            if said is not None:
-                with anyio.move_on_after(_PEERS_SECS if session.hosts else self._patience_secs):
-                    await outcome(said)
-        except BarrierConnectionError as exc:
-            logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
-        finally:
-            lanes = session.retire()
-            session.stop_connecting()
-            if session.silent and not (said is not None and said.done()):
-                session.abandon()
-            with anyio.move_on_after(_THREADS_SECS, shield=True):
-                for lane in lanes:
-                    await outcome(lane.ended)
-                    lane.join(_THREAD_GONE_SECS)
-            session.abandon()
-            self._source.let_go()
-
-    async def _stop_publishing(self) -> None:
-        # What was published must not be declared broken: publish itself has to end first.
-        publications = list(self._publishing.values())
-        for publication in publications:
-            publication.stop("it closed its barrier")
-        # One that heeds its cancellation is settled soon, also for a caller who is cancelled.
-        for within_secs, shield in ((_STOP_SECS, True), (_PEERS_SECS - _STOP_SECS, False)):
-            with anyio.move_on_after(within_secs, shield=shield):
-                for publication in publications:
-                    await publication.settled.wait()
-
-    async def _fail(self, reason: str, name: str) -> None:
-        session = self._session
-        deadline = anyio.current_time() + UNDO_SECS
-        turn: Turn | None = None
-        try:
-            self._check_call(name, CONFIGURED)
-            turn = await self._take_turn(name, deadline)
-            return await self._break(turn, reason, deadline - anyio.current_time())
-        except BarrierError as exc:
-            why = str(exc)
-        # The caller's own exception is on its way, and matters more than this one.
-        logger.warning("%s could not be broken for its peers: %s", describe(name), why)
-        if turn is None and not (self._closed or session.replaced):
-            session.owe_turn(name, reason)
-
-    # -- taking a turn -----------------------------------------------------------------
-
-    @property
-    def _init_secs(self) -> float:
-        return self._session.init_secs
-
-    def _check_call(self, name: str, timeout_secs: Timeout) -> float | None:
-        if name is not self._checked_name:
-            check_name(self._keys, name)
-            self._checked_name = name
-        if self._closed:
-            raise BarrierClosedError(describe(self._keys.prefix))
-        if isinstance(timeout_secs, Configured):
-            return self._timeout_secs
-        return check_timeout("timeout_secs", timeout_secs)
-
-    async def _ready(self, within_secs: float, name: str) -> None:
-        """Join, or join again where the generation ended or the store was lost."""
-        session = self._session
-        within_secs = min(within_secs, self._init_secs)
-        deadline = anyio.current_time() + within_secs
-        patience = _JOINS_AGAIN_SECS if session.joined_before else math.inf
-        try:
-            while (remaining := deadline - anyio.current_time()) > 0:
-                with anyio.move_on_after(min(remaining, patience)):
-                    await outcome(session.join())
-                    if session.stands or session.replaced or self._closed:
-                        break
-                    # What it joined is over already.
-                    continue
-                # The network may be well again, and the connection still not.
-                session.doubt_joining()
-                patience *= 2
-        except BarrierConnectionError:
-            if not self._closed:
-                raise
-        finally:
-            session.doubt_joining()
-        if self._closed:
-            raise BarrierClosedError(describe(self._keys.prefix))
-        if session.replaced:
-            raise BrokenBarrierError(
-                name,
-                session.next_sequence(name),
-                session.rank,
-                f"another process joined {describe(self._keys.prefix)} as rank {session.rank} and "
-                "took this one's place; look for two processes with this rank, or close a barrier "
-                "before you build it anew",
-            )
-        if not session.stands:
-            raise BarrierConnectionError(
-                f"rank {session.rank} did not reach the store of {describe(self._keys.prefix)} "
-                f"within {within_secs:g} s; is the process that hosts it up?"
-            )
-
-    async def _begin(
-        self, name: str, timeout_secs: float | None, leader: int | None = None
-    ) -> Crossing:
-        waiting = self._waiting = waiting_here(self._waiting)
-        started = waiting.now()
-        deadline = math.inf if timeout_secs is None else started + timeout_secs
-        # Most often there is nothing to wait for.
-        turn = self._session.take_turn(name, leader)
-        if turn is None:
-            turn = await self._take_turn(name, deadline, leader)
-        return Crossing(
-            self._session,
-            turn,
-            waiting,
-            started,
-            timeout_secs,
-            self._warn_after_secs,
-            self._on_progress,
-        )
-
-    async def _take_turn(
-        self, name: str, deadline: float = math.inf, leader: int | None = None
-    ) -> Turn:
-        while (turn := self._session.take_turn(name, leader)) is None:
-            await self._ready(deadline - anyio.current_time(), name)
-        return turn
-
-    async def _break(self, turn: Turn, reason: str, within_secs: float) -> None:
-        try:
-            await _require(self._session.give_up(turn, reason), within_secs, turn)
-        except BarrierConnectionError:
-            # The turn is used up; peers may wait in its phase.
-            self._session.start_afresh(turn, reason)
-            raise
-        finally:
-            self._session.forget(turn)
-
-    @property
-    def _patience_secs(self) -> float:
-        """How long what has to be undone may take."""
-        return _SILENT_SECS if self._session.silent else UNDO_SECS
-
-    async def _answer(self, promise: Promise[T]) -> T | None:
-        return await _answer(promise, within_secs=self._patience_secs)
-
-    # -- the leader's part -------------------------------------------------------------
-
-    async def _publish(self, crossing: Crossing, publish: Publish, gathered: Gathered) -> bytes:
-        turn = crossing.turn
-        if self._closed:
-            # Left unclaimed and unforgotten, for the farewell to break.
-            raise BarrierClosedError(describe(turn.name, turn.sequence))
-        if not turn.claim():
-            # Another task of ours broke it in the same instant: hear what came of that.
-            try:
-                answer = await _answer(self._session.hear(turn))
-                return crossing.accept(answer).result
-            finally:
-                self._session.forget(turn)
-        publication = self._publishing[turn] = _Publication(crossing.deadline)
-        try:
-            return await self._publish_and_settle(crossing, publish, gathered, publication)
-        finally:
-            del self._publishing[turn]
-            self._session.forget(turn)
-            publication.settled.set()
-
-    async def _publish_and_settle(
-        self,
-        crossing: Crossing,
-        publish: Publish,
-        gathered: Gathered,
-        publication: _Publication,
-    ) -> bytes:
-        session, turn = self._session, crossing.turn
-        rank = session.rank
-        returned: bytes | None = None
-        published = False
-        complaint: Exception | None = None
-        verdict: Verdict
-        try:
-            with publication.scope:
-                payloads = await outcome(session.payloads(turn))
-                returned = await publish(payloads)
-                published = True
-        except BaseException as exc:
-            verdict = Broken(rank, f"publish failed: {reason_of(exc)}")
-            settled = session.settle(turn, verdict)
-            if not isinstance(exc, GeneratorExit) and await self._answer(settled) is None:
-                session.owe(turn, verdict)
-            raise
-        if published:
-            try:
-                verdict = Released(gathered.last_rank, checked_blob("publish's result", returned))
-            except (TypeError, ValueError) as exc:
-                # Published it is, and its peers may rely on that.
-                complaint, verdict = exc, Released(gathered.last_rank)
-        elif crossing.timeout_secs is not None and anyio.current_time() >= crossing.deadline:
-            reason = f"rank {rank} was still publishing, and was stopped"
-            verdict = Broken(rank, reason, crossing.timeout_secs)
-        else:
-            verdict = Broken(rank, publication.stopped_for)
-        answer = await self._answer(session.settle(turn, verdict))
-        if answer is None:
-            session.owe(turn, verdict)
-            raise BarrierConnectionError(
-                f"{describe(turn.name, turn.sequence)}: rank {rank} "
-                f"{'published' if published else 'did not publish'}, but "
-                f"{'this barrier was closed' if self._closed else 'the store was lost'} before "
-                "its peers could be told",
-                in_doubt=True,
-            )
-        if complaint is not None:
-            raise complaint
-        if self._closed and answer == Broken(rank, publication.stopped_for):
-            raise BarrierClosedError(describe(turn.name, turn.sequence))
-        return crossing.accept(answer).result
-
-
-class _Publication:
-    """A publish under way on this rank."""
-
-    def __init__(self, deadline: float) -> None:
-        self.scope = anyio.CancelScope(deadline=deadline)
-        self.settled = anyio.Event()
-        self.stopped_for = ""
-
-    def stop(self, reason: str) -> None:
-        """Cancel it, for ``reason``."""
-        self.stopped_for = reason
-        self.scope.cancel()
 
 
 class Crossing:
@@ -495,7 +128,7 @@ class Crossing:
         except BaseException as exc:
             broken = session.give_up(turn, reason_of(exc))
             # A coroutine that is thrown away cannot wait; the break goes on without it.
-            if not isinstance(exc, GeneratorExit) and await _answer(broken) is None:
+            if not isinstance(exc, GeneratorExit) and await answer(broken) is None:
                 session.start_afresh(turn)
             raise
         return await (self._miss(absent, promise) if absent else self._time_out())
@@ -589,11 +222,11 @@ class Crossing:
     async def _ask(self, promise: Promise[T]) -> T | None:
         """What the store says on the way, which must not outlast the deadline."""
         with anyio.CancelScope(deadline=self.deadline):
-            return await _answer(promise, shield=False)
+            return await answer(promise, shield=False)
         return None
 
 
-async def _answer(
+async def answer(
     promise: Promise[T], *, shield: bool = True, within_secs: float = UNDO_SECS
 ) -> T | None:
     """What the store says ``within_secs``; None where it does not answer.
@@ -606,17 +239,3 @@ async def _answer(
     except BarrierConnectionError as exc:
         logger.debug("the store does not answer: %s", exc)
     return None
-
-
-async def _require(promise: Promise[T], within_secs: float, turn: Turn) -> T:
-    with anyio.move_on_after(within_secs):
-        return await outcome(promise)
-    raise BarrierConnectionError(
-        f"{describe(turn.name, turn.sequence)}: the store did not answer within {within_secs:g} s"
-    )
-
-
-def _abandon(session: Session) -> None:
-    if session.has_a_say and not session.closing:
-        session.farewell()
-    session.retire()

@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from ._connection import Connection
-from ._crossing import CrossingBarrier
+from ._crossing_barrier import CrossingBarrier
 from ._errors import BarrierConnectionError, BarrierError
 from ._lane import Lane
 from ._stores import Source

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ._barrier import CONFIGURED, Barrier, check_timeout, reason_of
 from ._config import BarrierConfig, create_barrier_from_config
-from ._crossing import CrossingBarrier
+from ._crossing_barrier import CrossingBarrier
 from ._errors import BarrierClosedError
 from ._portal import Portal, PortalClosed
 from ._values import BarrierResult

@@ -26,7 +26,7 @@ from typing import Any
 import anyio
 
 from ._barrier import CONFIGURED, Barrier, Publish, Timeout
-from ._crossing import CrossingBarrier
+from ._crossing_barrier import CrossingBarrier
 from ._errors import BarrierError
 from ._values import BarrierResult
 

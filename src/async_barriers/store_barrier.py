@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup, Store
 
 from . import _launch
 from ._config import register_barrier
-from ._crossing import CrossingBarrier
+from ._crossing_barrier import CrossingBarrier
 from ._stores import PassedIn, Source, StoreAt
 from ._values import BarrierProgress
 
