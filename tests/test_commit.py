@@ -568,7 +568,7 @@ async def test_the_leader_closes_as_the_last_rank_comes_in(memory: World) -> Non
     ranks = await memory.barriers(2)
     keys = memory.keys(name="x")
     publish = Publisher()
-    control = ranks[0]._session._control._worker._thread
+    control = ranks[0]._session._lanes.control._worker._thread
     closing, all_in = threading.Event(), threading.Event()
 
     def hook(operation: str, key: str) -> None:
@@ -887,7 +887,7 @@ async def test_all_come_in_while_a_rank_is_about_to_be_missed(memory: World) -> 
     generation = ranks[0]._session.generation
     assert generation > 0
     keys = memory.keys(name="x", generation=generation)
-    control = ranks[0]._session._control._worker._thread
+    control = ranks[0]._session._lanes.control._worker._thread
     missing, all_in = threading.Event(), threading.Event()
 
     def hook(operation: str, key: str) -> None:

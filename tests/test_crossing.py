@@ -278,7 +278,7 @@ async def test_asyncios_own_cancellation(tcp: World) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     # It did not wait for the break, which is still on its way.
-    await outcome(ranks[0]._session._control.drained())
+    await outcome(ranks[0]._session._lanes.control.drained())
     with pytest.raises(BrokenBarrierError, match="its task was cancelled"):
         await ranks[1].execute_barrier("x")
 

@@ -369,10 +369,10 @@ async def test_a_watcher_that_is_late_stops_nothing(memory: World) -> None:
     await memory.barrier(0, 2).connect()
     await told(ranks[1])
     await ranks[1].connect()
-    assert session._cease(former, session._watcher) == []
+    assert session._cease(former, session._lanes.watcher) == []
     assert session.stands
     # One that was left behind with its connection, in a generation that goes on.
-    assert session._cease(session._membership, session._control) == []
+    assert session._cease(session._membership, session._lanes.control) == []
     assert session.stands
 
 
@@ -425,7 +425,7 @@ async def test_a_watcher_that_was_cut_off_watches_again(
     """Who waits without a deadline hears of a restart also over its second connection (law 11)."""
     ranks = await memory.barriers(2)
     session = ranks[1]._session
-    watcher = session._watcher._worker._thread
+    watcher = session._lanes.watcher._worker._thread
     cut = threading.Event()
 
     def fail(operation: str, key: str) -> None:

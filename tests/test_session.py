@@ -52,7 +52,7 @@ def turn_of(rank: int, world_size: int = 3) -> Turn:
 
 
 def threads_of(barrier: AnyBarrier) -> list[threading.Thread]:
-    threads = [lane._worker._thread for lane in barrier._session._lanes]
+    threads = [lane._worker._thread for lane in barrier._session._lanes.all]
     return [thread for thread in threads if thread is not None]
 
 
@@ -491,10 +491,10 @@ async def test_closing_while_a_break_hangs(memory: World) -> None:
         await memory.entered(0, name="x")
         hook.on()
         await memory.call(breaking.wait)
-        before = set(ranks[0]._session._lanes)
+        before = set(ranks[0]._session._lanes.all)
         await ranks[0].aclose()
         assert (await waiting.raised(BarrierConnectionError)).in_doubt
-        assert set(ranks[0]._session._lanes) <= before
+        assert set(ranks[0]._session._lanes.all) <= before
     assert waiting.secs < 0.3 + 1 + LOAD_SECS
     hook.off()
     over.set()

@@ -255,7 +255,7 @@ async def test_a_job_that_came_back_with_another_size(memory: World) -> None:
     """Who slept through that is refused; the two do not oust each other for ever."""
     sleepers = await memory.barriers(3)
     asleep, wake = threading.Event(), threading.Event()
-    watchers = {rank._session._watcher._worker._thread for rank in sleepers}
+    watchers = {rank._session._lanes.watcher._worker._thread for rank in sleepers}
 
     def sleep(operation: str, key: str) -> None:
         if threading.current_thread() in watchers:

@@ -322,7 +322,8 @@ class CrossingBarrier(Barrier):
         if not turn.claim():
             # Another task of ours broke it in the same instant: hear what came of that.
             try:
-                return crossing.accept(await answer(self._session.hear(turn))).result
+                told = await answer(self._session.hear(turn))
+                return crossing.accept(told).result
             finally:
                 self._session.forget(turn)
         publication = self._publishing[turn] = _Publication(crossing.deadline)

@@ -1,9 +1,7 @@
 """One rank's presence at one store: its connections, its membership, its open turns.
 
-Three kinds of lanes, each a worker thread with a connection of its own, so that none waits
-for another: *control* (short calls: join, break, survey), the *watcher* (blocks on the
-rank's mail, idle for most of its life) and one per phase that is awaited at the same time.
-Nothing here knows of event loops; callers await the promises.
+Nothing here knows of event loops; callers await the promises, which worker threads settle (see
+`Lanes`).
 """
 
 from __future__ import annotations
@@ -13,15 +11,16 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter, deque
 from collections.abc import Callable
 from typing import TypeVar
 
 from . import _membership
-from ._connection import Connection, Remains
+from ._connection import Connection
 from ._errors import BarrierClosedError, BarrierConnectionError, BrokenBarrierError
 from ._keys import Keys
 from ._lane import Lane, Open
+from ._lanes import HANGS_SECS, Lanes
+from ._life import Life
 from ._membership import Membership
 from ._protocol import Forgotten, Turn
 from ._verdict import Gathered, Verdict
@@ -37,22 +36,6 @@ _LOST = "it lost its connection to the store"
 # How long a rank that is told that the store goes away reads its last verdicts.
 _DRAIN_SECS = 1.0
 _FAREWELL_AT_EXIT_SECS = 0.5
-# Of so many names the keys stay in the store between two crossings, and for so many crossings.
-_KEPT_NAMES = 4
-_LONGEST_SERIES = 100_000
-# A join that takes longer than this on a connection that is open may hang.
-_HANGS_SECS = 0.8
-
-
-class _Life:
-    """A membership, and how many turns of each name were taken in it."""
-
-    def __init__(self, membership: Membership) -> None:
-        self.membership = membership
-        self.sequences: Counter[str] = Counter()
-        # The latest turns of names whose keys may serve the next phase, too.
-        self.kept: dict[str, Turn] = {}
-        self.last_name: str | None = None
 
 
 class Session:
@@ -73,13 +56,12 @@ class Session:
         self.init_secs = init_secs
         self.hosts = hosts
         self.all_joined: bool = False
-        self._open_connection = open_connection
         self._keys = keys
         self._token = uuid.uuid4().hex
         # Guards what follows where several threads change it together; never held over a
         # call to the store.
         self._lock = threading.Lock()
-        self._life: _Life | None = None
+        self._life: Life | None = None
         self._watched: Membership | None = None
         self._left: Membership | None = None
         self._standing = False
@@ -92,11 +74,7 @@ class Session:
         self._entered_on: dict[Turn, Lane] = {}
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
-        self._remains: list[Remains] = []
-        self._control = self._lane()
-        self._watcher = self._lane()
-        self._idle: deque[tuple[Lane, float]] = deque()
-        self._lanes = [self._control, self._watcher]
+        self._lanes = Lanes(open_connection, init_secs)
         end_at_exit(self)
 
     # -- joining ---------------------------------------------------------------------
@@ -140,7 +118,7 @@ class Session:
         """Connect, and claim this rank in the present generation; one attempt serves all."""
         if self._joining is None or self._joining.done():
             self._joining_since = time.monotonic()
-            self._joining = self._control.submit(self._join, again=True)
+            self._joining = self._lanes.control.submit(self._join, again=True)
         return self._joining
 
     def doubt_joining(self) -> None:
@@ -148,7 +126,7 @@ class Session:
         if self._joining is None or self._joining.done():
             return
         took = time.monotonic() - self._joining_since
-        if took > (_HANGS_SECS if self._control.connected else self.init_secs):
+        if took > (HANGS_SECS if self._lanes.control.connected else self.init_secs):
             self._start_afresh(None)
 
     def _join(self, store: Connection) -> None:
@@ -160,7 +138,7 @@ class Session:
         previous = None if life is None else life.membership
         if previous is not None and previous.is_over(store):
             # Before this rank is seen to have left that generation, and what is left of it goes.
-            self._reset_remains()
+            self._lanes.reset_remains()
             self._outlive(store, previous, self._turns_in(previous))
         membership = _membership.join(
             store, self._keys, self.rank, self.world_size, self._token, previous
@@ -168,21 +146,21 @@ class Session:
         if membership is None:
             self._replaced = True
             return
-        self._reset_remains()
+        self._lanes.reset_remains()
         if life is None or membership is not previous:
             # Phases of a generation that is over are broken by those who still live in it.
             self._owed.clear()
             if previous is not None:
                 # Our watcher may have been cut off when it ended.
                 self._outlive(store, previous, self._turns_in(previous))
-            life = _Life(membership)
+            life = Life(membership)
             self.all_joined = membership.generation == 0
         while self._owed:
             self._owed[0](store)
             del self._owed[0]
         while self._owed_turns:
             name, reason = self._owed_turns[0]
-            self._break(store, self._next_turn(life, name), reason)
+            self._break(store, life.next_turn(name), reason)
             del self._owed_turns[0]
         with self._lock:
             # Not this one if it hung, was given up and comes to its end after another one.
@@ -197,14 +175,8 @@ class Session:
                 membership.leave(store)
             raise _closed(self._keys.prefix)
         if watched is not membership:
-            watcher = self._watcher
+            watcher = self._lanes.watcher
             watcher.submit(lambda store: self._watch(store, membership, watcher))
-
-    def _reset_remains(self) -> None:
-        # Before this rank departs from the phases that it gave up, and their keys are deleted:
-        # an arrival that came late would bring them back.
-        while self._remains:
-            self._remains.pop().reset()
 
     def _watch(self, store: Connection, membership: Membership, watcher: Lane) -> None:
         began = time.monotonic()
@@ -221,12 +193,12 @@ class Session:
                 self._leave(store, membership)
         except BarrierConnectionError as exc:
             turns = self._cease(membership, watcher)
-            if watcher is self._watcher:
-                self._renew_lanes()
+            if watcher is self._lanes.watcher:
+                self._lanes.renew()
             logger.debug("rank %d lost the store: %s", self.rank, exc)
             if turns and time.monotonic() - began > 1:
                 # Whoever waits has to hear of the next restart, too.
-                self._control.submit(self._join, again=True)
+                self._lanes.control.submit(self._join, again=True)
             raise
 
     def _leave(self, store: Connection, membership: Membership) -> None:
@@ -254,7 +226,7 @@ class Session:
         :param watcher: who heard of its end; not one that was left behind, and has been replaced
         """
         with self._lock:
-            if self._watched is membership and self._watcher is watcher:
+            if self._watched is membership and self._lanes.watcher is watcher:
                 self._watched = None
                 self._standing = False
         return self._turns_in(membership)
@@ -290,20 +262,16 @@ class Session:
                 )
         self._stop_doubting()
         # Those that read verdicts, and the one that may be clearing up.
-        readers = set(self._lanes) - {self._watcher}
+        readers = set(self._lanes.all) - {self._lanes.watcher}
         drained = [lane.drained() for lane in readers]
         wait_for_all(drained, time.monotonic() + _DRAIN_SECS)
-        self._renew_lanes()
+        self._lanes.renew()
 
     def _stop_doubting(self) -> None:
         """End the waits for commits that their leader has not settled, and may be dead."""
         for turn, lane in list(self._entered_on.items()):
             if turn.verdict is None:
                 lane.stop_waiting()
-
-    def _renew_lanes(self) -> None:
-        for lane in list(self._lanes):
-            lane.renew()
 
     @property
     def _membership(self) -> Membership:
@@ -312,7 +280,7 @@ class Session:
 
     def not_joined(self) -> Promise[tuple[int, ...]]:
         """The ranks that are not in the present generation."""
-        return self._control.submit(self._membership.not_joined)
+        return self._lanes.control.submit(self._membership.not_joined)
 
     # -- turns -----------------------------------------------------------------------
 
@@ -322,49 +290,17 @@ class Session:
         with self._lock:
             if self._life is None or not self._standing:
                 return None
-            turn = self._next_turn(self._life, name, leader)
+            turn = self._life.next_turn(name, leader)
             self._turns[turn] = Promise()
             return turn
 
     def next_sequence(self, name: str) -> int:
         """The sequence number that the next turn of ``name`` would have."""
-        return 0 if self._life is None else self._life.sequences[name]
+        return 0 if self._life is None else self._life.next_sequence(name)
 
     def owe_turn(self, name: str, reason: str) -> None:
         """The store could not be reached: break the next turn of ``name`` when it can."""
         self._owed_turns.append((name, reason))
-
-    def _next_turn(self, life: _Life, name: str, leader: int | None = None) -> Turn:
-        sequence = life.sequences[name]
-        life.sequences[name] += 1
-        membership = life.membership
-        before = life.kept.pop(name, None)
-        keeps = (
-            leader is None
-            # A name that is crossed again and again, one crossing after the other.
-            and name == life.last_name
-            and (before is None or before.verdict is not None)
-            and len(life.kept) < _KEPT_NAMES
-        )
-        if before is not None and before.shared:
-            keys = before.keys  # it will take over those that follow
-        else:
-            keys = self._keys.phase(membership.generation, name, sequence)
-        turn = Turn(
-            keys,
-            name,
-            sequence,
-            self.rank,
-            self.world_size,
-            leader,
-            keeps=keeps and (before is None or before.keys.index < _LONGEST_SERIES),
-            follows=before,
-            present=membership.holds,
-        )
-        life.last_name = name
-        if turn.keeps:
-            life.kept[name] = turn
-        return turn
 
     def open_turn(self, name: str) -> Turn | None:
         """The oldest turn of ``name`` that is awaited now."""
@@ -381,7 +317,7 @@ class Session:
     def enter(self, turn: Turn, payload: bytes = b"") -> None:
         """Enter the phase on a lane that is free."""
         promise = self._turns[turn]
-        lane = self._entered_on[turn] = self._take_lane()
+        lane = self._entered_on[turn] = self._free_lane()
         lane.post(
             functools.partial(self._enter, turn, payload, lane, promise),
             functools.partial(self._not_entered, turn, lane, promise),
@@ -392,7 +328,7 @@ class Session:
     ) -> None:
         # Not where the verdict was told, and only what follows it failed.
         if self._entered_on.pop(turn, None) is lane:
-            self._discard(lane)
+            self._lanes.discard(lane)
             promise.settle(error=error)
 
     def _enter(
@@ -428,7 +364,7 @@ class Session:
     def _free(self, turn: Turn, lane: Lane, promise: Promise[T], outcome: T) -> None:
         # If the lane was given up meanwhile, it is nobody's any more.
         if self._entered_on.pop(turn, None) is lane:
-            self._idle.append((lane, time.monotonic()))
+            self._lanes.put_back(lane)
         promise.tell(outcome)
 
     def give_up(
@@ -439,13 +375,13 @@ class Session:
         missing: tuple[int, ...] | None = None,
     ) -> Promise[Verdict | Gathered]:
         """Break the phase of ``turn`` unless it is decided; settled by what was decided."""
-        return self._control.submit(
+        return self._lanes.control.submit(
             lambda store: self._break(store, turn, reason, timeout_secs, missing)
         )
 
     def give_up_lost(self, turn: Turn, reason: str) -> Promise[Verdict | Gathered]:
         """As `give_up`, after the connection was lost on which this rank had entered."""
-        return self._control.submit(
+        return self._lanes.control.submit(
             lambda store: turn.during(
                 store,
                 lambda store: turn.give_up_lost(store, reason),
@@ -493,15 +429,15 @@ class Session:
         )
 
     def _on_free_lane(self, turn: Turn, call: Callable[[Connection], T]) -> Promise[T]:
-        lane = self._entered_on[turn] = self._take_lane()
+        lane = self._entered_on[turn] = self._free_lane()
 
         def ended() -> None:
             if self._entered_on.get(turn) is lane:
                 del self._entered_on[turn]
-                self._idle.append((lane, time.monotonic()))
+                self._lanes.put_back(lane)
             else:
                 # It was given up, or another call for this turn did not wait for it.
-                self._discard(lane)
+                self._lanes.discard(lane)
 
         promise = lane.submit(call)
         promise.when_settled(ended)
@@ -509,7 +445,9 @@ class Session:
 
     def survey(self, turn: Turn) -> Promise[tuple[int, tuple[int, ...]] | None]:
         """Who has arrived; None where the phase is over."""
-        return self._control.submit(lambda store: turn.during(store, turn.survey, lambda: None))
+        return self._lanes.control.submit(
+            lambda store: turn.during(store, turn.survey, lambda: None)
+        )
 
     def start_afresh(self, turn: Turn, reason: str = _LOST) -> None:
         """The store did not answer in time: leave the connections that hang behind.
@@ -539,24 +477,19 @@ class Session:
         self._standing = False
         self._silent = True
         self._joining = None
-        hung = [self._control]
-        if lane is not None:
-            hung.append(lane)
+        hung = [] if lane is None else [lane]
         if self._closing:
             # Nothing is begun any more, so nobody would end it.
-            for lane in hung:
-                lane.abandon()
+            for each in (*hung, self._lanes.control):
+                each.abandon()
             return
-        self._control = self._lane()
-        self._lanes.append(self._control)
-        if self._watcher.interruptible:
+        hung.append(self._lanes.replace_control())
+        if self._lanes.watcher.interruptible:
             # Two that wait for the same mail would take it from each other.
-            hung.append(self._watcher)
-            self._watcher, self._watched = self._lane(), None
-            self._lanes.append(self._watcher)
-        for lane in hung:
-            self._remains += lane.remains()
-            self._discard(lane)
+            hung.append(self._lanes.replace_watcher())
+            self._watched = None
+        for each in hung:
+            self._lanes.leave_behind(each)
 
     def _make_up_for(
         self, store: Connection, turn: Turn, lane: Lane | None, reason: str = _LOST
@@ -574,29 +507,10 @@ class Session:
         if judged.leader != self.rank and (lane is None or lane.interruptible):
             turn.forsake(store, judged)
 
-    # -- lanes -----------------------------------------------------------------------
-
-    def _lane(self) -> Lane:
-        return Lane(self._open_connection, self.init_secs)
-
-    def _take_lane(self) -> Lane:
+    def _free_lane(self) -> Lane:
         if self._closing:
             raise _closed(self._keys.prefix)
-        while self._idle:
-            lane, since = self._idle.pop()
-            # One that has not yet got rid of its last phase hangs.
-            if not lane.busy or time.monotonic() - since < _HANGS_SECS:
-                return lane
-            self._discard(lane)
-        lane = self._lane()
-        self._lanes.append(lane)
-        return lane
-
-    def _discard(self, lane: Lane) -> None:
-        if lane in self._lanes:
-            self._lanes.remove(lane)
-        lane.abandon()
-        lane.retire()
+        return self._lanes.take()
 
     # -- leaving ---------------------------------------------------------------------
 
@@ -606,7 +520,7 @@ class Session:
         A host itself waits in it until its peers have left.
         """
         self._closing = True
-        return self._control.submit(self._say_farewell)
+        return self._lanes.control.submit(self._say_farewell)
 
     def _say_farewell(self, store: Connection) -> None:
         for turn, promise in list(self._turns.items()):
@@ -618,14 +532,14 @@ class Session:
                 # Known now, while the thread that waits for it may not have read it yet.
                 promise.settle(judged)
         self._stop_doubting()
-        for turn in list(self._life.kept.values()) if self._life is not None else ():
+        for turn in self._life.kept if self._life is not None else ():
             turn.leave(store)
         # Not `_standing`: one lost connection ends that, and the watcher may be well.
         if (membership := self._watched) is not None:
             store.set(membership.mail, _membership.CLOSED)
             if self.hosts:
                 membership.host_leave(store)
-            elif not self._watcher.connected:
+            elif not self._lanes.watcher.connected:
                 # It would be stopped before it can; and a host waits for that.
                 self._leave(store, membership)
 
@@ -635,25 +549,16 @@ class Session:
         for turn, promise in list(self._turns.items()):
             promise.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:
-            self._watcher.submit(self._membership.wait_no_longer)
-        while self._remains:
-            self._remains.pop().close()
-        lanes = list(self._lanes)
-        for lane in lanes:
-            lane.retire()
-        return lanes
+            self._lanes.watcher.submit(self._membership.wait_no_longer)
+        return self._lanes.retire()
 
     def stop_connecting(self) -> None:
         """End the lanes that have no connection, and are waiting for a store at most."""
-        for lane in list(self._lanes):
-            if not lane.connected:
-                lane.abandon()
+        self._lanes.stop_connecting()
 
     def abandon(self) -> None:
         """End the calls of lanes that did not end by themselves."""
-        for lane in list(self._lanes):
-            if not lane.ended.done():
-                lane.abandon()
+        self._lanes.abandon()
 
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does, blocking until ``deadline`` (monotonic) at most."""

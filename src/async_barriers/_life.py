@@ -1,0 +1,65 @@
+"""The turns that one rank takes in one generation."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ._membership import Membership
+from ._protocol import Turn
+
+# Of so many names the keys stay in the store between two crossings, and for so many crossings.
+_KEPT_NAMES = 4
+_LONGEST_SERIES = 100_000
+
+
+class Life:
+    """A membership, and how many turns of each name were taken in it."""
+
+    def __init__(self, membership: Membership) -> None:
+        self.membership = membership
+        self._sequences: Counter[str] = Counter()
+        # The latest turns of names whose keys may serve the next phase, too.
+        self._kept: dict[str, Turn] = {}
+        self._last_name: str | None = None
+
+    @property
+    def kept(self) -> list[Turn]:
+        """Those that may not have departed from keys which they kept."""
+        return list(self._kept.values())
+
+    def next_sequence(self, name: str) -> int:
+        """The sequence number that the next turn of ``name`` will have."""
+        return self._sequences[name]
+
+    def next_turn(self, name: str, leader: int | None = None) -> Turn:
+        """This rank's turn in the next phase of ``name``; not thread-safe."""
+        membership = self.membership
+        sequence = self._sequences[name]
+        self._sequences[name] = sequence + 1
+        before = self._kept.pop(name, None)
+        keeps = (
+            leader is None
+            # A name that is crossed again and again, one crossing after the other.
+            and name == self._last_name
+            and (before is None or before.verdict is not None)
+            and len(self._kept) < _KEPT_NAMES
+        )
+        if before is not None and before.shared:
+            keys = before.keys  # it will take over those that follow
+        else:
+            keys = membership.keys.phase(membership.generation, name, sequence)
+        turn = Turn(
+            keys,
+            name,
+            sequence,
+            membership.rank,
+            membership.world_size,
+            leader,
+            keeps=keeps and (before is None or before.keys.index < _LONGEST_SERIES),
+            follows=before,
+            present=membership.holds,
+        )
+        self._last_name = name
+        if turn.keeps:
+            self._kept[name] = turn
+        return turn
