@@ -23,8 +23,8 @@ def _measured(text: str) -> str:
     return f"{len(text.encode())}:{text}"
 
 
-# Every crossing makes one, and to make a frozen one takes six times as long.
-@dataclass(slots=True)
+# Nothing changes one. But every crossing makes one, and a frozen one takes six times as long.
+@dataclass(slots=True, unsafe_hash=True)
 class PhaseKeys:
     """The keys of one phase, identified by (prefix, generation, name, sequence).
 
