@@ -332,6 +332,7 @@ async def test_closing_before_its_watcher_is_connected(memory: World) -> None:
             if len(clones) == 2:
                 go_on.wait()
 
+    await memory.read("anything")  # over a clone of its own
     memory.store.data.hook = hook  # type: ignore[attr-defined]
     barrier = memory.barrier(0, 2)
     await barrier.connect()
