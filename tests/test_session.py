@@ -22,7 +22,6 @@ from async_barriers import (
     StoreBarrier,
 )
 from async_barriers import _protocol as protocol
-from async_barriers import _session as sessions
 from async_barriers._connection import Connection
 from async_barriers._keys import Keys
 from async_barriers._protocol import Turn
@@ -428,7 +427,7 @@ async def test_a_connection_that_hangs_is_not_used_again(
     memory: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rank knew the verdict, and the store did not answer any more: the next phase works."""
-    monkeypatch.setattr(sessions, "_HANGS_SECS", 0.0)
+    monkeypatch.setattr("async_barriers._lanes.HANGS_SECS", 0.0)
     ranks = await memory.barriers(2)
     counter = memory.keys("x").count
     counted, over = [0], threading.Event()
