@@ -34,6 +34,10 @@ from ._worker import Promise
 
 T = TypeVar("T")
 
+# How long what has to be undone may take after the store has left a call unanswered: law 8 leaves
+# two seconds in all.
+_SILENT_SECS = 0.3
+
 logger = logging.getLogger(__name__)
 
 
@@ -224,6 +228,11 @@ class Crossing:
         with anyio.CancelScope(deadline=self.deadline):
             return await answer(promise, shield=False)
         return None
+
+
+def patience_secs(session: Session) -> float:
+    """How long what has to be undone may take."""
+    return _SILENT_SECS if session.silent else UNDO_SECS
 
 
 async def answer(

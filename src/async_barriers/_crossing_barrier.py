@@ -24,9 +24,8 @@ from ._barrier import (
     check_timeout,
     check_world,
     checked_blob,
-    reason_of,
 )
-from ._crossing import Crossing, answer
+from ._crossing import Crossing, answer, patience_secs
 from ._errors import (
     BarrierClosedError,
     BarrierConnectionError,
@@ -36,10 +35,11 @@ from ._errors import (
 )
 from ._keys import Keys, check_name, check_prefix
 from ._protocol import Turn
+from ._publication import Publication
 from ._session import Session
 from ._stores import Source
 from ._values import BarrierProgress, BarrierResult
-from ._verdict import Broken, Gathered, Released, Verdict
+from ._verdict import Gathered, Released
 from ._waiting import Waiting, outcome, waiting_here
 from ._worker import Promise
 
@@ -48,8 +48,6 @@ T = TypeVar("T")
 # How long closing waits: for the peers of a rank that hosts the store, and for the threads.
 _PEERS_SECS = 3.0
 _STOP_SECS = 0.4
-# As long as that after the store has left a call unanswered: law 8 leaves two seconds in all.
-_SILENT_SECS = 0.3
 _THREADS_SECS = 0.5
 _THREAD_GONE_SECS = 0.01
 # How long joining again may take on one connection, and twice as long on the next one.
@@ -91,7 +89,7 @@ class CrossingBarrier(Barrier):
         # The same ones most often.
         self._waiting: Waiting | None = None
         self._checked_name = ""
-        self._publishing: dict[Turn, _Publication] = {}
+        self._publishing: dict[Turn, Publication] = {}
         # A barrier that is dropped without aclose() must not leave its threads behind.
         weakref.finalize(self, _abandon, self._session).atexit = False
 
@@ -170,7 +168,7 @@ class CrossingBarrier(Barrier):
                 # Said even where the waiting is cancelled.
                 said = session.farewell() if session.has_a_say else None
             if said is not None:
-                with anyio.move_on_after(_PEERS_SECS if session.hosts else self._patience_secs):
+                with anyio.move_on_after(_PEERS_SECS if session.hosts else patience_secs(session)):
                     await outcome(said)
         except BarrierConnectionError as exc:
             logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
@@ -190,7 +188,7 @@ class CrossingBarrier(Barrier):
         # What was published must not be declared broken: publish itself has to end first.
         publications = list(self._publishing.values())
         for publication in publications:
-            publication.stop("it closed its barrier")
+            publication.stop("it closed its barrier", closing=True)
         # One that heeds its cancellation is settled soon, also for a caller who is cancelled.
         for within_secs, shield in ((_STOP_SECS, True), (_PEERS_SECS - _STOP_SECS, False)):
             with anyio.move_on_after(within_secs, shield=shield):
@@ -304,14 +302,6 @@ class CrossingBarrier(Barrier):
         finally:
             self._session.forget(turn)
 
-    @property
-    def _patience_secs(self) -> float:
-        """How long what has to be undone may take."""
-        return _SILENT_SECS if self._session.silent else UNDO_SECS
-
-    async def _answer(self, promise: Promise[T]) -> T | None:
-        return await answer(promise, within_secs=self._patience_secs)
-
     # -- the leader's part -------------------------------------------------------------
 
     async def _publish(self, crossing: Crossing, publish: Publish, gathered: Gathered) -> bytes:
@@ -326,78 +316,13 @@ class CrossingBarrier(Barrier):
                 return crossing.accept(told).result
             finally:
                 self._session.forget(turn)
-        publication = self._publishing[turn] = _Publication(crossing.deadline)
+        publication = self._publishing[turn] = Publication(self._session, crossing)
         try:
-            return await self._publish_and_settle(crossing, publish, gathered, publication)
+            return await publication.run(publish, gathered)
         finally:
             del self._publishing[turn]
             self._session.forget(turn)
             publication.settled.set()
-
-    async def _publish_and_settle(
-        self,
-        crossing: Crossing,
-        publish: Publish,
-        gathered: Gathered,
-        publication: _Publication,
-    ) -> bytes:
-        session, turn = self._session, crossing.turn
-        rank = session.rank
-        returned: bytes | None = None
-        published = False
-        complaint: Exception | None = None
-        verdict: Verdict
-        try:
-            with publication.scope:
-                payloads = await outcome(session.payloads(turn))
-                returned = await publish(payloads)
-                published = True
-        except BaseException as exc:
-            verdict = Broken(rank, f"publish failed: {reason_of(exc)}")
-            settled = session.settle(turn, verdict)
-            if not isinstance(exc, GeneratorExit) and await self._answer(settled) is None:
-                session.owe(turn, verdict)
-            raise
-        if published:
-            try:
-                verdict = Released(gathered.last_rank, checked_blob("publish's result", returned))
-            except (TypeError, ValueError) as exc:
-                # Published it is, and its peers may rely on that.
-                complaint, verdict = exc, Released(gathered.last_rank)
-        elif crossing.timeout_secs is not None and anyio.current_time() >= crossing.deadline:
-            reason = f"rank {rank} was still publishing, and was stopped"
-            verdict = Broken(rank, reason, crossing.timeout_secs)
-        else:
-            verdict = Broken(rank, publication.stopped_for)
-        told = await self._answer(session.settle(turn, verdict))
-        if told is None:
-            session.owe(turn, verdict)
-            raise BarrierConnectionError(
-                f"{describe(turn.name, turn.sequence)}: rank {rank} "
-                f"{'published' if published else 'did not publish'}, but "
-                f"{'this barrier was closed' if self._closed else 'the store was lost'} before "
-                "its peers could be told",
-                in_doubt=True,
-            )
-        if complaint is not None:
-            raise complaint
-        if self._closed and told == Broken(rank, publication.stopped_for):
-            raise BarrierClosedError(describe(turn.name, turn.sequence))
-        return crossing.accept(told).result
-
-
-class _Publication:
-    """A publish under way on this rank."""
-
-    def __init__(self, deadline: float) -> None:
-        self.scope = anyio.CancelScope(deadline=deadline)
-        self.settled = anyio.Event()
-        self.stopped_for = ""
-
-    def stop(self, reason: str) -> None:
-        """Cancel it, for ``reason``."""
-        self.stopped_for = reason
-        self.scope.cancel()
 
 
 async def _require(promise: Promise[T], within_secs: float, turn: Turn) -> T:
