@@ -313,7 +313,10 @@ def test_thousands_of_calls_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     with default_group(store):
         before = sorted(store.list_keys())
         anyio.run(cross)
-        assert found[0] == found[1]
+        # A thread that starts others may have been there at first.
+        (few, threads), (many, threads_after) = found
+        assert few == many
+        assert threads_after <= threads
         assert sorted(store.list_keys()) == before
 
 
