@@ -1,0 +1,212 @@
+"""What ten thousand phases leave behind: nothing (law 10)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from worlds import AnyBarrier, World, gather, until
+
+from async_barriers import BarrierError
+
+pytestmark = pytest.mark.anyio
+
+RANKS = 3
+AT_ONCE = 8
+FIRST, ALL = 500, 10_000
+# One turn in each of a tenth of the phases, chosen by a generator with this seed, is not taken
+# as the others take theirs.
+SEED = 20020
+PAYLOAD = b"shard"
+
+Way = Callable[[Sequence[AnyBarrier], str], Awaitable[object]]
+
+
+async def crossed(ranks: Sequence[AnyBarrier], name: str) -> None:
+    await gather(partial(rank.execute_barrier, name) for rank in ranks)
+
+
+async def committed(ranks: Sequence[AnyBarrier], name: str) -> None:
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        return b"".join(payloads.values())
+
+    results = await gather(
+        partial(rank.commit, publish, name=name, payload=PAYLOAD) for rank in ranks
+    )
+    assert set(results) == {PAYLOAD * RANKS}
+
+
+async def succeeded(ranks: Sequence[AnyBarrier], name: str) -> None:
+    async def body(rank: AnyBarrier) -> None:
+        async with rank.phase(name):
+            await anyio.sleep(0)
+
+    await gather(partial(body, rank) for rank in ranks)
+
+
+async def both(*calls: Callable[[], Awaitable[object]]) -> None:
+    await gather(calls)
+
+
+async def is_broken(call: Callable[[], Awaitable[object]]) -> None:
+    with pytest.raises(BarrierError) as caught:
+        await call()
+    assert not caught.value.in_doubt
+
+
+async def wait_in_vain(ranks: Sequence[AnyBarrier], name: str) -> None:
+    """Of these, one may come when the phase is broken, the others before."""
+    first, *others = ranks
+    await is_broken(partial(first.execute_barrier, name))
+    await gather(partial(is_broken, partial(rank.execute_barrier, name)) for rank in others)
+
+
+async def timed_out(ranks: Sequence[AnyBarrier], name: str) -> None:
+    first, second, third = ranks
+    await gather(
+        partial(is_broken, partial(rank.execute_barrier, name, timeout_secs=0.01))
+        for rank in (first, second)
+    )
+    await is_broken(partial(third.execute_barrier, name))
+
+
+async def cancelled(ranks: Sequence[AnyBarrier], name: str) -> None:
+    async def cancel() -> None:
+        with anyio.move_on_after(random.uniform(0.0, 0.005)):
+            await ranks[0].execute_barrier(name)
+            pytest.fail("it was released")
+
+    await both(cancel, partial(wait_in_vain, ranks[1:], name))
+
+
+async def raised(ranks: Sequence[AnyBarrier], name: str) -> None:
+    async def fail_beside() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ranks[0].execute_barrier, name)
+            await anyio.sleep(0)
+            raise LookupError("the rest of the program failed")
+
+    async def fail() -> None:
+        # A group of exceptions, which is no builtin everywhere.
+        with pytest.raises(Exception) as caught:  # noqa: PT011  (a group is told by its members)
+            await fail_beside()
+        group: Any = caught.value
+        assert [type(one) for one in group.exceptions] == [LookupError]
+
+    await both(fail, partial(wait_in_vain, ranks[1:], name))
+
+
+async def aborted(ranks: Sequence[AnyBarrier], name: str) -> None:
+    await both(partial(ranks[0].abort, "no disk", name), partial(wait_in_vain, ranks[1:], name))
+
+
+async def failed(ranks: Sequence[AnyBarrier], name: str) -> None:
+    async def body() -> None:
+        with pytest.raises(LookupError):
+            async with ranks[0].phase(name):
+                raise LookupError("the shard is gone")
+
+    await both(body, partial(wait_in_vain, ranks[1:], name))
+
+
+async def not_published(ranks: Sequence[AnyBarrier], name: str) -> None:
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        raise OSError("disk full")
+
+    async def lead() -> None:
+        with pytest.raises(OSError, match="disk full"):
+            await ranks[0].commit(publish, name=name, payload=PAYLOAD)
+
+    others = [partial(is_broken, partial(r.commit, publish, name=name)) for r in ranks[1:]]
+    await both(lead, *others)
+
+
+RELEASED: tuple[Way, ...] = (crossed, crossed, committed, succeeded)
+BROKEN: tuple[Way, ...] = (timed_out, cancelled, raised, aborted, failed, not_published)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is there while no phase is under way."""
+
+    keys: int
+    threads: int
+    sockets: int
+    objects: int
+    resident_kib: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {what}" for what, count in asdict(self).items())
+
+
+async def left(world: World) -> Left:
+    """Take stock, when the last ranks have departed."""
+    store: Any = world.store
+
+    async def quiet() -> bool:
+        return not any("/phase/" in key for key in await world.call(store.list_keys))
+
+    await until(quiet)
+    gc.collect()
+    descriptors = Path("/proc/self/fd")
+    return Left(
+        keys=await world.call(store.num_keys),
+        threads=threading.active_count(),
+        sockets=sum(
+            os.readlink(fd).startswith("socket:") for fd in descriptors.iterdir() if fd.is_symlink()
+        ),
+        objects=len(gc.get_objects()),
+        resident_kib=int(Path("/proc/self/statm").read_text().split()[1])
+        * (os.sysconf("SC_PAGE_SIZE") // 1024),
+    )
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_ten_thousand_phases(
+    tcp: World, record_property: Callable[[str, object], None]
+) -> None:
+    """Keys, threads, sockets, objects and memory stay what they were, whatever breaks phases."""
+    ranks = await tcp.barriers(RANKS, lanes=AT_ONCE)
+    at_random = random.Random(SEED)
+    numbers = iter(range(ALL))
+    broken = 0
+
+    async def work(upto: int, mine: str) -> None:
+        nonlocal broken
+        for number in numbers:
+            breaks = at_random.random() < 0.1
+            broken += breaks
+            way = at_random.choice(BROKEN if breaks else RELEASED)
+            name = mine if at_random.random() < 0.5 else f"step {number}"
+            await way(at_random.sample(ranks, RANKS) if way is not not_published else ranks, name)
+            if number >= upto - AT_ONCE:
+                return
+
+    stock = []
+    for upto in (FIRST, ALL):
+        began = time.monotonic()
+        await gather(partial(work, upto, f"worker {number}") for number in range(AT_ONCE))
+        # The keys of a name that is in use are kept for its next phase, until one is broken.
+        await gather(partial(failed, ranks, f"worker {number}") for number in range(AT_ONCE))
+        stock.append(await left(tcp))
+        record_property(
+            f"after {upto} phases, {broken} of them broken",
+            f"{stock[-1]} ({time.monotonic() - began:.1f} s)",
+        )
+    before, after = stock
+    assert after.keys == before.keys
+    # As many as there ever were calls at once on a rank; that may be one more, late.
+    assert after.threads <= before.threads + RANKS
+    assert after.sockets <= before.sockets + 4 * RANKS
+    assert after.objects < before.objects + 500
+    assert after.resident_kib < before.resident_kib + 8 * 1024
