@@ -76,12 +76,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that hangs fails, with the stacks of all threads."""
 
+    marker = request.node.get_closest_marker("bound")
+    bound_secs = marker.args[0] if marker else BOUND_SECS
+
     def fail(signum: int, frame: FrameType | None) -> None:
         faulthandler.dump_traceback(all_threads=True)
-        raise TimeoutError(f"{request.node.nodeid} did not end within {BOUND_SECS} s")
+        raise TimeoutError(f"{request.node.nodeid} did not end within {bound_secs} s")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, BOUND_SECS)
+    signal.setitimer(signal.ITIMER_REAL, bound_secs)
     try:
         yield
     finally:

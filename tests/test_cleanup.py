@@ -171,6 +171,7 @@ async def left(world: World) -> Left:
     )
 
 
+@pytest.mark.bound(110)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_ten_thousand_phases(
     tcp: World, record_property: Callable[[str, object], None]
