@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
+import time
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import torch
 import torch.distributed as dist
 
 from async_barriers import StoreBarrier
+from async_barriers._keys import Keys
 
 OPTIONS: dict[str, Any] = {"timeout_secs": 20.0, "timeout_barrier_init_secs": 20.0}
 
@@ -27,16 +32,21 @@ async def main(order: str) -> None:
     job = StoreBarrier.from_env(**OPTIONS)
     if order == "barrier first":
         await job.execute_barrier("early")
-    if attempt < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        if os.environ["RANK"] == "1":
-            sys.exit("restart me")
-        await job.execute_barrier("never")
+    last_rank = 0
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        if os.environ["RANK"] != str(attempt):
+            # Rank 0 enters in the first attempt, and comes last in the second one: were its first
+            # arrival left, rank 1 would be released without it.
+            await anyio.to_thread.run_sync(await_arrival, "cut short", attempt)
+            if attempt == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        last_rank = (await job.execute_barrier("cut short")).last_rank
     group_timeout = timedelta(seconds=77)
     dist.init_process_group("gloo", timeout=group_timeout)
     rank, size = dist.get_rank(), dist.get_world_size()
     others = dist.new_group(list(range(1, size)))
     store: Any = dist.distributed_c10d._get_default_store()
-    facts: dict[str, Any] = {"rank": rank, "attempt": attempt}
+    facts: dict[str, Any] = {"rank": rank, "attempt": attempt, "last": last_rank}
     world = StoreBarrier.from_process_group(**OPTIONS)
     async with job, world:
         results: list[Any] = []
@@ -68,6 +78,17 @@ async def main(order: str) -> None:
         )
     dist.destroy_process_group()
     os.write(1, json.dumps(facts).encode() + b"\n")
+
+
+def await_arrival(name: str, rank: int) -> None:
+    """Block until ``rank`` has entered the first phase of ``name`` in this attempt."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Any = dist.TCPStore(address, port, wait_for_workers=False)
+    # Whoever comes back begins another generation; both may do that.
+    logs = [Keys("barrier").phase(generation, name, 0).log for generation in (rank, 2 * rank)]
+    arrived = re.compile(rb"^[amk]%d$" % rank, re.MULTILINE)
+    while not any(store.check([log]) and arrived.search(store.get(log)) for log in logs):
+        time.sleep(0.01)
 
 
 async def publish(payloads: Any) -> bytes:

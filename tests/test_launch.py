@@ -88,7 +88,8 @@ def test_beside_a_process_group_without_a_launcher(forge: Forge, order: str) -> 
 @pytest.mark.processes
 @pytest.mark.parametrize("agent_hosts", [True, False], ids=["agent hosts", "rank 0 hosts"])
 def test_under_torchrun(agent_hosts: bool) -> None:
-    """Whoever hosts the job's store, barriers work beside its group, and after a restart."""
+    """Whoever hosts the job's store, barriers work beside its group; and after a worker is killed
+    within a phase and all are started anew, what the old ones had entered is history."""
     ended = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -111,6 +112,7 @@ def test_under_torchrun(agent_hosts: bool) -> None:
     facts = [json.loads(line) for line in ended.stdout.splitlines()]
     of_all_ranks(facts, 2)
     assert {fact["attempt"] for fact in facts} == {int(agent_hosts)}
+    assert {fact["last"] for fact in facts} == {0}
 
 
 @pytest.mark.parametrize("lacking", [LAUNCHED[:1], LAUNCHED[2:], LAUNCHED])
