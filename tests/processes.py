@@ -137,8 +137,17 @@ class Rank:
         """Stop it, and wait until no thread of it runs."""
         self.signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self.pid}/task")
-        # The state follows the command, which stands in brackets and may hold anything.
-        until(lambda: all(") T " in (task / "stat").read_text() for task in tasks.iterdir()))
+
+        def none_runs() -> bool:
+            try:
+                states = [(task / "stat").read_text() for task in tasks.iterdir()]
+            except (FileNotFoundError, ProcessLookupError):
+                return False  # one that has just ended
+            # The state follows the command, which stands in brackets and may hold anything. A
+            # process that was about to end may be dead instead.
+            return all(state.rpartition(")")[2].split()[0] in "TZX" for state in states)
+
+        until(none_runs)
 
     def strike(self, blow: Signals) -> float:
         """Kill or stop it, and wait until it is dead or stopped; when that was begun."""

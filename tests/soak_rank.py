@@ -80,6 +80,7 @@ class SoakRank:
         self._failing: set[str] = set()
         self._over = False
         self._leaving = False
+        self._rebuilding = anyio.Lock()
         self._store: TCPStore | None = None
         self.barrier: AnyBarrier
 
@@ -135,8 +136,10 @@ class SoakRank:
         await self._call("abort", name, within, lambda _: barrier.abort(reason, name))
 
     async def _rebuild(self) -> None:
-        await self._close()
-        await self._build()
+        # Of two at once, either barrier may be the one that joins last, and stays.
+        async with self._rebuilding:
+            await self._close()
+            await self._build()
 
     async def _close(self) -> None:
         within = CLOSE_HOST_SECS if self.options["own_store"] else CLOSE_SECS
