@@ -23,7 +23,9 @@ class PhaseLaws:
     def noted(self, view: View, kind: str, about: str, value: Any) -> None:
         if kind == "learned":
             log, verdict = value
-            self._agreed(view, about, verdict)
+            if self._agreed(view, about, verdict):
+                # The log was looked at then, and may serve a later phase by now.
+                return
             if isinstance(verdict, Broken):
                 self._broken(view, about, verdict, self._first_break(view, log, about))
             else:
@@ -59,12 +61,18 @@ class PhaseLaws:
         still_open = tuple(phase_of(waiting) for waiting in view.waiting if phase_of(waiting))
         return [key for key in keys if "/phase/" in key and not key.startswith(still_open)]
 
-    def _agreed(self, view: View, who: str, verdict: Verdict | Gathered) -> None:
+    def _agreed(self, view: View, who: str, verdict: Verdict | Gathered) -> bool:
+        """Whether this was learned before."""
         if isinstance(verdict, Gathered):
-            return
-        for other, (_, known) in view.notes("learned").items():
-            if phase_of(other) == phase_of(who) and not isinstance(known, Gathered):
-                assert known == verdict, f"law 2: {who}: {verdict}, but {other}: {known}"
+            return False
+        before = {
+            other: known
+            for other, (_, known) in view.notes("learned").items()
+            if other != who and phase_of(other) == phase_of(who) and not isinstance(known, Gathered)
+        }
+        for other, known in before.items():
+            assert known == verdict, f"law 2: {who}: {verdict}, but {other}: {known}"
+        return bool(before)
 
     def _released(
         self, view: View, who: str, verdict: Released | Gathered, broken: dict[str, Any] | None
