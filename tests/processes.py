@@ -91,6 +91,10 @@ class Rank:
         os.close(stdin)
         os.close(stdout)
 
+    def connects(self) -> None:
+        """Wait until its barrier has reached the store."""
+        assert self.event() == {"event": "connected"}, self.stderr
+
     def start(self, do: str, **arguments: Any) -> Call:
         """Have it do something; it goes on taking commands meanwhile."""
         self._asked += 1
@@ -261,6 +265,7 @@ class Job:
         self.size = size
         self._homes = list(homes) or [None] * size
         self.ranks: list[Rank] = []
+        self._former: list[Rank] = []
         self._forge = forge
         self._observer: TCPStore | None = None
         if own_store:
@@ -286,18 +291,15 @@ class Job:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for rank in self.ranks:
+        for rank in (*self.ranks, *self._former):
             rank.dispose()
 
     def start(self, lanes: int) -> Job:
         """Fork all ranks, the backends taking turns, and have each open ``lanes`` connections,
         so that no deadline in a test depends on how long it takes to make one."""
-        for number in range(self.size):
-            backend = self._backends[number % len(self._backends)]
-            who = {"rank": number, "backend": backend, "home": self._homes[number]}
-            self.ranks.append(Rank(self._forge, {**who, **self._options}))
+        self.ranks = [self._fork(number) for number in range(self.size)]
         for rank in self.ranks:
-            assert rank.event() == {"event": "connected"}, rank.stderr
+            rank.connects()
         if self._observer is None:
             self._observer = self._by_the_store(
                 lambda: TCPStore(self._host, self._options["port"], wait_for_workers=False)
@@ -306,6 +308,11 @@ class Job:
         for call in itertools.chain(*calls):
             call.released()
         return self
+
+    def _fork(self, number: int) -> Rank:
+        backend = self._backends[number % len(self._backends)]
+        who = {"rank": number, "backend": backend, "home": self._homes[number]}
+        return Rank(self._forge, {**who, **self._options})
 
     def _by_the_store(self, call: Callable[[], T]) -> T:
         home = self._homes[0]
@@ -326,10 +333,10 @@ class Job:
         """Have several ranks start the same."""
         return [self.ranks[number].start(do, **arguments) for number in ranks]
 
-    def entered(self, *ranks: int, name: str = "", sequence: int = 0) -> None:
+    def entered(self, *ranks: int, name: str = "", sequence: int = 0, generation: int = 0) -> None:
         """Wait until ``ranks`` have arrived in a phase that is not over."""
         # It may share its keys with any of those before it.
-        first = [Keys(PREFIX).phase(0, name, at) for at in range(sequence + 1)]
+        first = [Keys(PREFIX).phase(generation, name, at) for at in range(sequence + 1)]
         logs = [replace(keys, index=sequence - at).log for at, keys in enumerate(first)]
         store = self.store
 
@@ -349,6 +356,26 @@ class Job:
         answers = [call.released() for call in calls]
         assert len({(a["name"], a["sequence"], a["last_rank"]) for a in answers}) == 1, answers
         return answers
+
+    def come_back(self, *numbers: int) -> None:
+        """Start ranks' processes anew, all at once; the former ones have ended, or live on."""
+        self._former += [self.ranks[number] for number in numbers]
+        for number in numbers:
+            self.ranks[number] = self._fork(number)
+        for number in numbers:
+            self.ranks[number].connects()
+
+    def all_join(self, generation: int) -> None:
+        """Have every rank that is not told yet hear of the end of its generation, and join."""
+        store = self.store
+        keys = [Keys(PREFIX).member(number) for number in range(self.size)]
+
+        def they_have() -> bool:
+            for call in self.starts(range(self.size), "connect"):
+                call.released()
+            return all(json.loads(store.get(key))["generation"] == generation for key in keys)
+
+        until(they_have)
 
     def ends(self, within_secs: float = EXIT_SECS, *, quietly: bool = True) -> None:
         """Have all ranks still alive end; each exits with 0 and has printed nothing."""

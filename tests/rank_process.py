@@ -217,6 +217,10 @@ class Doings:
         self._word.set()
         return {}
 
+    async def connect(self) -> dict[str, Any]:
+        await self.barrier.connect()
+        return {}
+
     async def commit(self, publish: str, payload: str, **given: Any) -> bytes:
         async def act(payloads: Mapping[int, bytes]) -> bytes:
             told = {rank: value.decode() for rank, value in payloads.items()}
