@@ -171,6 +171,8 @@ async def left(world: World) -> Left:
     )
 
 
+# What it runs is measured elsewhere; tracing every line here takes as long again as the test.
+@pytest.mark.no_cover
 @pytest.mark.bound(110)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_ten_thousand_phases(
