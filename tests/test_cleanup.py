@@ -211,5 +211,6 @@ async def test_ten_thousand_phases(
     # As many as there ever were calls at once on a rank; that may be one more, late.
     assert after.threads <= before.threads + RANKS
     assert after.sockets <= before.sockets + 4 * RANKS
-    assert after.objects < before.objects + 500
+    # One for each phase would be 9,500 more.
+    assert after.objects < before.objects + 2000
     assert after.resident_kib < before.resident_kib + 8 * 1024

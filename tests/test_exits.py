@@ -15,8 +15,6 @@ pytestmark = pytest.mark.processes
 CODES = {"interrupted": (-SIGINT, 128 + SIGINT), "exits": (3,), "raises": (1,), "ends": (0,)}
 # What ends a wait has to be heard of by the others within that (law 4).
 GRACE_SECS = 1.0
-# An interpreter that was traced saves what it covered as it ends, and so does the other one.
-SAVING_SECS = 0.7
 managed_or_not = pytest.mark.parametrize("managed", [True, False], ids=["closed", "not closed"])
 
 
@@ -80,4 +78,4 @@ def test_leaving_while_the_store_is_silent(
     job.ranks[0].stop()
     told = [leaves(rank, how) for how, rank in leavers]
     for how, rank in leavers:
-        has_left(rank, how, max(told) + EXIT_SECS + SAVING_SECS)
+        has_left(rank, how, max(told) + EXIT_SECS)

@@ -83,10 +83,14 @@ class Connection:
         return _bytes(self._do(self._store.compare_set, key, expected, desired))
 
     def read(self, key: str) -> bytes | None:
-        """The value, or None where there is none; never waits for it."""
+        """The value, or None where there is none. A key that is deleted meanwhile is waited for."""
         if not self._do(self._store.check, [key]):
             return None
         return _bytes(self._do(self._store.get, key))
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a value, also of a key that may be deleted at any moment."""
+        return bool(self._do(self._store.check, [key]))
 
     def await_value(self, key: str) -> bytes:
         """Block until ``key`` exists; its value."""
@@ -154,6 +158,12 @@ class HashConnection(Connection):
     def append(self, key: str, line: bytes) -> None:
         self._do(self._store.append, key, line)
 
+    def read(self, key: str) -> bytes | None:
+        # One operation, and over a TCPStore one round trip, where check and get take three. An
+        # absent key answers with what we expected.
+        value = _bytes(self._do(self._store.compare_set, key, _ABSENT, _ABSENT))
+        return None if value == _ABSENT else value
+
 
 class TCPConnection(HashConnection):
     """A TCPStore, bare or in PrefixStores, in as few round trips as it allows."""
@@ -189,12 +199,6 @@ class TCPConnection(HashConnection):
             del store  # as in `_do`
             self.failed = True
             raise _lost(exc) from exc
-
-    def read(self, key: str) -> bytes | None:
-        # One round trip where check and get take three. An absent key answers with what we
-        # expected.
-        value = _bytes(self._do(self._store.compare_set, key, _ABSENT, _ABSENT))
-        return None if value == _ABSENT else value
 
     def await_value(self, key: str) -> bytes:
         with self._lock:

@@ -211,7 +211,8 @@ def _anyone_lives(store: Connection, keys: Keys, generation: int, size: int) -> 
     store.set_many(mails, _DO_YOU_LIVE)
     deadline = time.monotonic() + _ANSWERS_SECS
     while time.monotonic() < deadline:
-        if any(store.read(mail) is None for mail in mails):
+        # Not read: it may go between being looked for and being got, which would wait for it.
+        if not all(map(store.exists, mails)):
             return True
         time.sleep(_LOOKS_EVERY_SECS)  # no store tells when a key is deleted
     return False
