@@ -15,7 +15,7 @@ the checkpoint. What that adds to DCP:
   is named when this checkpoint's own deadline is over. DCP waits in collectives of a process group,
   whose timeout is minutes and names nobody.
 - Nothing blocks: no thread of a pool waits for the other ranks, the process group is not touched,
-  and several checkpoints may be on their way at once.
+  and the next checkpoint may begin while this one is being committed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ async def train(args: argparse.Namespace) -> None:
         StoreBarrier.from_process_group(prefix="dcp") as barrier,
         anyio.create_task_group() as tasks,
     ):
+        uploaded: Future[Any] | None = None
         for step in range(1, args.steps + 1):
+            if uploaded is not None:
+                # Two saves at once on one group would take each other's collectives, and hang. How
+                # it ended, `finish` tells.
+                await asyncio.gather(asyncio.wrap_future(uploaded), return_exceptions=True)
             weights = weights + step
             directory = args.out / f"step-{step}"
             saving = dcp.async_save(
@@ -71,7 +76,8 @@ async def train(args: argparse.Namespace) -> None:
             # From here on, training may change the weights again.
             await asyncio.wrap_future(saving.staging_completion)
             reader_state = None if fails(args, step) else {"samples": 32 * step}
-            tasks.start_soon(finish, barrier, directory, saving.upload_completion, reader_state)
+            uploaded = saving.upload_completion
+            tasks.start_soon(finish, barrier, directory, uploaded, reader_state)
             await asyncio.sleep(args.step_secs)
     stager.close()
     check(args, weights)

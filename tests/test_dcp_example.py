@@ -20,7 +20,8 @@ def test_only_whole_checkpoints_are_the_latest(tmp_path: Path) -> None:
     count, both know why, and the next one does and can be loaded."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     options = ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    faults = ["--fail-rank", "1", "--fail-at", "2"]
+    # Without a pause: the next save would begin while this one is uploaded.
+    faults = ["--fail-rank", "1", "--fail-at", "2", "--step-secs", "0"]
     ended = subprocess.run(
         [*torchrun, *options, str(EXAMPLE), "--out", str(tmp_path), *faults],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
