@@ -26,6 +26,7 @@ from async_barriers._connection import Connection
 from async_barriers._keys import Keys
 from async_barriers._protocol import Turn
 from async_barriers._verdict import Gathered
+from async_barriers._worker import Promise
 
 # What a busy machine may add to a bound that a law sets.
 LOAD_SECS = 0.3
@@ -558,3 +559,13 @@ async def test_nothing_is_printed(tcp: World, capfd: pytest.CaptureFixture[str])
     for rank in ranks:
         await rank.aclose()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_promise_wakes_in_the_order_in_which_it_was_asked() -> None:
+    """A lane is put back before the caller goes on, who may want it again."""
+    promise: Promise[None] = Promise()
+    woken: list[str] = []
+    promise.when_settled(lambda: woken.append("puts the lane back"))
+    promise.when_settled(lambda: woken.append("goes on"))
+    promise.settle()
+    assert woken == ["puts the lane back", "goes on"]

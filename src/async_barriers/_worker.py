@@ -179,13 +179,16 @@ class Promise(Generic[T]):
         """The second half of `settle`."""
         while True:
             try:
-                wake = self._wakes.pop()
+                wake = self._wakes.pop(0)
             except IndexError:
                 return
             wake()
 
     def when_settled(self, wake: Callable[[], object]) -> None:
-        """Have ``wake`` called, in whatever thread, when it is settled or if it is."""
+        """Have ``wake`` called, in whatever thread, when it is settled or if it is.
+
+        Several are called in their order: what is put back first can be had by who is woken next.
+        """
         self._wakes.append(wake)
         if self._told:
             self.wake()
@@ -201,6 +204,24 @@ def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
     """Block this thread until they are settled, or `time.monotonic` says ``deadline``."""
     for promise in promises:
         promise.wait(deadline - time.monotonic())
+
+
+def wait_for_ends(
+    ended: Sequence[Promise[None]],
+    deadline: float,
+    abandon: Callable[[], object],
+    *,
+    patient: bool = True,
+) -> None:
+    """Block this thread until threads have ended, or `time.monotonic` says ``deadline``.
+
+    :param abandon: makes them end, when they have not by themselves in half of the time
+    :param patient: whether they are given that half
+    """
+    if patient:
+        wait_for_all(ended, (deadline + time.monotonic()) / 2)
+    abandon()
+    wait_for_all(ended, deadline)
 
 
 _to_end_at_exit: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
