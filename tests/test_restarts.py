@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 
 import anyio
@@ -18,6 +19,7 @@ from worlds import AnyBarrier, Tasks, World, free_port, gather, until
 from async_barriers import (
     BarrierClosedError,
     BarrierConnectionError,
+    BarrierError,
     BrokenBarrierError,
     StoreBarrier,
     TCPStoreBarrier,
@@ -84,6 +86,27 @@ def test_a_life_that_was_followed_by_another_gives_way() -> None:
     assert third is not None
     store.delete(keys.over(0))
     assert membership.join(store, keys, 0, 2, "first", first) is None
+
+
+def test_a_letter_that_is_taken_out_in_the_instant_it_is_looked_at() -> None:
+    """Whoever asks whether a member lives does not wait for its own letter (law 5)."""
+    memory = MemoryStore()
+    memory.set_timeout(timedelta(seconds=1))
+    store, keys = Connection(memory), Keys("p")
+    membership.join(store, keys, 0, 2, "member")
+    looks = 0
+
+    def take_out(operation: str, key: str) -> None:
+        nonlocal looks
+        if key == keys.mail(0, 0):
+            looks += operation == "check"
+            # What has been seen is gone when it is got, or looked for once more.
+            if operation == "get" or looks == 2:
+                memory.data.values.pop(key, None)
+
+    memory.data.hook = take_out
+    with pytest.raises(BarrierError, match="world size 1, but its peers with 2"):
+        membership.join(store, keys, 0, 1, "stranger")
 
 
 def test_a_claim_that_was_carried_out_late() -> None:
