@@ -19,7 +19,7 @@ from typing import Any, cast
 import anyio
 import pytest
 import torch.distributed.checkpoint._experimental.barriers as torchs
-from processes import CRASHES, EXIT_SECS, StartJob, until
+from processes import CRASHES, EXIT_SECS, GRACE_SECS, StartJob, until
 from stores import MemoryStore
 from torch.distributed import HashStore
 from worlds import free_port
@@ -36,7 +36,6 @@ from async_barriers import (
 )
 from async_barriers.blocking import BlockingBarrier
 
-GRACE_SECS = 1.0
 # As the interpreter ends it, or as a shell reports it.
 INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 BOUND_SECS = 15.0

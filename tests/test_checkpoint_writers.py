@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Job, StartJob
+from processes import GRACE_SECS, Job, StartJob
 from worlds import free_port
 
 pytestmark = pytest.mark.processes
@@ -17,7 +17,6 @@ SIZE = 4
 FAILING = 2
 # A process that imports torch takes its time, and four of them at once on two cores more.
 PATIENCE_SECS = 35.0
-GRACE_SECS = 1.0
 # A subprocess that fails says so by ending. Before that, torch logs the failure, and to do so
 # imports its compiler, which takes a second where there is nothing else to do.
 ENDING_SECS = 8.0

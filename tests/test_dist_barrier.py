@@ -17,7 +17,7 @@ import anyio
 import pytest
 import torch
 import torch.distributed as dist
-from processes import CRASHES, EXIT_SECS, Call, Job, StartJob, until
+from processes import CRASHES, EXIT_SECS, GRACE_SECS, Call, Job, StartJob, until
 from rank_process import STORE_TIMEOUT_SECS
 from stores import MemoryStore
 from worlds import Tasks
@@ -39,8 +39,6 @@ from async_barriers._waiting import outcome
 
 pytestmark = pytest.mark.anyio
 
-# Within a second of the deadline (law 5), and of a cancellation (law 8).
-GRACE_SECS = 1.0
 # Law 7; twice that where three processes share two processors with other tests.
 PULSE_SECS = 0.1
 DEADLINE_SECS = 0.5

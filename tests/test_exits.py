@@ -6,15 +6,13 @@ import time
 from signal import SIGINT
 
 import pytest
-from processes import BACKENDS, CRASHES, EXIT_SECS, Rank, StartJob
+from processes import BACKENDS, CRASHES, EXIT_SECS, GRACE_SECS, Rank, StartJob
 
 pytestmark = pytest.mark.processes
 
 # How a program ends, and what its exit code is then. An interrupted one is ended by the
 # interpreter, or as a shell reports it.
 CODES = {"interrupted": (-SIGINT, 128 + SIGINT), "exits": (3,), "raises": (1,), "ends": (0,)}
-# What ends a wait has to be heard of by the others within that (law 4).
-GRACE_SECS = 1.0
 managed_or_not = pytest.mark.parametrize("managed", [True, False], ids=["closed", "not closed"])
 
 

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 from networks import HUB_ADDRESS, Network, what_is_lacking
-from processes import CRASHES, EXIT_SECS, Call, Job, Rank, StartJob, until
+from processes import CRASHES, EXIT_SECS, GRACE_SECS, Call, Job, Rank, StartJob, until
 
 pytestmark = pytest.mark.processes
 
-# Law 5 allows an await this much after its deadline, law 8 after its cancellation.
-GRACE_SECS = 1.0
 SHORT_SECS = 2.0
 # Of ranks that must see what their peers, whose deadlines are shorter, gave up.
 LONGER_SECS = SHORT_SECS + 1.5

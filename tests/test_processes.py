@@ -13,6 +13,7 @@ from processes import (
     BACKENDS,
     CRASHES,
     EXIT_SECS,
+    GRACE_SECS,
     Call,
     Job,
     StartJob,
@@ -22,8 +23,6 @@ from rank_process import STORE_TIMEOUT_SECS
 
 pytestmark = pytest.mark.processes
 
-# Within a second of the deadline (law 5), of a break (law 4).
-GRACE_SECS = 1.0
 DEADLINE_SECS = 0.7
 # How long a host waits for peers that do not answer, before it exits as others do.
 HOST_EXIT_SECS = 3.0 + EXIT_SECS

@@ -8,13 +8,11 @@ from signal import SIGCONT, SIGKILL
 from typing import Any
 
 import pytest
-from processes import EXIT_SECS, Call, Job, StartJob, until
+from processes import EXIT_SECS, GRACE_SECS, Call, Job, StartJob, until
 
 pytestmark = pytest.mark.processes
 
 INIT_SECS = 1.5
-# A break has to be heard of within that (law 4), and a deadline is kept within that (law 5).
-GRACE_SECS = 1.0
 # Two processors that end four interpreters at once take their time for that alone.
 ENDS_SECS = 2 * EXIT_SECS
 

@@ -8,13 +8,12 @@ that. Nothing is ever released because of a note.
 from __future__ import annotations
 
 import threading
-import time
 
 from ._connection import Connection, connect_to
 from ._errors import BarrierConnectionError
 from ._lane import Lane
 from ._meeting import Meeting
-from ._worker import Promise, end_at_exit
+from ._worker import Promise, end_at_exit, wait_for_ends
 
 # What comes before all calls, which count from 1.
 CONNECTING = 0
@@ -71,9 +70,7 @@ class Attendance:
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `_worker.end_at_exit`."""
         self.retire()
-        self.ended.wait((deadline - time.monotonic()) / 2)
-        self.abandon()
-        self.ended.wait(deadline - time.monotonic())
+        wait_for_ends([self.ended], deadline, self.abandon)
 
     def _open(self, deadline: float, stop: threading.Event) -> Connection:
         return connect_to(self._meeting.store, deadline, stop)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ._connection import Connection, connect_to
 from ._errors import BarrierConnectionError
 from ._meeting import Meeting
-from ._worker import Promise, Worker, end_at_exit
+from ._worker import Promise, Worker, end_at_exit, wait_for_ends
 
 T = TypeVar("T")
 # Whether the leader published, and what it returned or why it failed.
@@ -135,9 +135,7 @@ class Collectives:
         """Leave before the interpreter does; see `_worker.end_at_exit`."""
         self.give_up()
         self.retire()
-        self.ended.wait((deadline - time.monotonic()) / 2)
-        self.abandon()
-        self.ended.wait(deadline - time.monotonic())
+        wait_for_ends([self.ended], deadline, self.abandon)
 
     def _made(self) -> dist.ProcessGroupGloo:
         meeting, deadline = self._meeting, time.monotonic() + _INIT_SECS

@@ -16,7 +16,7 @@ import json
 import time
 from dataclasses import dataclass
 
-from ._connection import Connection
+from ._connection import Connection, countable
 from ._errors import BarrierError
 from ._keys import Keys
 
@@ -175,8 +175,7 @@ def _join(
         if store.compare_set(keys.member(rank), mine or b"", claim) != claim:
             continue
         roll = store.read(keys.roll(generation)) or b"0"
-        if not (roll.isdigit() and len(roll) < 20):
-            # A TCPStore hangs up on whoever adds to what is no number.
+        if not countable(roll):
             raise ValueError(roll)
         store.add(keys.roll(generation), 1)
         # The mail of a former life stays: it may live on, a duplicate that has to be told. If
@@ -290,6 +289,6 @@ def _size(value: bytes) -> int:
 
 
 def _number(value: bytes, most: int) -> int:
-    if not (value.isdigit() and len(value) < 20 and int(value) <= most):
+    if not (countable(value) and int(value) <= most):
         raise ValueError(value)
     return int(value)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from . import _verdict
-from ._connection import Connection
+from ._connection import Connection, countable
 from ._errors import BarrierConnectionError, BarrierError, describe
 from ._keys import LOGS, PhaseKeys
 from ._verdict import Broken, Gathered, Released, Verdict
@@ -316,12 +316,9 @@ class Turn:
         return self.verdict or judged
 
     def _foul_count(self, store: Connection) -> str | None:
-        """Why nothing can be counted, if something else wrote there; from now on it can be.
-
-        A TCPStore hangs up on whoever adds to what is no number.
-        """
+        """Why nothing can be counted, if something else wrote there; from now on it can be."""
         value = store.read(self.keys.count)
-        if value is None or (value.isdigit() and len(value) < 20 and int(value) < _MOST):
+        if value is None or (countable(value) and int(value) < _MOST):
             return None
         store.compare_set(self.keys.count, value, b"%d" % _GAVE_UP)
         return f"something else wrote {_verdict.show(value)} where its arrivals are counted"

@@ -24,7 +24,7 @@ from ._life import Life
 from ._membership import Membership
 from ._protocol import Forgotten, Turn
 from ._verdict import Gathered, Verdict
-from ._worker import Promise, end_at_exit, wait_for_all
+from ._worker import Promise, end_at_exit, wait_for_all, wait_for_ends
 
 T = TypeVar("T")
 
@@ -568,10 +568,7 @@ class Session:
             self._silent = not said.done()
         ended = [lane.ended for lane in self.retire()]
         self.stop_connecting()
-        if not self._silent:
-            wait_for_all(ended, (deadline + time.monotonic()) / 2)
-        self.abandon()
-        wait_for_all(ended, deadline)
+        wait_for_ends(ended, deadline, self.abandon, patient=not self._silent)
 
 
 def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict | Gathered:
