@@ -82,8 +82,8 @@ async def run_all(cases: Iterable[tuple[str, ...]], run: Callable[..., Awaitable
     assert not failures, "\n".join(map(str, failures))
 
 
-async def entered(world: World, outcomes: list[Outcome], name: str) -> None:
-    """Wait until ranks 0 and 1 are in, or, where the machine is slow, their deadline is over."""
+async def entered(world: World, outcomes: list[Outcome], **phase: Any) -> None:
+    """Wait until the first ranks are in, or, where the machine is slow, their deadline is over."""
     async with anyio.create_task_group() as tasks:
 
         async def is_over() -> None:
@@ -91,7 +91,7 @@ async def entered(world: World, outcomes: list[Outcome], name: str) -> None:
             tasks.cancel_scope.cancel()
 
         tasks.start_soon(is_over)
-        await world.entered(0, 1, name=name)
+        await world.entered(*range(len(outcomes)), **phase)
         tasks.cancel_scope.cancel()
 
 
@@ -134,7 +134,7 @@ async def test_rubbish_in_the_keys_of_one_phase(
         async with Tasks() as tasks:
             early = [] if moment == "first" else [tasks.start(one) for one in entering[:2]]
             if early:
-                await entered(world, early, name)
+                await entered(world, early, name=name)
             await world.call(VANDALS[vandal], world.store, FIELDS[field](world.keys(name=name)))
             late = [] if moment == "in vain" else entering[len(early) :]
             errors = await ended([*early, *map(tasks.start, late)])
@@ -197,7 +197,7 @@ async def test_rubbish_in_the_membership(tcp: World, anyio_backend: str) -> None
 
         async with Tasks() as tasks:
             outcomes = [tasks.start(partial(ranks[0].execute_barrier, "x"))]
-            await tcp.entered(0, name="x", prefix=prefix)
+            await entered(tcp, outcomes, name="x", prefix=prefix)
             await stray()
             outcomes.append(tasks.start(partial(ranks[1].execute_barrier, "x")))
             assert None not in await ended(outcomes)
