@@ -68,13 +68,15 @@ def test_the_operations(pair: tuple[Connection, Connection]) -> None:
 
 def test_appends_of_many_lose_no_line(pair: tuple[Connection, Connection]) -> None:
     """Two ranks that append at the same moment: both lines are there, whole (laws 1 and 2)."""
+
+    def append(index: int) -> None:
+        for number in range(50):
+            pair[index].append("log", b"%d %d\n" % (index, number))
+        # Nothing answers an append; what answers this was sent after them.
+        pair[index].exists("log")
+
     with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(lambda c=c, i=i: [c.append("log", b"%d %d\n" % (i, n)) for n in range(50)])  # type: ignore[misc]
-            for i, c in enumerate(pair)
-        ]
-        for job in jobs:
-            job.result()
+        list(pool.map(append, range(2)))
     log = pair[0].read("log")
     assert log is not None
     lines = log.split()

@@ -7,8 +7,9 @@ import contextlib
 import importlib
 import math
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from contextvars import Context
+from typing import Any, TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
@@ -80,7 +81,7 @@ class AsyncioWaiting(Waiting):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._deadlines: dict[asyncio.Future[None], float] = {}
+        self._deadlines: dict[_Waiter, float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
@@ -95,21 +96,12 @@ class AsyncioWaiting(Waiting):
     ) -> bool:
         if promise.done():
             return True
-        loop = self.loop
-        waiter: asyncio.Future[None] = loop.create_future()
-
-        def post() -> None:
-            try:
-                loop.call_soon_threadsafe(_wake, waiter)
-            except RuntimeError:
-                return  # The loop has ended: nobody waits any more.
-
+        waiter = _Waiter(self.loop, promise)
         if deadline < math.inf:
             self._deadlines[waiter] = deadline
             if deadline < self._rings_at:
                 self._set(deadline)
         try:
-            promise.when_settled(post)
             if start is not None:
                 start()
             await waiter
@@ -129,16 +121,66 @@ class AsyncioWaiting(Waiting):
         later = math.inf
         for waiter, deadline in self._deadlines.items():
             if deadline <= now:
-                _wake(waiter)
+                waiter.wake()
             else:
                 later = min(later, deadline)
         if later < math.inf:
             self._set(later)
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+class _Waiter:
+    """What a task of asyncio awaits until a promise is settled, or somebody else wakes it.
+
+    A future would have the loop run twice: once to set it, and once more for the task that is
+    woken by that. This has the task itself run next. It is what asyncio takes for a future (see
+    `asyncio.isfuture`), for one task that awaits it once.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_loop", "_promise", "_wakes")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, promise: Promise[Any]) -> None:
+        self._asyncio_future_blocking = False
+        self._cancelled: asyncio.CancelledError | None = None
+        self._loop = loop
+        self._promise = promise
+        # Whoever takes it out wakes the task, on whatever thread; nobody else does.
+        self._wakes: list[tuple[Callable[[Any], object], Context | None]] = []
+
+    def __await__(self) -> Generator[_Waiter, None, None]:
+        self._asyncio_future_blocking = True
+        yield self
+
+    def wake(self) -> None:
+        """Have the task go on, once; from any thread."""
+        try:
+            wake, context = self._wakes.pop()
+            self._loop.call_soon_threadsafe(wake, self, context=context)
+        except IndexError:
+            return  # It does already.
+        except RuntimeError:
+            return  # The loop has ended: nobody waits any more.
+
+    # -- what a task calls of it -------------------------------------------------------
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(
+        self, wake: Callable[[Any], object], *, context: Context | None = None
+    ) -> None:
+        self._wakes.append((wake, context))
+        self._promise.when_settled(self.wake)
+
+    def result(self) -> None:
+        if self._cancelled is not None:
+            raise self._cancelled
+
+    def cancel(self, msg: Any = None) -> bool:
+        if not self._wakes:
+            return False
+        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        self.wake()
+        return True
 
 
 def waiting_here(before: Waiting | None) -> Waiting:
