@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from tempfile import TemporaryFile
@@ -339,8 +338,12 @@ class Job:
     def entered(self, *ranks: int, name: str = "", sequence: int = 0, generation: int = 0) -> None:
         """Wait until ``ranks`` have arrived in a phase that is not over."""
         # It may share its keys with any of those before it.
-        first = [Keys(PREFIX).phase(generation, name, at) for at in range(sequence + 1)]
-        logs = [replace(keys, index=sequence - at).log for at, keys in enumerate(first)]
+        logs = []
+        for first in range(sequence + 1):
+            keys = Keys(PREFIX).phase(generation, name, first)
+            for _ in range(sequence - first):
+                keys = keys.following
+            logs.append(keys.log)
         store = self.store
 
         def has_entered(rank: int, log: bytes) -> bool:

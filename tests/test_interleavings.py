@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -368,7 +367,7 @@ def test_a_planted_race_in_commit_is_found() -> None:
 def test_planted_keys_that_collide_are_found() -> None:
     """A name that runs into its sequence number matches another name's (law 9)."""
     path = f"{KEYS.root}/phase/0/x10"
-    mixed = [replace(PHASE, path=path, generation=other) for other in (0, 1)]
+    mixed = [PhaseKeys(path, generation) for generation in (0, 1)]
     with pytest.raises(Violation, match=r"law 3: 0 enters .* share a rank"):
         _independent(*mixed)
 

@@ -194,7 +194,8 @@ class TCPConnection(HashConnection):
                 # A wait of a week is like any other that something ended too early.
                 if not _timed_out(exc):
                     raise
-            return _bytes(store.compare_set(log, _ABSENT, _ABSENT))
+            arrivals: bytes = store.compare_set(log, _ABSENT, _ABSENT)
+            return arrivals
         except Exception as exc:
             del store  # as in `_do`
             self.failed = True

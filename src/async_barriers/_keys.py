@@ -6,7 +6,7 @@ prefix and name lets two keys collide ("ckpt1" + "0" is not "ckpt" + "10" here).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 # TCPStore refuses keys over 8 KiB by dropping the connection. The rest is left for the
@@ -23,37 +23,47 @@ def _measured(text: str) -> str:
     return f"{len(text.encode())}:{text}"
 
 
-# Nothing changes one. But every crossing makes one, and a frozen one takes six times as long.
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(init=False, slots=True, unsafe_hash=True)
 class PhaseKeys:
     """The keys of one phase, identified by (prefix, generation, name, sequence).
 
-    Phases of one name that follow each other may share them; ``index`` counts those.
+    Phases of one name that follow each other may share them.
+
+    :ivar index: how many phases had them before this one
+    :ivar log: every arrival and every break, in the order that decides
+    :ivar count: how many ranks arrived and how many are done, in one counter
     """
 
     path: str
     generation: int
-    index: int = 0
+    index: int
+    log: str = field(compare=False, repr=False)
+    count: str = field(compare=False, repr=False)
+    _logs: tuple[str, ...] = field(compare=False, repr=False)
 
-    @property
-    def log(self) -> str:
-        """Every arrival and every break, in the order that decides."""
-        return f"{self.path}/log{self.index % LOGS or ''}"
+    def __init__(self, path: str, generation: int, before: PhaseKeys | None = None) -> None:
+        self.path = path
+        self.generation = generation
+        if before is None:
+            self.index = 0
+            self.count = path + "/count"
+            self._logs = (path + "/log", path + "/log1", path + "/log2")
+        else:
+            # Every crossing of a series comes by here.
+            self.index = before.index + 1
+            self.count = before.count
+            self._logs = before._logs
+        self.log = self._logs[self.index % LOGS]
 
     @property
     def logs(self) -> list[str]:
         """The logs of this phase and of those it shares its keys with."""
-        return [PhaseKeys(self.path, 0, index).log for index in range(min(self.index + 1, LOGS))]
+        return list(self._logs[: self.index + 1])
 
     @property
     def following(self) -> PhaseKeys:
         """The keys of the next phase, if it shares them."""
-        return PhaseKeys(self.path, self.generation, self.index + 1)
-
-    @property
-    def count(self) -> str:
-        """How many ranks arrived and how many are done, in one counter."""
-        return self.path + "/count"
+        return PhaseKeys(self.path, self.generation, self)
 
     @property
     def verdict(self) -> str:

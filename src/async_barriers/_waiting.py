@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import math
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -36,18 +36,20 @@ async def outcome(promise: Promise[T]) -> T:
 
 
 class Waiting:
-    """The clock of an event loop, and how to wait there."""
+    """The clock of an event loop, and how to wait there.
 
-    def now(self) -> float:
-        """What the loop's clock says, in seconds."""
-        return anyio.current_time()
+    :ivar now: what the loop's clock says, in seconds
+    """
 
-    async def settled(
+    def __init__(self) -> None:
+        self.now: Callable[[], float] = anyio.current_time
+
+    def settled(
         self,
         promise: Promise[T],
         deadline: float = math.inf,
         start: Callable[[], object] | None = None,
-    ) -> bool:
+    ) -> Awaitable[bool]:
         """Wait until ``promise`` is settled, or `now` says ``deadline``.
 
         True if it is settled. Cancelling stops the waiting; the call behind it goes on.
@@ -55,21 +57,27 @@ class Waiting:
         :param start: called when all else is ready, to have a thread make the call. The thread
             wakes up within microseconds, and could not run while this one still prepares to wait.
         """
-        if promise.done():
-            return True
-        done = anyio.Event()
-        on_loop = poster()
+        return _settled(promise, deadline, start)
 
-        def post() -> None:
-            with contextlib.suppress(RuntimeError):
-                on_loop(done.set)
 
-        promise.when_settled(post)
-        if start is not None:
-            start()
-        with anyio.CancelScope(deadline=deadline):
-            await done.wait()
-        return promise.done()
+async def _settled(
+    promise: Promise[T], deadline: float, start: Callable[[], object] | None
+) -> bool:
+    if promise.done():
+        return True
+    done = anyio.Event()
+    on_loop = poster()
+
+    def post() -> None:
+        with contextlib.suppress(RuntimeError):
+            on_loop(done.set)
+
+    promise.when_settled(post)
+    if start is not None:
+        start()
+    with anyio.CancelScope(deadline=deadline):
+        await done.wait()
+    return promise.done()
 
 
 class AsyncioWaiting(Waiting):
@@ -81,33 +89,23 @@ class AsyncioWaiting(Waiting):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._deadlines: dict[_Waiter, float] = {}
+        self.now = loop.time
+        self.deadlines: dict[_Settled, float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def now(self) -> float:
-        return self.loop.time()
-
-    async def settled(
+    def settled(
         self,
         promise: Promise[T],
         deadline: float = math.inf,
         start: Callable[[], object] | None = None,
-    ) -> bool:
-        if promise.done():
-            return True
-        waiter = _Waiter(self.loop, promise)
-        if deadline < math.inf:
-            self._deadlines[waiter] = deadline
-            if deadline < self._rings_at:
-                self._set(deadline)
-        try:
-            if start is not None:
-                start()
-            await waiter
-        finally:
-            self._deadlines.pop(waiter, None)
-        return promise.done()
+    ) -> Awaitable[bool]:
+        return _Settled(self, promise, deadline, start)
+
+    def wake_at(self, deadline: float) -> None:
+        """Wake those that wait, each at its deadline; this one was added."""
+        if deadline < self._rings_at:
+            self._set(deadline)
 
     def _set(self, deadline: float) -> None:
         if self._timer is not None:
@@ -119,7 +117,7 @@ class AsyncioWaiting(Waiting):
         self._rings_at, self._timer = math.inf, None
         now = self.loop.time()
         later = math.inf
-        for waiter, deadline in self._deadlines.items():
+        for waiter, deadline in self.deadlines.items():
             if deadline <= now:
                 waiter.wake()
             else:
@@ -128,33 +126,61 @@ class AsyncioWaiting(Waiting):
             self._set(later)
 
 
-class _Waiter:
-    """What a task of asyncio awaits until a promise is settled, or somebody else wakes it.
+class _Settled:
+    """What a task of asyncio awaits until a promise is settled, or a deadline is over.
 
     A future would have the loop run twice: once to set it, and once more for the task that is
     woken by that. This has the task itself run next. It is what asyncio takes for a future (see
     `asyncio.isfuture`), for one task that awaits it once.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_loop", "_promise", "_wakes")
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_cancelled",
+        "_deadline",
+        "_promise",
+        "_start",
+        "_waiting",
+        "_wakes",
+    )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, promise: Promise[Any]) -> None:
+    def __init__(
+        self,
+        waiting: AsyncioWaiting,
+        promise: Promise[Any],
+        deadline: float,
+        start: Callable[[], object] | None,
+    ) -> None:
         self._asyncio_future_blocking = False
-        self._cancelled: asyncio.CancelledError | None = None
-        self._loop = loop
+        self._cancelled: tuple[Any, ...] | None = None
+        self._waiting = waiting
         self._promise = promise
+        self._deadline = deadline
+        self._start = start
         # Whoever takes it out wakes the task, on whatever thread; nobody else does.
         self._wakes: list[tuple[Callable[[Any], object], Context | None]] = []
 
-    def __await__(self) -> Generator[_Waiter, None, None]:
-        self._asyncio_future_blocking = True
-        yield self
+    def __await__(self) -> Generator[_Settled, None, bool]:
+        promise, start, waiting = self._promise, self._start, self._waiting
+        if start is None and promise.done():
+            return True
+        try:
+            if self._deadline < math.inf:
+                waiting.deadlines[self] = self._deadline
+                waiting.wake_at(self._deadline)
+            if start is not None:
+                start()
+            self._asyncio_future_blocking = True
+            yield self
+        finally:
+            waiting.deadlines.pop(self, None)
+        return promise.done()
 
     def wake(self) -> None:
         """Have the task go on, once; from any thread."""
         try:
             wake, context = self._wakes.pop()
-            self._loop.call_soon_threadsafe(wake, self, context=context)
+            self._waiting.loop.call_soon_threadsafe(wake, self, context=context)
         except IndexError:
             return  # It does already.
         except RuntimeError:
@@ -163,7 +189,7 @@ class _Waiter:
     # -- what a task calls of it -------------------------------------------------------
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
+        return self._waiting.loop
 
     def add_done_callback(
         self, wake: Callable[[Any], object], *, context: Context | None = None
@@ -173,12 +199,13 @@ class _Waiter:
 
     def result(self) -> None:
         if self._cancelled is not None:
-            raise self._cancelled
+            # Not kept here: it would know of all frames that it went through.
+            raise asyncio.CancelledError(*self._cancelled)
 
     def cancel(self, msg: Any = None) -> bool:
         if not self._wakes:
             return False
-        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        self._cancelled = () if msg is None else (msg,)
         self.wake()
         return True
 
