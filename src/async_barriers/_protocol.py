@@ -39,8 +39,8 @@ _DEPARTED = 1 << 36
 _SUMMARISED = 1 << 62
 # Nothing of ours counts up to this.
 _MOST = _SUMMARISED + (_SUMMARISED >> 1)
-# In larger worlds not every rank may read all arrivals.
-_MEETING = 64
+# In larger worlds not every rank may read all arrivals: those of so many still fit into one packet.
+_MEETING = 256
 
 
 class Forgotten(BarrierConnectionError):
