@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import gc
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -126,33 +124,3 @@ def test_a_loop_that_has_ended() -> None:
     promise.settle("told")
     assert not waiting.done()
     waiting.get_coro().close()
-    ended = weakref.ref(loop)
-    del loop, waiting
-    gc.collect()
-    assert ended() is None
-
-
-def test_a_task_that_ends_the_loop() -> None:
-    """What was woken in the same moment goes on when the loop is run again."""
-    promises: list[Promise[str]] = [Promise(), Promise()]
-
-    async def leave() -> None:
-        await waiting_here(None).settled(promises[0])
-        raise SystemExit(3)
-
-    async def stay() -> str:
-        await waiting_here(None).settled(promises[1])
-        return promises[1].result()
-
-    loop = asyncio.new_event_loop()
-    leaving, staying = loop.create_task(leave()), loop.create_task(stay())
-    loop.run_until_complete(asyncio.sleep(0))
-    for promise in promises:
-        promise.settle("told")
-    with pytest.raises(SystemExit):
-        loop.run_until_complete(asyncio.sleep(5))
-    assert not staying.done()
-    assert loop.run_until_complete(asyncio.wait_for(staying, 5)) == "told"
-    with pytest.raises(SystemExit):
-        leaving.result()
-    loop.close()

@@ -6,10 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import math
-import socket
 import sys
-import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from contextvars import Context
 from typing import Any, TypeVar
@@ -93,7 +90,6 @@ class AsyncioWaiting(Waiting):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.now = loop.time
-        self.bell = _bell_of(loop)
         self.deadlines: dict[_Settled, float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
@@ -134,7 +130,7 @@ class _Settled:
     """What a task of asyncio awaits until a promise is settled, or a deadline is over.
 
     A future would have the loop run twice: once to set it, and once more for the task that is
-    woken by that. This has the task itself run. It is what asyncio takes for a future (see
+    woken by that. This has the task itself run next. It is what asyncio takes for a future (see
     `asyncio.isfuture`), for one task that awaits it once.
     """
 
@@ -162,7 +158,7 @@ class _Settled:
         self._deadline = deadline
         self._start = start
         # Whoever takes it out wakes the task, on whatever thread; nobody else does.
-        self._wakes: list[tuple[Context, Callable[[Any], object]]] = []
+        self._wakes: list[tuple[Callable[[Any], object], Context | None]] = []
 
     def __await__(self) -> Generator[_Settled, None, bool]:
         promise, start, waiting = self._promise, self._start, self._waiting
@@ -183,18 +179,22 @@ class _Settled:
     def wake(self) -> None:
         """Have the task go on, once; from any thread."""
         try:
-            context, wake = self._wakes.pop()
+            wake, context = self._wakes.pop()
+            self._waiting.loop.call_soon_threadsafe(wake, self, context=context)
         except IndexError:
             return  # It does already.
-        self._waiting.bell.ring(context, wake, self)
+        except RuntimeError:
+            return  # The loop has ended: nobody waits any more.
 
     # -- what a task calls of it -------------------------------------------------------
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         return self._waiting.loop
 
-    def add_done_callback(self, wake: Callable[[Any], object], *, context: Context) -> None:
-        self._wakes.append((context, wake))
+    def add_done_callback(
+        self, wake: Callable[[Any], object], *, context: Context | None = None
+    ) -> None:
+        self._wakes.append((wake, context))
         self._promise.when_settled(self.wake)
 
     def result(self) -> None:
@@ -208,60 +208,6 @@ class _Settled:
         self._cancelled = () if msg is None else (msg,)
         self.wake()
         return True
-
-
-class _Bell:
-    """Wakes tasks of one asyncio loop, from any thread.
-
-    As `call_soon_threadsafe` does, but for tasks only, which it runs itself when it is heard. That
-    spares the loop the better half of its own work, which costs more than what is done here.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._woken: deque[tuple[Context, Callable[[Any], object], _Settled]] = deque()
-        self._rope, self._clapper = socket.socketpair()
-        self._rope.setblocking(False)
-        self._clapper.setblocking(False)
-        weakref.finalize(self, _close, self._rope, self._clapper)
-        # The loop keeps it until it is closed.
-        loop.add_reader(self._clapper, self._heard)
-
-    def ring(self, context: Context, wake: Callable[[Any], object], by: _Settled) -> None:
-        """Have ``wake(by)`` run on the loop; if it still runs, else nobody waits any more."""
-        self._woken.append((context, wake, by))
-        # Where it is full it was rung already, and where it is closed the loop has ended.
-        with contextlib.suppress(OSError):
-            self._rope.send(b"!")
-
-    def _heard(self) -> None:
-        self._clapper.recv(1024)
-        woken = self._woken
-        try:
-            while woken:
-                context, wake, by = woken.popleft()
-                context.run(wake, by)
-        finally:
-            if woken:
-                # A task has ended the loop, and who runs it again has to go on with the others.
-                self._rope.send(b"!")
-
-
-def _close(*ends: socket.socket) -> None:
-    for end in ends:
-        end.close()
-
-
-_bells: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Bell]]
-_bells = weakref.WeakKeyDictionary()
-
-
-def _bell_of(loop: asyncio.AbstractEventLoop) -> _Bell:
-    known = _bells.get(loop)
-    bell = None if known is None else known()
-    if bell is None:
-        bell = _Bell(loop)
-        _bells[loop] = weakref.ref(bell)
-    return bell
 
 
 def waiting_here(before: Waiting | None) -> Waiting:
