@@ -7,9 +7,8 @@ import contextlib
 import importlib
 import math
 import sys
-from collections.abc import Awaitable, Callable, Generator
-from contextvars import Context
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
@@ -36,20 +35,18 @@ async def outcome(promise: Promise[T]) -> T:
 
 
 class Waiting:
-    """The clock of an event loop, and how to wait there.
+    """The clock of an event loop, and how to wait there."""
 
-    :ivar now: what the loop's clock says, in seconds
-    """
+    def now(self) -> float:
+        """What the loop's clock says, in seconds."""
+        return anyio.current_time()
 
-    def __init__(self) -> None:
-        self.now: Callable[[], float] = anyio.current_time
-
-    def settled(
+    async def settled(
         self,
         promise: Promise[T],
         deadline: float = math.inf,
         start: Callable[[], object] | None = None,
-    ) -> Awaitable[bool]:
+    ) -> bool:
         """Wait until ``promise`` is settled, or `now` says ``deadline``.
 
         True if it is settled. Cancelling stops the waiting; the call behind it goes on.
@@ -57,27 +54,21 @@ class Waiting:
         :param start: called when all else is ready, to have a thread make the call. The thread
             wakes up within microseconds, and could not run while this one still prepares to wait.
         """
-        return _settled(promise, deadline, start)
+        if promise.done():
+            return True
+        done = anyio.Event()
+        on_loop = poster()
 
+        def post() -> None:
+            with contextlib.suppress(RuntimeError):
+                on_loop(done.set)
 
-async def _settled(
-    promise: Promise[T], deadline: float, start: Callable[[], object] | None
-) -> bool:
-    if promise.done():
-        return True
-    done = anyio.Event()
-    on_loop = poster()
-
-    def post() -> None:
-        with contextlib.suppress(RuntimeError):
-            on_loop(done.set)
-
-    promise.when_settled(post)
-    if start is not None:
-        start()
-    with anyio.CancelScope(deadline=deadline):
-        await done.wait()
-    return promise.done()
+        promise.when_settled(post)
+        if start is not None:
+            start()
+        with anyio.CancelScope(deadline=deadline):
+            await done.wait()
+        return promise.done()
 
 
 class AsyncioWaiting(Waiting):
@@ -89,23 +80,42 @@ class AsyncioWaiting(Waiting):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.now = loop.time
-        self.deadlines: dict[_Settled, float] = {}
+        self._deadlines: dict[asyncio.Future[None], float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def settled(
+    def now(self) -> float:
+        return self.loop.time()
+
+    async def settled(
         self,
         promise: Promise[T],
         deadline: float = math.inf,
         start: Callable[[], object] | None = None,
-    ) -> Awaitable[bool]:
-        return _Settled(self, promise, deadline, start)
+    ) -> bool:
+        if promise.done():
+            return True
+        loop = self.loop
+        waiter: asyncio.Future[None] = loop.create_future()
 
-    def wake_at(self, deadline: float) -> None:
-        """Wake those that wait, each at its deadline; this one was added."""
-        if deadline < self._rings_at:
-            self._set(deadline)
+        def post() -> None:
+            try:
+                loop.call_soon_threadsafe(_wake, waiter)
+            except RuntimeError:
+                return  # The loop has ended: nobody waits any more.
+
+        if deadline < math.inf:
+            self._deadlines[waiter] = deadline
+            if deadline < self._rings_at:
+                self._set(deadline)
+        try:
+            promise.when_settled(post)
+            if start is not None:
+                start()
+            await waiter
+        finally:
+            self._deadlines.pop(waiter, None)
+        return promise.done()
 
     def _set(self, deadline: float) -> None:
         if self._timer is not None:
@@ -117,97 +127,18 @@ class AsyncioWaiting(Waiting):
         self._rings_at, self._timer = math.inf, None
         now = self.loop.time()
         later = math.inf
-        for waiter, deadline in self.deadlines.items():
+        for waiter, deadline in self._deadlines.items():
             if deadline <= now:
-                waiter.wake()
+                _wake(waiter)
             else:
                 later = min(later, deadline)
         if later < math.inf:
             self._set(later)
 
 
-class _Settled:
-    """What a task of asyncio awaits until a promise is settled, or a deadline is over.
-
-    A future would have the loop run twice: once to set it, and once more for the task that is
-    woken by that. This has the task itself run next. It is what asyncio takes for a future (see
-    `asyncio.isfuture`), for one task that awaits it once.
-    """
-
-    __slots__ = (
-        "_asyncio_future_blocking",
-        "_cancelled",
-        "_deadline",
-        "_promise",
-        "_start",
-        "_waiting",
-        "_wakes",
-    )
-
-    def __init__(
-        self,
-        waiting: AsyncioWaiting,
-        promise: Promise[Any],
-        deadline: float,
-        start: Callable[[], object] | None,
-    ) -> None:
-        self._asyncio_future_blocking = False
-        self._cancelled: tuple[Any, ...] | None = None
-        self._waiting = waiting
-        self._promise = promise
-        self._deadline = deadline
-        self._start = start
-        # Whoever takes it out wakes the task, on whatever thread; nobody else does.
-        self._wakes: list[tuple[Callable[[Any], object], Context | None]] = []
-
-    def __await__(self) -> Generator[_Settled, None, bool]:
-        promise, start, waiting = self._promise, self._start, self._waiting
-        if start is None and promise.done():
-            return True
-        try:
-            if self._deadline < math.inf:
-                waiting.deadlines[self] = self._deadline
-                waiting.wake_at(self._deadline)
-            if start is not None:
-                start()
-            self._asyncio_future_blocking = True
-            yield self
-        finally:
-            waiting.deadlines.pop(self, None)
-        return promise.done()
-
-    def wake(self) -> None:
-        """Have the task go on, once; from any thread."""
-        try:
-            wake, context = self._wakes.pop()
-            self._waiting.loop.call_soon_threadsafe(wake, self, context=context)
-        except IndexError:
-            return  # It does already.
-        except RuntimeError:
-            return  # The loop has ended: nobody waits any more.
-
-    # -- what a task calls of it -------------------------------------------------------
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._waiting.loop
-
-    def add_done_callback(
-        self, wake: Callable[[Any], object], *, context: Context | None = None
-    ) -> None:
-        self._wakes.append((wake, context))
-        self._promise.when_settled(self.wake)
-
-    def result(self) -> None:
-        if self._cancelled is not None:
-            # Not kept here: it would know of all frames that it went through.
-            raise asyncio.CancelledError(*self._cancelled)
-
-    def cancel(self, msg: Any = None) -> bool:
-        if not self._wakes:
-            return False
-        self._cancelled = () if msg is None else (msg,)
-        self.wake()
-        return True
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def waiting_here(before: Waiting | None) -> Waiting:
