@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 DEADLINE_SECS = 0.6
 BOUND_SECS = DEADLINE_SECS + 1 + 0.3
 # How many cases share the processors, so that their deadlines mean something.
-AT_ONCE = 16
+AT_ONCE = 8
 SIZE = 3
 
 Vandal = Callable[[Any, str], object]

@@ -47,7 +47,7 @@ class PhaseKeys:
         if before is None:
             self.index = 0
             self.count = path + "/count"
-            self._logs = (path + "/log", path + "/log1", path + "/log2")
+            self._logs = tuple(f"{path}/log{number or ''}" for number in range(LOGS))
         else:
             # Every crossing of a series comes by here.
             self.index = before.index + 1

@@ -255,10 +255,12 @@ class Turn:
         keys = self.keys
         log = store.meet(keys.log, self._arrival, keys.count, self.world_size * (keys.index + 1))
         self._counted = True
-        if self.verdict is None and (kept := _verdict.all_keep(log, self.world_size)) is not None:
-            # What most crossings come to, and all that follows would find nothing else.
-            self.verdict = kept
-            return kept
+        if self.verdict is None and self._arrival in log:
+            # What most crossings come to; all that follows would find nothing else.
+            kept = _verdict.all_keep(log, self.world_size)
+            if kept is not None:
+                self.verdict = kept
+                return kept
         judged = self._judge(store, log)
         if judged is None:
             # Whatever called us, it was too early. Said in the log before we look again, so
