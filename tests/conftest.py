@@ -19,6 +19,7 @@ from torch.distributed import Store, TCPStore
 from worlds import KINDS, OVER_A_STORE, World
 
 BOUND_SECS = 40
+CLEARING_UP_SECS = 10
 LOOPS = ("asyncio", "trio")
 # Everything of a store that talks to it.
 STORE_CALLS = (
@@ -84,7 +85,8 @@ def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
         raise TimeoutError(f"{request.node.nodeid} did not end within {bound_secs} s")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, bound_secs)
+    # Again and again: what clears up after a test that hung may hang, too.
+    signal.setitimer(signal.ITIMER_REAL, bound_secs, CLEARING_UP_SECS)
     try:
         yield
     finally:
