@@ -69,11 +69,7 @@ class Lane:
         def run() -> Callable[[], object] | None:
             self.busy = True
             try:
-                # On every crossing's path, and most often there is nothing to see to.
-                connection = self._connection
-                if connection is None or connection.failed or self._stale:
-                    connection = self._connected()
-                return call(connection)
+                return call(self._connected())
             except BaseException as exc:
                 if isinstance(exc, BarrierConnectionError):
                     self._hang_up()
@@ -143,7 +139,6 @@ class Lane:
     def abandon(self) -> None:
         """From any thread: end the call under way, where that can be done, and make no other."""
         self._abandoned.set()
-        self._stale = True
         if (connection := self._connection) is not None:
             connection.interrupt()
 

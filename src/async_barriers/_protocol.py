@@ -131,8 +131,7 @@ class Turn:
         :param if_last: not where this rank cannot depart with it: None, and `release` is due
         """
         with self._lock:
-            verdict = self.verdict
-            last = self._users == 1 and not self._departed and verdict is not None
+            last = self._users == 1 and not self._departed and self.verdict is not None
             if if_last and (not last or self._heir is not None):
                 return None
             self._users -= 1
@@ -140,7 +139,7 @@ class Turn:
                 return False
             self._departed = True
         # Where the next phase of this name has our keys, we depart with that.
-        return not (isinstance(verdict, Released) and verdict.shared)
+        return not self.shared
 
     def _leave_to(self, heir: Turn) -> bool:
         """Whether ``heir`` has to be released when all calls have let go of this turn."""
@@ -255,12 +254,6 @@ class Turn:
         keys = self.keys
         log = store.meet(keys.log, self._arrival, keys.count, self.world_size * (keys.index + 1))
         self._counted = True
-        if self.verdict is None and self._arrival in log:
-            # What most crossings come to; all that follows would find nothing else.
-            kept = _verdict.all_keep(log, self.world_size)
-            if kept is not None:
-                self.verdict = kept
-                return kept
         judged = self._judge(store, log)
         if judged is None:
             # Whatever called us, it was too early. Said in the log before we look again, so

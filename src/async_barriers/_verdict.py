@@ -101,7 +101,7 @@ def breaking(
 
 def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | Broken | None:
     """What the log decides; None while it decides nothing."""
-    if (kept := all_keep(log, world_size)) is not None:
+    if (kept := _all_keep(log, world_size)) is not None:
         return kept
     lines = log.splitlines()
     arrived: set[int] = set()
@@ -141,8 +141,7 @@ def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | B
 
 # The common case, on every rank's path once per crossing. A few ranks come in few orders.
 @functools.lru_cache(maxsize=64)
-def all_keep(log: bytes, world_size: int) -> Released | None:
-    """What `judge` says where all ranks met, and keep the keys; None where it is not so."""
+def _all_keep(log: bytes, world_size: int) -> Released | None:
     lines = log.splitlines()
     if len(lines) == world_size and _everyone(world_size).issubset(lines):
         return Released(int(lines[-1][1:]), listeners=False, shared=True)
