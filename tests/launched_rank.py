@@ -85,7 +85,7 @@ def await_arrival(name: str, rank: int) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store: Any = dist.TCPStore(address, port, wait_for_workers=False)
     # Whoever comes back begins another generation; both may do that.
-    logs = [Keys("barrier").phase(generation, name, 0).log for generation in (rank, 2 * rank)]
+    logs = [Keys("barrier").phase(generation, name, 0).logs[0] for generation in (rank, 2 * rank)]
     arrived = re.compile(rb"^[amk]%d$" % rank, re.MULTILINE)
     while not any(store.check([log]) and arrived.search(store.get(log)) for log in logs):
         time.sleep(0.01)

@@ -67,7 +67,7 @@ class Lives(Scenario):
         store = self.system.connection()
         if after > 0:
             self.system.note("entered", f"{process} in {PHASE.path}")
-            store.append(PHASE.log, _verdict.arrival(int(process), None, meets=store.meets))
+            store.append(PHASE.logs[0], _verdict.arrival(int(process), None, meets=store.meets))
         if after > 1:
             store.add(PHASE.count, 1)
 

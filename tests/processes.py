@@ -25,7 +25,7 @@ from rank_process import PREFIX
 from torch.distributed import TCPStore
 from worlds import free_port
 
-from async_barriers._keys import Keys
+from async_barriers._keys import LOGS, Keys
 
 T = TypeVar("T")
 
@@ -341,9 +341,7 @@ class Job:
         logs = []
         for first in range(sequence + 1):
             keys = Keys(PREFIX).phase(generation, name, first)
-            for _ in range(sequence - first):
-                keys = keys.following
-            logs.append(keys.log)
+            logs.append(keys.logs[(sequence - first) % LOGS])
         store = self.store
 
         def has_entered(rank: int, log: bytes) -> bool:

@@ -131,7 +131,7 @@ class Scenario(PhaseLaws):
 
     def _learn(self, who: str, turn: Turn, verdict: Verdict | Gathered | None) -> None:
         if verdict is not None:
-            self.system.note("learned", self.about(who, turn), (turn.keys.log, verdict))
+            self.system.note("learned", self.about(who, turn), (turn.log, verdict))
 
     def series(self, rank: int, count: int, *, gives_up_in: int | None = None) -> None:
         """Cross one name ``count`` times, one after the other, and close."""
@@ -254,7 +254,7 @@ class Scenario(PhaseLaws):
 
     def _begin(self, store: Connection, turn: Turn) -> None:
         payloads = tuple(turn.payloads(store).items())
-        self.system.note("publishing", self._phases[turn], (turn.keys.log, payloads))
+        self.system.note("publishing", self._phases[turn], (turn.log, payloads))
 
     def _settle(self, store: Connection, turn: Turn, process: str, verdict: Verdict) -> Verdict:
         if isinstance(verdict, Broken):
@@ -270,9 +270,9 @@ class Scenario(PhaseLaws):
             self.system.await_note("entered", _in(str(rank), PHASE))
             line = _verdict.arrival(rank, None, meets=store.meets)
             if store.meets:
-                store.meet(PHASE.log, line, PHASE.count, self.world_size)
+                store.meet(PHASE.logs[0], line, PHASE.count, self.world_size)
             else:
-                store.append(PHASE.log, line)
+                store.append(PHASE.logs[0], line)
                 store.add(PHASE.count, 1)
             return END
 

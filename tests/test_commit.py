@@ -208,7 +208,7 @@ async def test_the_order_of_the_log_settles_who_speaks(shared: World) -> None:
             assert turn.hold()
         with ThreadPoolExecutor(2) as pool:
             entering = pool.submit(turns[0].enter, stores[0], b"brought")
-            while not (stores[2].read(turns[0].keys.log) or b"").startswith(b"c0 0"):
+            while not (stores[2].read(turns[0].log) or b"").startswith(b"c0 0"):
                 pass
             # The last one in is a peer: it wakes the leader, and then waits for its word.
             following = pool.submit(turns[1].enter, stores[1])
@@ -572,7 +572,7 @@ async def test_the_leader_closes_as_the_last_rank_comes_in(memory: World) -> Non
     closing, all_in = threading.Event(), threading.Event()
 
     def hook(operation: str, key: str) -> None:
-        if key == keys.log and threading.current_thread() is control:
+        if key == keys.logs[0] and threading.current_thread() is control:
             closing.set()
             all_in.wait()
 
@@ -630,7 +630,7 @@ async def test_the_leader_gives_up_before_it_begins_to_publish(memory: World, to
         if (operation, key) == ("wait", keys.gathered):
             leaders_lane.append(thread)
             asleep.set()
-        elif key == keys.log and thread in leaders_lane:
+        elif key == keys.logs[0] and thread in leaders_lane:
             aborted.wait()
         elif (operation, key) == ("wait", keys.verdict) and aborted.is_set():
             awaited.set()
@@ -891,7 +891,7 @@ async def test_all_come_in_while_a_rank_is_about_to_be_missed(memory: World) -> 
     missing, all_in = threading.Event(), threading.Event()
 
     def hook(operation: str, key: str) -> None:
-        if key == keys.log and threading.current_thread() is control:
+        if key == keys.logs[0] and threading.current_thread() is control:
             missing.set()
             all_in.wait()
 

@@ -192,7 +192,7 @@ async def test_rubbish_in_the_store_breaks_and_never_releases(shared: World) -> 
     """A client that writes to our keys gets nobody released (law 1)."""
     ranks = await shared.barriers(2, lanes=2)
     keys = shared.keys(name="x")
-    await shared.call(shared.store.set, keys.log, "rubbish\n")
+    await shared.call(shared.store.set, keys.logs[0], "rubbish\n")
     async with Tasks() as tasks:
         for outcome in starts(tasks, ranks, "x"):
             error = await outcome.raised(BrokenBarrierError)
@@ -233,7 +233,7 @@ async def test_the_order_of_the_log_settles_a_race(shared: World) -> None:
         turns = [Turn(shared.keys(name=name), name, 0, rank, 2) for rank in range(2)]
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(turns[0].enter, stores[0])
-            while not (stores[1].read(turns[0].keys.log) or b"").endswith(b"0\n"):
+            while not (stores[1].read(turns[0].log) or b"").endswith(b"0\n"):
                 pass
             if deadline_first:
                 gave_up = turns[0].give_up(stores[1], "", 1.0)

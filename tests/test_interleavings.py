@@ -247,7 +247,7 @@ class CountsFirst(Turn):
 
     def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
         arrived_at = store.add(self.keys.count, 1)
-        store.append(self.keys.log, _verdict.arrival(self.rank, self.leader))
+        store.append(self.log, _verdict.arrival(self.rank, self.leader))
         return self._decide(store) if arrived_at == self.world_size else self.await_verdict(store)
 
 
@@ -255,7 +255,7 @@ class TrustsTheCounter(Turn):
     """Takes the counter for the verdict."""
 
     def enter(self, store: Connection, payload: bytes = b"") -> Verdict | Gathered:
-        store.append(self.keys.log, _verdict.arrival(self.rank, self.leader))
+        store.append(self.log, _verdict.arrival(self.rank, self.leader))
         if store.add(self.keys.count, 1) < self.world_size:
             return self.await_verdict(store)
         self.verdict = Released(self.rank)
@@ -267,7 +267,7 @@ class TrustsTheMeeting(Turn):
     """Takes it that all have arrived when it is called from the meeting."""
 
     def _meet(self, store: Connection) -> Verdict | Gathered:
-        store.meet(self.keys.log, self._arrival, self.keys.count, self.world_size)
+        store.meet(self.log, self._arrival, self.keys.count, self.world_size)
         self._counted = True
         self.verdict = Released(self.rank)
         return self.verdict
@@ -280,7 +280,7 @@ class LooksBeforeItBreaks(Turn):
         judged = self._judge(store)
         if judged is None:
             line = _verdict.breaking(self.rank, self.sequence, args[0])
-            store.append(self.keys.log, line)
+            store.append(self.log, line)
             judged = Broken(self.rank, args[0])
         return self._announce(store, judged)
 
@@ -291,7 +291,7 @@ class BreaksQuietly(Turn):
     def give_up(self, store: Connection, *args: Any, **kwargs: Any) -> Verdict | Gathered:
         if store.read(self.keys.count) is not None:
             return super().give_up(store, *args, **kwargs)
-        store.append(self.keys.log, _verdict.breaking(self.rank, self.sequence, args[0]))
+        store.append(self.log, _verdict.breaking(self.rank, self.sequence, args[0]))
         judged = self._judge(store)
         assert isinstance(judged, Broken)
         self.verdict = judged

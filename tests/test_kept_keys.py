@@ -147,7 +147,7 @@ async def test_one_that_calls_too_early_and_the_keys(tcp: World) -> None:
         turns[0].hold()
         thread = threading.Thread(target=turns[0].enter, args=(stores[0],))
         thread.start()
-        while stores[2].read(keys.log) != b"k0\n":
+        while stores[2].read(keys.logs[0]) != b"k0\n":
             pass
         following = turn_of(Keys("kept").phase(0, "x", 6), 0, follows=turns[0])
         if before_the_last:
@@ -159,11 +159,11 @@ async def test_one_that_calls_too_early_and_the_keys(tcp: World) -> None:
         other = turn_of(Keys("kept").phase(0, "x", 6), 1, follows=turns[1])
         for key in (*keys.logs, keys.count, keys.verdict):
             stores[2].delete(key)
-        return [following.keys.log, other.keys.log]
+        return [following.log, other.log]
 
-    fresh = Keys("kept").phase(0, "x", 6).log
+    fresh = Keys("kept").phase(0, "x", 6).logs[0]
     assert await tcp.call(early, True) == [fresh, fresh]
-    assert await tcp.call(early, False) == [keys.following.log] * 2
+    assert await tcp.call(early, False) == [keys.logs[1]] * 2
     for store in stores:
         await tcp.call(store.close)
 
@@ -175,7 +175,7 @@ async def test_what_was_held_up_on_its_way(tcp: World) -> None:
     other = await open_at(tcp)
 
     def run() -> list[object]:
-        store.append(keys.log, breaking(1, 2, "it was cancelled") + listening(1))
+        store.append(keys.logs[0], breaking(1, 2, "it was cancelled") + listening(1))
         turns = [turn_of(keys, rank) for rank in range(2)]
         with_thread: list[object] = []
         thread = threading.Thread(target=lambda: with_thread.append(turns[0].enter(other)))
@@ -199,7 +199,7 @@ async def test_a_wait_that_ended_too_early(tcp: World, monkeypatch: pytest.Monke
     async with Tasks() as tasks:
         waiting = tasks.start(ranks[0].execute_barrier)
         with anyio.fail_after(10):
-            while b"l0" not in (await tcp.read(tcp.keys().log) or b""):
+            while b"l0" not in (await tcp.read(tcp.keys().logs[0]) or b""):
                 pass
         monkeypatch.undo()
         await ranks[1].execute_barrier()

@@ -127,7 +127,7 @@ def test_what_a_sleeper_may_come_to_is_not_swept() -> None:
     """What a generation leaves behind is deleted when every rank has joined a later one: a log
     without the lines of the others would tell who comes late another verdict (law 2)."""
     store, keys = Connection(MemoryStore()), Keys("p")
-    log = keys.phase(0, "x", 0).log
+    log = keys.phase(0, "x", 0).logs[0]
     sleeper = membership.join(store, keys, 2, 3, "sleeper")
     membership.join(store, keys, 1, 3, "peer")
     store.set(log, b"decided")
@@ -151,7 +151,7 @@ async def test_a_break_that_is_owed_to_a_phase_that_is_forgotten(memory: World) 
     async with Tasks() as tasks:
         tasks.start(partial(ranks[0].execute_barrier, "x"))
         await memory.entered(0, name="x")
-        await memory.call(memory.store.delete_key, memory.keys("x").log)
+        await memory.call(memory.store.delete_key, memory.keys("x").logs[0])
         turn = session.open_turn("x")
         assert turn is not None
         session.start_afresh(turn)
@@ -234,7 +234,7 @@ async def test_a_phase_that_the_store_forgot(memory: World) -> None:
     async with Tasks() as tasks:
         waiting = tasks.start(partial(ranks[1].execute_barrier, "x"))
         await memory.entered(1, name="x")
-        await memory.call(memory.store.delete_key, memory.keys(name="x").log)
+        await memory.call(memory.store.delete_key, memory.keys(name="x").logs[0])
         await memory.barrier(0, 2).connect()
         error = await waiting.raised(BarrierConnectionError)
         assert error.in_doubt

@@ -84,10 +84,10 @@ def test_one_rank_reads_for_all() -> None:
             arrive(turn, connection, pool)
         store.data.hook = lambda operation, key: reads.append(f"{operation} {key}")
         assert [turn.survey(connection) for turn in turns] == [(2, (2,))] * 2
-        assert sum(read == f"get {PHASE.log}" for read in reads) == 1
+        assert sum(read == f"get {PHASE.logs[0]}" for read in reads) == 1
         # The next period needs a new reading, and again one is enough.
         assert [turn.survey(connection) for turn in turns] == [(2, (2,))] * 2
-        assert sum(read == f"get {PHASE.log}" for read in reads) == 2
+        assert sum(read == f"get {PHASE.logs[0]}" for read in reads) == 2
         store.data.hook = None
         turn_of(2).enter(connection)
 
@@ -147,7 +147,7 @@ async def test_nobody_reports_a_phase_that_is_over(memory: World) -> None:
     turn = session.take_turn("x")
     assert turn is not None
     await ranks[1].abort("no", "x")
-    session.enter(turn)
+    session.enter(turn, session.promised(turn))
 
     async def departed() -> bool:
         return turn._departed
@@ -380,7 +380,7 @@ async def test_closing_when_the_store_refuses(memory: World) -> None:
 async def test_an_abort_that_the_store_did_not_take(memory: World) -> None:
     """It is made up for when the rank is back, with its own reason: peers wait in that phase."""
     ranks = await memory.barriers(2)
-    log = memory.keys("x").log
+    log = memory.keys("x").logs[0]
 
     def refuse(operation: str, key: str) -> None:
         if operation == "append" or (operation, key) == ("compare_set", log):
@@ -459,7 +459,7 @@ async def test_joining_again_hangs(memory: World) -> None:
 
     def hang(operation: str, key: str) -> None:
         # A connection that hangs as it is opened has longer.
-        if key == memory.keys("x").log:
+        if key == memory.keys("x").logs[0]:
             over.wait()
 
     hook = Hook(memory, hang)
@@ -481,7 +481,7 @@ async def test_closing_while_a_break_hangs(memory: World) -> None:
     breaking, over = threading.Event(), threading.Event()
 
     def hang(operation: str, key: str) -> None:
-        if key == memory.keys("x").log:
+        if key == memory.keys("x").logs[0]:
             breaking.set()
         over.wait()
 

@@ -41,7 +41,7 @@ VANDALS: dict[str, Vandal] = {
     "extended": _extend,
 }
 FIELDS: dict[str, Callable[[PhaseKeys], str]] = {
-    "log": lambda keys: keys.log,
+    "log": lambda keys: keys.logs[0],
     "count": lambda keys: keys.count,
     "verdict": lambda keys: keys.verdict,
     "gathered": lambda keys: keys.gathered,

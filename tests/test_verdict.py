@@ -45,7 +45,7 @@ def test_no_two_phases_share_a_key(
 
     def fields(prefix: str, generation: int, name: str, sequence: int) -> set[str]:
         keys = Keys(prefix).phase(generation, name, sequence)
-        return {keys.log, keys.count, keys.verdict, keys.gathered, keys.summary, keys.payload(1)}
+        return {*keys.logs, keys.count, keys.verdict, keys.gathered, keys.summary, keys.payload(1)}
 
     assert (one == other) or not (fields(*one) & fields(*other))
     membership = Keys(one[0])

@@ -110,7 +110,7 @@ class World:
 
     async def entered(self, *ranks: int, **phase: Any) -> None:
         """Wait until ``ranks`` have arrived in a phase that is not over."""
-        key = self.keys(**phase).log
+        key = self.keys(**phase).logs[0]
 
         async def they_have() -> bool:
             log = (await self.read(key) or b"").splitlines()

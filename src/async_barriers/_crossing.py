@@ -6,7 +6,6 @@ where it stops waiting.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -44,47 +43,69 @@ logger = logging.getLogger(__name__)
 class Crossing:
     """One rank's way through one phase, on the event loop."""
 
+    turn: Turn
+
     def __init__(
         self,
         session: Session,
-        turn: Turn,
         waiting: Waiting,
-        started: float,
         timeout_secs: float | None,
-        warn_after_secs: float | None,
+        warn_after_secs: float,
         on_progress: Callable[[BarrierProgress], object] | None,
     ) -> None:
-        self.turn = turn
-        self.started = started
+        started = waiting.now()
+        self.started: float = started
         self.timeout_secs = timeout_secs
-        self.deadline = math.inf if timeout_secs is None else started + timeout_secs
+        self.deadline: float = math.inf if timeout_secs is None else started + timeout_secs
+        self._report_at = started + warn_after_secs
+        # When to ask who has not joined again.
+        self._ask_at = math.inf if session.all_joined else started + session.init_secs
         self._waiting = waiting
         self._session = session
-        self._warn_after_secs = math.inf if warn_after_secs is None else warn_after_secs
+        self._warn_after_secs = warn_after_secs
         self._on_progress = on_progress
 
     @property
     def waited_secs(self) -> float:
         return self._waiting.now() - self.started
 
-    async def decided(self, payload: bytes = b"") -> Released | Gathered:
+    async def decided(self, turn: Turn, payload: bytes = b"") -> Released | Gathered:
         """Enter, and wait for the verdict, or as the leader of a commit until all are in."""
+        self.turn = turn
+        session, waiting = self._session, self._waiting
         verdict: Verdict | Gathered | None = None
         try:
-            verdict = await self._await_verdict(payload)
-            return verdict if isinstance(verdict, Gathered) else self.accept(verdict)
-        finally:
-            if not isinstance(verdict, Gathered):
-                self._session.forget(self.turn)
+            try:
+                promise = session.promised(turn)
+                awaited = waiting.begin(promise, min(self.deadline, self._report_at, self._ask_at))
+                try:
+                    session.enter(turn, promise, payload)
+                    await awaited
+                finally:
+                    waiting.end(awaited)
+                if promise.done():
+                    verdict = promise.result()
+            except BaseException as exc:
+                verdict = await self._stopped(exc)
+            if verdict is None:
+                verdict = await self._wait_on(promise)
+        except BaseException:
+            session.forget(turn)
+            raise
+        if isinstance(verdict, Gathered):
+            return verdict
+        session.forget(turn)
+        return self.accept(verdict)
 
     def accept(self, verdict: Verdict | Gathered | None) -> Released:
         """The verdict, if it is to go on; else the error that it means."""
-        turn, session = self.turn, self._session
-        if verdict is None or isinstance(verdict, Gathered):
-            raise self._lost()
+        session = self._session
         if isinstance(verdict, Released):
             session.all_joined = True
             return verdict
+        turn = self.turn
+        if verdict is None or isinstance(verdict, Gathered):
+            raise self._lost()
         if verdict.timeout_secs is not None:
             raise BarrierTimeoutError(
                 turn.name,
@@ -97,45 +118,48 @@ class Crossing:
             raise BarrierClosedError(describe(turn.name, turn.sequence))
         raise BrokenBarrierError(turn.name, turn.sequence, verdict.rank, verdict.reason)
 
-    async def _await_verdict(
-        self, payload: bytes, promise: Promise[Verdict | Gathered] | None = None
-    ) -> Verdict | Gathered:
-        session, turn = self._session, self.turn
-        report_at = self.started + self._warn_after_secs
-        absent_at = math.inf if session.all_joined else self.started + session.init_secs
+    async def _wait_on(self, promise: Promise[Verdict | Gathered]) -> Verdict | Gathered:
+        """Wait longer than until the first of what is to be done meanwhile."""
+        session, waiting = self._session, self._waiting
         absent: tuple[int, ...] = ()
         try:
-            start = None
-            if promise is None:
-                promise = session.promised(turn)
-                start = functools.partial(session.enter, turn, payload)
-            settled = self._waiting.settled
-            while not await settled(promise, min(self.deadline, report_at, absent_at), start):
-                start = None
-                now = self._waiting.now()
+            while not promise.done():
+                now = waiting.now()
                 if now >= self.deadline:
                     break
-                if now >= absent_at:
-                    absent_at = math.inf
+                if now >= self._ask_at:
+                    self._ask_at = math.inf
                     absent = await self._ask(session.not_joined()) or ()
                     if absent:
                         break
-                if now >= report_at:
-                    report_at += self._warn_after_secs
+                if now >= self._report_at:
+                    self._report_at += self._warn_after_secs
                     await self._report()
+                awaited = waiting.begin(promise, min(self.deadline, self._report_at, self._ask_at))
+                try:
+                    await awaited
+                finally:
+                    waiting.end(awaited)
             else:
                 return promise.result()
-        except BarrierConnectionError as exc:
-            return await self._break_after_loss(exc)
-        except BarrierError:
-            raise
         except BaseException as exc:
+            return await self._stopped(exc)
+        return await (self._miss(absent, promise) if absent else self._time_out())
+
+    async def _stopped(self, exc: BaseException) -> Verdict:
+        """Break the phase, since ``exc`` ended the waiting.
+
+        What was decided, if that was the loss of a connection; else ``exc`` goes on.
+        """
+        if isinstance(exc, BarrierConnectionError):
+            return await self._break_after_loss(exc)
+        if not isinstance(exc, BarrierError):
+            session, turn = self._session, self.turn
             broken = session.give_up(turn, reason_of(exc))
             # A coroutine that is thrown away cannot wait; the break goes on without it.
             if not isinstance(exc, GeneratorExit) and await answer(broken) is None:
                 session.start_afresh(turn)
-            raise
-        return await (self._miss(absent, promise) if absent else self._time_out())
+        raise exc
 
     async def _time_out(self) -> Verdict:
         assert self.timeout_secs is not None
@@ -169,7 +193,7 @@ class Crossing:
         if isinstance(verdict, Gathered):
             # All came in the meantime, and the leader publishes: wait on.
             self._session.all_joined = True
-            return await self._await_verdict(b"", promise)
+            return await self._wait_on(promise)
         return verdict
 
     async def _break_after_loss(self, exc: BarrierConnectionError) -> Verdict:

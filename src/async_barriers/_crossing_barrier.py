@@ -83,7 +83,8 @@ class CrossingBarrier(Barrier):
             source.open, self._keys, rank, world_size, init_secs=init_secs, hosts=source.hosts
         )
         self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
-        self._warn_after_secs = check_timeout("warn_after_secs", warn_after_secs)
+        warn_secs = check_timeout("warn_after_secs", warn_after_secs)
+        self._warn_after_secs = math.inf if warn_secs is None else warn_secs
         self._on_progress = on_progress
         self._closed = False
         # The same ones most often.
@@ -101,11 +102,11 @@ class CrossingBarrier(Barrier):
     async def execute_barrier(
         self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
-        timeout = self._check_call(name, timeout_secs)
-        crossing = await self._begin(name, timeout)
-        verdict = await crossing.decided()
-        assert isinstance(verdict, Released)
-        return BarrierResult(name, crossing.turn.sequence, crossing.waited_secs, verdict.last_rank)
+        crossing = self._crossing(name, timeout_secs)
+        # Most often there is nothing to wait for.
+        turn = self._session.take_turn(name) or await self._take_turn(name, crossing.deadline)
+        verdict = await crossing.decided(turn)
+        return BarrierResult(name, turn.sequence, crossing.waited_secs, verdict.last_rank)
 
     def phase(
         self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
@@ -123,11 +124,11 @@ class CrossingBarrier(Barrier):
         timeout_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
-        timeout = self._check_call(name, timeout_secs)
+        crossing = self._crossing(name, timeout_secs)
         check_world(leader, self._session.world_size)
         brought = checked_blob("payload", payload)
-        crossing = await self._begin(name, timeout, leader)
-        verdict = await crossing.decided(brought)
+        turn = await self._take_turn(name, crossing.deadline, leader)
+        verdict = await crossing.decided(turn, brought)
         if isinstance(verdict, Gathered):
             return await self._publish(crossing, publish, verdict)
         return verdict.result
@@ -265,25 +266,12 @@ class CrossingBarrier(Barrier):
                 f"within {within_secs:g} s; is the process that hosts it up?"
             )
 
-    async def _begin(
-        self, name: str, timeout_secs: float | None, leader: int | None = None
-    ) -> Crossing:
-        waiting = self._waiting = waiting_here(self._waiting)
-        started = waiting.now()
-        deadline = math.inf if timeout_secs is None else started + timeout_secs
-        # Most often there is nothing to wait for.
-        turn = self._session.take_turn(name, leader)
-        if turn is None:
-            turn = await self._take_turn(name, deadline, leader)
-        return Crossing(
-            self._session,
-            turn,
-            waiting,
-            started,
-            timeout_secs,
-            self._warn_after_secs,
-            self._on_progress,
-        )
+    def _crossing(self, name: str, timeout_secs: Timeout) -> Crossing:
+        timeout = self._check_call(name, timeout_secs)
+        waiting = self._waiting
+        if waiting is None or not waiting.here():
+            waiting = self._waiting = waiting_here()
+        return Crossing(self._session, waiting, timeout, self._warn_after_secs, self._on_progress)
 
     async def _take_turn(
         self, name: str, deadline: float = math.inf, leader: int | None = None

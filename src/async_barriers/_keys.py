@@ -28,43 +28,22 @@ def _measured(text: str) -> str:
 class PhaseKeys:
     """The keys of one phase, identified by (prefix, generation, name, sequence).
 
-    Phases of one name that follow each other may share them.
+    Phases of one name that follow each other may share them, and write to the logs in turn.
 
-    :ivar index: how many phases had them before this one
-    :ivar log: every arrival and every break, in the order that decides
+    :ivar logs: every arrival and every break, in the order that decides
     :ivar count: how many ranks arrived and how many are done, in one counter
     """
 
     path: str
     generation: int
-    index: int
-    log: str = field(compare=False, repr=False)
+    logs: tuple[str, ...] = field(compare=False, repr=False)
     count: str = field(compare=False, repr=False)
-    _logs: tuple[str, ...] = field(compare=False, repr=False)
 
-    def __init__(self, path: str, generation: int, before: PhaseKeys | None = None) -> None:
+    def __init__(self, path: str, generation: int) -> None:
         self.path = path
         self.generation = generation
-        if before is None:
-            self.index = 0
-            self.count = path + "/count"
-            self._logs = tuple(f"{path}/log{number or ''}" for number in range(LOGS))
-        else:
-            # Every crossing of a series comes by here.
-            self.index = before.index + 1
-            self.count = before.count
-            self._logs = before._logs
-        self.log = self._logs[self.index % LOGS]
-
-    @property
-    def logs(self) -> list[str]:
-        """The logs of this phase and of those it shares its keys with."""
-        return list(self._logs[: self.index + 1])
-
-    @property
-    def following(self) -> PhaseKeys:
-        """The keys of the next phase, if it shares them."""
-        return PhaseKeys(self.path, self.generation, self)
+        self.logs = tuple(f"{path}/log{number or ''}" for number in range(LOGS))
+        self.count = path + "/count"
 
     @property
     def verdict(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -65,36 +66,47 @@ class Lane:
 
         What it returns is called last; see `Worker.post`.
         """
-
-        def run() -> Callable[[], object] | None:
-            self.busy = True
-            try:
-                return call(self._connected())
-            except BaseException as exc:
-                if isinstance(exc, BarrierConnectionError):
-                    self._hang_up()
-                failed(exc)
-                return None
-            finally:
-                self.busy = False
-
         try:
-            self._worker.post(run)
+            self._worker.post(functools.partial(self._make, call, failed))
         except RuntimeError as exc:
             failed(_given_up(exc))
 
+    def _make(
+        self,
+        call: Callable[[Connection], Callable[[], object] | None],
+        failed: Callable[[BaseException], object],
+    ) -> Callable[[], object] | None:
+        self.busy = True
+        try:
+            return call(self._connected())
+        except BaseException as exc:
+            if isinstance(exc, BarrierConnectionError):
+                self._hang_up()
+            failed(exc)
+            return None
+        finally:
+            self.busy = False
+
     def _connected(self) -> Connection:
-        if self._stale or (self._connection is not None and self._connection.failed):
+        connection = self._connection
+        if connection is None or connection.failed or self._stale:
+            return self._connect()
+        return connection
+
+    def _connect(self) -> Connection:
+        if self._connection is not None:
             self._hang_up()
-        if self._connection is None and not self._abandoned.is_set():
+        # A call that was given up must not be made late: by then it may be another store
+        # that answers at the same address.
+        if not self._abandoned.is_set():
             deadline = time.monotonic() + self._init_secs
             self._stale = False
             self._connection = self._open(deadline, self._abandoned)
-        # A call that was given up must not be made late: by then it may be another store
-        # that answers at the same address.
-        if self._connection is None or self._abandoned.is_set():
-            raise _given_up(None)
-        return self._connection
+            if not self._abandoned.is_set():
+                return self._connection
+        # Once more: it may have been given up just before the line above.
+        self._stale = True
+        raise _given_up(None)
 
     @property
     def connected(self) -> bool:
@@ -139,6 +151,7 @@ class Lane:
     def abandon(self) -> None:
         """From any thread: end the call under way, where that can be done, and make no other."""
         self._abandoned.set()
+        self._stale = True
         if (connection := self._connection) is not None:
             connection.interrupt()
 

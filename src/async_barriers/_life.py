@@ -37,17 +37,14 @@ class Life:
         sequence = self._sequences[name]
         self._sequences[name] = sequence + 1
         before = self._kept.pop(name, None)
-        keeps = (
-            leader is None
-            # A name that is crossed again and again, one crossing after the other.
-            and name == self._last_name
-            and (before is None or before.verdict is not None)
-            and len(self._kept) < _KEPT_NAMES
-        )
+        # A name that is crossed again and again, one crossing after the other.
+        keeps = leader is None and name == self._last_name and len(self._kept) < _KEPT_NAMES
         if before is not None and before.shared:
-            keys = before.keys  # it will take over those that follow
+            keys = before.keys
+            keeps = keeps and before.index < _LONGEST_SERIES
         else:
             keys = membership.keys.phase(membership.generation, name, sequence)
+            keeps = keeps and (before is None or before.verdict is not None)
         turn = Turn(
             keys,
             name,
@@ -55,11 +52,11 @@ class Life:
             membership.rank,
             membership.world_size,
             leader,
-            keeps=keeps and (before is None or before.keys.index < _LONGEST_SERIES),
-            follows=before,
-            present=membership.holds,
+            keeps,
+            before,
+            membership.holds,
         )
         self._last_name = name
-        if turn.keeps:
+        if keeps:
             self._kept[name] = turn
         return turn

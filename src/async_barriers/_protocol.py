@@ -64,12 +64,14 @@ class Turn:
         rank: int,
         world_size: int,
         leader: int | None = None,
-        *,
         keeps: bool = False,
         follows: Turn | None = None,
         present: Callable[[Connection], bool] = lambda store: True,
     ) -> None:
         self.keys: PhaseKeys = keys
+        self.log: str = keys.logs[0]
+        # How many phases had these keys before this one.
+        self.index: int = 0
         self.name = name
         self.sequence = sequence
         self.rank = rank
@@ -91,8 +93,8 @@ class Turn:
         self._departed = False
         self._forsaken: Gathered | None = None
         self._claimed = False
-        if follows is not None and follows.verdict is not None:
-            self._take_over(follows, follows.verdict)
+        if follows is not None and (judged := follows.verdict) is not None:
+            self._take_over(follows, judged)
 
     @property
     def parting_word(self) -> Verdict | Gathered:
@@ -131,15 +133,16 @@ class Turn:
         :param if_last: not where this rank cannot depart with it: None, and `release` is due
         """
         with self._lock:
-            last = self._users == 1 and not self._departed and self.verdict is not None
+            verdict = self.verdict
+            last = verdict is not None and self._users == 1 and not self._departed
             if if_last and (not last or self._heir is not None):
                 return None
             self._users -= 1
-            if not last:
+            if verdict is None or not last:
                 return False
             self._departed = True
         # Where the next phase of this name has our keys, we depart with that.
-        return not self.shared
+        return not verdict.shared
 
     def _leave_to(self, heir: Turn) -> bool:
         """Whether ``heir`` has to be released when all calls have let go of this turn."""
@@ -160,7 +163,7 @@ class Turn:
     @property
     def shared(self) -> bool:
         """Whether the next phase of this name has the same keys."""
-        return isinstance(self.verdict, Released) and self.verdict.shared
+        return self.verdict is not None and self.verdict.shared
 
     def leave(self, store: Connection) -> None:
         """Depart from keys that were kept for a phase that this rank will not take part in."""
@@ -200,12 +203,14 @@ class Turn:
     def _leave_behind(self, store: Connection) -> Verdict | Gathered | None:
         # Either this line stands before what decides the phase, which then shares its keys with
         # none; or it is decided, and we read what all read.
-        store.append(self.keys.log, _verdict.listening(self.rank))
+        store.append(self.log, _verdict.listening(self.rank))
         return self._judge(store)
 
     def _take_over(self, before: Turn, judged: Verdict | Gathered | None) -> None:
         if isinstance(judged, Released) and judged.shared:
-            self.keys = before.keys.following
+            keys = self.keys = before.keys
+            self.index = before.index + 1
+            self.log = keys.logs[self.index % LOGS]
             # All ranks are done with the phase before that one, as all have entered it. Its
             # log is the one after ours; it is empty by the time anyone enters the next phase,
             # as nobody does before we have entered this one.
@@ -227,18 +232,19 @@ class Turn:
             # With its length, so that what something else wrote there is not published.
             store.set(self.keys.payload(self.rank), b"%d:%s" % (len(payload), payload))
         meets = store.meets and self.leader is None and self.world_size <= _MEETING
-        keeps = meets and self.keeps
-        if self._clears and self.keys.index >= LOGS - 1:
-            store.set(self.keys.following.log, b"")
-        self._arrival = _verdict.arrival(self.rank, self.leader, meets=meets, keeps=keeps)
+        if self._clears and self.index >= LOGS - 1:
+            store.set(self.keys.logs[(self.index + 1) % LOGS], b"")
+        self._arrival = _verdict.arrival(
+            self.rank, self.leader, meets=meets, keeps=meets and self.keeps
+        )
         if meets:
             return self._meet(store)
         # Appended before it is counted: whoever counts world_size arrivals finds them all.
-        store.append(self.keys.log, self._arrival)
+        store.append(self.log, self._arrival)
         self._arrived_at = store.add(self.keys.count, 1) & _RANKS
         self._counted = True
         # Those of the phases before are counted in keys that are shared.
-        if self._arrived_at >= self.world_size * (self.keys.index + 1):
+        if self._arrived_at >= self.world_size * (self.index + 1):
             judged = self._decide(store)
         elif self.rank == self.leader:
             store.await_value(self.keys.gathered)
@@ -251,14 +257,20 @@ class Turn:
 
     def _meet(self, store: Connection) -> Verdict | Gathered:
         """Wait until all have arrived, and judge the log ourselves."""
-        keys = self.keys
-        log = store.meet(keys.log, self._arrival, keys.count, self.world_size * (keys.index + 1))
+        world_size, arrival = self.world_size, self._arrival
+        log = store.meet(self.log, arrival, self.keys.count, world_size * (self.index + 1))
         self._counted = True
+        if self.verdict is None and arrival in log:
+            released = _verdict.all_keep(log, world_size)
+            if released is not None:
+                # Most often. All are here and see the same, so there is nobody to tell.
+                self.verdict = released
+                return released
         judged = self._judge(store, log)
         if judged is None:
             # Whatever called us, it was too early. Said in the log before we look again, so
             # either we find it decided, or whoever decides it finds that we listen.
-            store.append(self.keys.log, _verdict.listening(self.rank))
+            store.append(self.log, _verdict.listening(self.rank))
             judged = self._judge(store)
             if judged is None:
                 return self._listen(store)
@@ -304,7 +316,7 @@ class Turn:
     ) -> Verdict | Gathered:
         # Before all else: who asks for it may have no time to wait.
         store.append(
-            self.keys.log,
+            self.log,
             _verdict.breaking(blamed, self.sequence, reason, timeout_secs, missing),
         )
         if self.world_size <= _MEETING and self._foul_count(store) is None:
@@ -401,14 +413,14 @@ class Turn:
         return self.world_size - len(absent), absent
 
     def _missing(self, store: Connection) -> tuple[int, ...]:
-        return _verdict.missing(store.read(self.keys.log) or b"", self.world_size)
+        return _verdict.missing(store.read(self.log) or b"", self.world_size)
 
     def _decide(self, store: Connection) -> Verdict | Gathered:
         judged = self._judge(store)
         if judged is None:
             absent = ", ".join(map(str, self._missing(store)))
             store.append(
-                self.keys.log,
+                self.log,
                 _verdict.breaking(
                     self.rank,
                     self.sequence,
@@ -441,7 +453,7 @@ class Turn:
         # Asked before the log is read: another thread may be arriving just now.
         counted = self._counted
         if log is None:
-            log = store.read(self.keys.log) or b""
+            log = store.read(self.log) or b""
         if self.verdict is not None:
             # Known by now; and then a later phase may have this log already.
             return self.verdict
@@ -478,12 +490,12 @@ class Turn:
             return
         if count // _DEPARTED & _RANKS < self.world_size:
             return
-        spent = keys.logs
+        spent = list(keys.logs[: self.index + 1])
         if not isinstance(self.verdict, Released) or self.verdict.listeners:
             spent.append(keys.verdict)
         if self.leader is not None or not isinstance(self.verdict, Released):
             # Also where this rank was no part of the commit, since others may have been.
-            came = _verdict.committing(store.read(keys.log) or b"")
+            came = _verdict.committing(store.read(self.log) or b"")
             spent += [keys.gathered, *map(keys.payload, came)]
         if count & _SUMMARISED:
             spent.append(keys.summary)

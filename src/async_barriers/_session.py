@@ -314,9 +314,8 @@ class Session:
         """What `enter` will be settled by."""
         return self._turns[turn]
 
-    def enter(self, turn: Turn, payload: bytes = b"") -> None:
-        """Enter the phase on a lane that is free."""
-        promise = self._turns[turn]
+    def enter(self, turn: Turn, promise: Promise[Verdict | Gathered], payload: bytes = b"") -> None:
+        """Enter the phase on a lane that is free; ``promise`` is the one of `promised`."""
         lane = self._entered_on[turn] = self._free_lane()
         lane.post(
             functools.partial(self._enter, turn, payload, lane, promise),

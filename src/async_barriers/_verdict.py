@@ -13,7 +13,7 @@ import functools
 import json
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 _MAX_REASON = 2000
 _COMMITS = re.compile(rb"c[0-9]{1,9} [0-9]{1,9}")
@@ -50,6 +50,7 @@ class Broken:
     reason: str
     timeout_secs: float | None = None
     missing: tuple[int, ...] = ()
+    shared: ClassVar[bool] = False
 
 
 Verdict = Released | Broken
@@ -101,8 +102,6 @@ def breaking(
 
 def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | Broken | None:
     """What the log decides; None while it decides nothing."""
-    if (kept := _all_keep(log, world_size)) is not None:
-        return kept
     lines = log.splitlines()
     arrived: set[int] = set()
     terms: tuple[int, int | None] | None = None
@@ -139,9 +138,10 @@ def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | B
     return None
 
 
-# The common case, on every rank's path once per crossing. A few ranks come in few orders.
+# On every rank's path once per crossing. A few ranks come in few orders.
 @functools.lru_cache(maxsize=64)
-def _all_keep(log: bytes, world_size: int) -> Released | None:
+def all_keep(log: bytes, world_size: int) -> Released | None:
+    """What `judge` says in the common case, where all ranks keep the keys; else None."""
     lines = log.splitlines()
     if len(lines) == world_size and _everyone(world_size).issubset(lines):
         return Released(int(lines[-1][1:]), listeners=False, shared=True)

@@ -7,8 +7,8 @@ import contextlib
 import importlib
 import math
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
@@ -30,32 +30,34 @@ async def outcome(promise: Promise[T]) -> T:
 
     Cancelling stops the waiting; the call behind it goes on.
     """
-    await waiting_here(None).settled(promise)
+    if not promise.done():
+        waiting = waiting_here()
+        awaited = waiting.begin(promise)
+        try:
+            await awaited
+        finally:
+            waiting.end(awaited)
     return promise.result()
 
 
 class Waiting:
     """The clock of an event loop, and how to wait there."""
 
+    def here(self) -> bool:
+        """Whether this is for the event loop that runs here."""
+        return False
+
     def now(self) -> float:
         """What the loop's clock says, in seconds."""
         return anyio.current_time()
 
-    async def settled(
-        self,
-        promise: Promise[T],
-        deadline: float = math.inf,
-        start: Callable[[], object] | None = None,
-    ) -> bool:
-        """Wait until ``promise`` is settled, or `now` says ``deadline``.
+    def begin(self, promise: Promise[T], deadline: float = math.inf) -> Awaitable[None]:
+        """What to await until ``promise`` is settled, or `now` says ``deadline``; `end` it then.
 
-        True if it is settled. Cancelling stops the waiting; the call behind it goes on.
-
-        :param start: called when all else is ready, to have a thread make the call. The thread
-            wakes up within microseconds, and could not run while this one still prepares to wait.
+        Cancelling stops the waiting; the call behind it goes on. All is ready when this returns:
+        whoever has a thread make that call does so after it. The thread wakes up within
+        microseconds, and could not run while this one still prepares to wait.
         """
-        if promise.done():
-            return True
         done = anyio.Event()
         on_loop = poster()
 
@@ -64,11 +66,10 @@ class Waiting:
                 on_loop(done.set)
 
         promise.when_settled(post)
-        if start is not None:
-            start()
-        with anyio.CancelScope(deadline=deadline):
-            await done.wait()
-        return promise.done()
+        return _Until(done, deadline)
+
+    def end(self, awaited: Awaitable[None]) -> None:
+        """What `begin` gave is not awaited any more."""
 
 
 class AsyncioWaiting(Waiting):
@@ -80,21 +81,20 @@ class AsyncioWaiting(Waiting):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.now = loop.time
         self._deadlines: dict[asyncio.Future[None], float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def now(self) -> float:
-        return self.loop.time()
+    def here(self) -> bool:
+        loop = self.loop
+        try:
+            # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+            return asyncio.get_running_loop() is loop and asyncio.current_task(loop) is not None
+        except RuntimeError:
+            return False
 
-    async def settled(
-        self,
-        promise: Promise[T],
-        deadline: float = math.inf,
-        start: Callable[[], object] | None = None,
-    ) -> bool:
-        if promise.done():
-            return True
+    def begin(self, promise: Promise[T], deadline: float = math.inf) -> Awaitable[None]:
         loop = self.loop
         waiter: asyncio.Future[None] = loop.create_future()
 
@@ -108,14 +108,11 @@ class AsyncioWaiting(Waiting):
             self._deadlines[waiter] = deadline
             if deadline < self._rings_at:
                 self._set(deadline)
-        try:
-            promise.when_settled(post)
-            if start is not None:
-                start()
-            await waiter
-        finally:
-            self._deadlines.pop(waiter, None)
-        return promise.done()
+        promise.when_settled(post)
+        return waiter
+
+    def end(self, awaited: Awaitable[None]) -> None:
+        self._deadlines.pop(awaited, None)  # type: ignore[call-overload]
 
     def _set(self, deadline: float) -> None:
         if self._timer is not None:
@@ -136,23 +133,33 @@ class AsyncioWaiting(Waiting):
             self._set(later)
 
 
+class _Until:
+    """Awaits an event, or a deadline."""
+
+    def __init__(self, done: anyio.Event, deadline: float) -> None:
+        self._done = done
+        self._deadline = deadline
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> None:
+        with anyio.CancelScope(deadline=self._deadline):
+            await self._done.wait()
+
+
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
 
 
-def waiting_here(before: Waiting | None) -> Waiting:
-    """How to wait on the event loop that runs here; ``before``, if that was for the same one."""
+def waiting_here() -> Waiting:
+    """How to wait on the event loop that runs here."""
     try:
-        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
-        loop = None if asyncio.current_task() is None else asyncio.get_running_loop()
+        waiting = AsyncioWaiting(asyncio.get_running_loop())
     except RuntimeError:
-        loop = None
-    if loop is None:
         return Waiting()
-    if isinstance(before, AsyncioWaiting) and before.loop is loop:
-        return before
-    return AsyncioWaiting(loop)
+    return waiting if waiting.here() else Waiting()
 
 
 def poster() -> Callable[[Callable[[], object]], object]:

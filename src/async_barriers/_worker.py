@@ -177,11 +177,11 @@ class Promise(Generic[T]):
 
     def wake(self) -> None:
         """The second half of `settle`."""
-        while True:
+        while self._wakes:
             try:
                 wake = self._wakes.pop(0)
             except IndexError:
-                return
+                return  # another thread has called it
             wake()
 
     def when_settled(self, wake: Callable[[], object]) -> None:
