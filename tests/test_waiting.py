@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,28 +13,12 @@ import anyio
 import pytest
 from worlds import Tasks
 
-from async_barriers._waiting import Waiting, waiting_here
+from async_barriers._waiting import waiting_here
 from async_barriers._worker import Promise
 
 pytestmark = pytest.mark.anyio
 
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
-
-
-async def settled(
-    waiting: Waiting,
-    promise: Promise[str],
-    deadline: float = math.inf,
-    then: Callable[[], object] = lambda: None,
-) -> bool:
-    """Wait as a crossing does; ``then`` is called when that has begun."""
-    awaited = waiting.begin(promise, deadline)
-    try:
-        then()
-        await awaited
-    finally:
-        waiting.end(awaited)
-    return promise.done()
 
 
 def in_a_thread(promise: Promise[str]) -> None:
@@ -46,21 +29,21 @@ async def test_what_a_thread_tells(anyio_backend: str) -> None:
     """It wakes the task that waits, in the task's own context."""
     promise: Promise[str] = Promise()
     _request.set("mine")
-    assert await settled(waiting_here(), promise, then=partial(in_a_thread, promise))
+    assert await waiting_here(None).settled(promise, start=partial(in_a_thread, promise))
     assert promise.result() == "told"
     assert _request.get() == "mine"
     # And again, of what was told before.
-    assert await settled(waiting_here(), promise)
+    assert await waiting_here(None).settled(promise)
 
 
 async def test_deadlines_pass_one_by_one(anyio_backend: str) -> None:
     """Each at its time, whichever came first; and what they waited for can be had later."""
-    waiting = waiting_here()
+    waiting = waiting_here(None)
     promises: list[Promise[str]] = [Promise() for _ in range(3)]
     order: list[int] = []
 
     async def wait(index: int, secs: float) -> None:
-        assert not await settled(waiting, promises[index], waiting.now() + secs)
+        assert not await waiting.settled(promises[index], waiting.now() + secs)
         order.append(index)
 
     async with anyio.create_task_group() as tasks:
@@ -68,20 +51,20 @@ async def test_deadlines_pass_one_by_one(anyio_backend: str) -> None:
             tasks.start_soon(wait, index, secs)
     assert order == [1, 2, 0]
     promises[0].settle("late")
-    assert await settled(waiting, promises[0])
+    assert await waiting.settled(promises[0])
 
 
 @pytest.mark.parametrize("first", ["told", "cancelled", "late"])
 async def test_all_that_can_end_it_in_the_same_moment(anyio_backend: str, first: str) -> None:
     """The task goes on once, and what comes of it is one of what happened."""
     promise: Promise[str] = Promise()
-    waiting = waiting_here()
+    waiting = waiting_here(None)
     went_on: list[bool] = []
     begun = anyio.Event()
 
     async def wait() -> None:
         deadline = waiting.now() + 0.05
-        went_on.append(await settled(waiting, promise, deadline, begun.set))
+        went_on.append(await waiting.settled(promise, deadline, begun.set))
         # Woken twice, it would not get past here.
         await anyio.sleep(0.05)
         went_on.append(True)
@@ -109,7 +92,7 @@ async def test_a_task_that_is_cancelled(anyio_backend: str) -> None:
 
     async def wait() -> str:
         try:
-            await settled(waiting_here(), promise)
+            await waiting_here(None).settled(promise)
         except asyncio.CancelledError as exc:
             return f"{exc.args[0]} is enough"
         return "not cancelled"
@@ -132,7 +115,7 @@ def test_a_loop_that_has_ended() -> None:
     promise: Promise[str] = Promise()
 
     async def wait() -> None:
-        await settled(waiting_here(), promise)
+        await waiting_here(None).settled(promise)
 
     loop = asyncio.new_event_loop()
     waiting = loop.create_task(wait())

@@ -123,7 +123,7 @@ class Crossing:
         session, waiting = self._session, self._waiting
         absent: tuple[int, ...] = ()
         try:
-            while not promise.done():
+            while True:
                 now = waiting.now()
                 if now >= self.deadline:
                     break
@@ -135,13 +135,9 @@ class Crossing:
                 if now >= self._report_at:
                     self._report_at += self._warn_after_secs
                     await self._report()
-                awaited = waiting.begin(promise, min(self.deadline, self._report_at, self._ask_at))
-                try:
-                    await awaited
-                finally:
-                    waiting.end(awaited)
-            else:
-                return promise.result()
+                until = min(self.deadline, self._report_at, self._ask_at)
+                if await waiting.settled(promise, until):
+                    return promise.result()
         except BaseException as exc:
             return await self._stopped(exc)
         return await (self._miss(absent, promise) if absent else self._time_out())

@@ -39,7 +39,7 @@ from ._publication import Publication
 from ._session import Session
 from ._stores import Source
 from ._values import BarrierProgress, BarrierResult
-from ._verdict import Gathered, Released
+from ._verdict import Gathered
 from ._waiting import Waiting, outcome, waiting_here
 from ._worker import Promise
 
@@ -268,9 +268,7 @@ class CrossingBarrier(Barrier):
 
     def _crossing(self, name: str, timeout_secs: Timeout) -> Crossing:
         timeout = self._check_call(name, timeout_secs)
-        waiting = self._waiting
-        if waiting is None or not waiting.here():
-            waiting = self._waiting = waiting_here()
+        waiting = self._waiting = waiting_here(self._waiting)
         return Crossing(self._session, waiting, timeout, self._warn_after_secs, self._on_progress)
 
     async def _take_turn(

@@ -30,34 +30,49 @@ async def outcome(promise: Promise[T]) -> T:
 
     Cancelling stops the waiting; the call behind it goes on.
     """
-    if not promise.done():
-        waiting = waiting_here()
-        awaited = waiting.begin(promise)
-        try:
-            await awaited
-        finally:
-            waiting.end(awaited)
+    await waiting_here().settled(promise)
     return promise.result()
 
 
 class Waiting:
-    """The clock of an event loop, and how to wait there."""
+    """The clock of an event loop, and how to wait there.
+
+    :ivar now: what the clock says, in seconds
+    """
+
+    def __init__(self) -> None:
+        self.now: Callable[[], float] = anyio.current_time
 
     def here(self) -> bool:
         """Whether this is for the event loop that runs here."""
         return False
 
-    def now(self) -> float:
-        """What the loop's clock says, in seconds."""
-        return anyio.current_time()
+    async def settled(
+        self,
+        promise: Promise[T],
+        deadline: float = math.inf,
+        start: Callable[[], object] | None = None,
+    ) -> bool:
+        """Wait until ``promise`` is settled, or `now` says ``deadline``.
 
-    def begin(self, promise: Promise[T], deadline: float = math.inf) -> Awaitable[None]:
-        """What to await until ``promise`` is settled, or `now` says ``deadline``; `end` it then.
+        True if it is settled. Cancelling stops the waiting; the call behind it goes on.
 
-        Cancelling stops the waiting; the call behind it goes on. All is ready when this returns:
-        whoever has a thread make that call does so after it. The thread wakes up within
-        microseconds, and could not run while this one still prepares to wait.
+        :param start: called when all else is ready, to have a thread make the call. The thread
+            wakes up within microseconds, and could not run while this one still prepares to wait.
         """
+        if promise.done():
+            return True
+        awaited = self.begin(promise, deadline)
+        try:
+            if start is not None:
+                start()
+            await awaited
+        finally:
+            self.end(awaited)
+        return promise.done()
+
+    def begin(self, promise: Promise[T], deadline: float) -> Awaitable[None]:
+        """`settled` in parts: what to await, and to `end` when that is over."""
         done = anyio.Event()
         on_loop = poster()
 
@@ -80,6 +95,7 @@ class AsyncioWaiting(Waiting):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self.loop = loop
         self.now = loop.time
         self._deadlines: dict[asyncio.Future[None], float] = {}
@@ -94,7 +110,7 @@ class AsyncioWaiting(Waiting):
         except RuntimeError:
             return False
 
-    def begin(self, promise: Promise[T], deadline: float = math.inf) -> Awaitable[None]:
+    def begin(self, promise: Promise[T], deadline: float) -> Awaitable[None]:
         loop = self.loop
         waiter: asyncio.Future[None] = loop.create_future()
 
@@ -153,8 +169,10 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def waiting_here() -> Waiting:
-    """How to wait on the event loop that runs here."""
+def waiting_here(before: Waiting | None = None) -> Waiting:
+    """How to wait on the event loop that runs here; ``before``, if that was for the same one."""
+    if before is not None and before.here():
+        return before
     try:
         waiting = AsyncioWaiting(asyncio.get_running_loop())
     except RuntimeError:
