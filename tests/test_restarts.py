@@ -521,21 +521,21 @@ def test_what_a_lane_tells_when_it_cannot() -> None:
     failed: list[BaseException] = []
     told = threading.Event()
 
-    def fail(store: Connection) -> None:
+    def fail(store: Connection, about: str) -> None:
         raise ValueError("not the store's fault")
 
-    def has_failed(error: BaseException) -> None:
+    def has_failed(error: BaseException, about: str) -> None:
         failed.append(error)
         told.set()
 
-    lane.post(fail, has_failed)
+    lane.post(fail, has_failed, "a call")
     assert told.wait(5)
     assert isinstance(failed[0], ValueError)
     assert lane.drained().wait(5)
     lane.retire()
     lane.ended.result(5)
     assert lane.drained().done()
-    lane.post(fail, has_failed)
+    lane.post(fail, has_failed, "a call")
     assert isinstance(failed[1], BarrierConnectionError)
     with pytest.raises(TimeoutError, match="nothing was told"):
         Promise[None]().result(0.01)

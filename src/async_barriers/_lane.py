@@ -13,6 +13,7 @@ from ._errors import BarrierConnectionError
 from ._worker import Promise, Worker
 
 T = TypeVar("T")
+A = TypeVar("A")
 Open = Callable[[float, threading.Event], Connection]
 
 
@@ -59,30 +60,32 @@ class Lane:
 
     def post(
         self,
-        call: Callable[[Connection], Callable[[], object] | None],
-        failed: Callable[[BaseException], object],
+        call: Callable[[Connection, A], Callable[[], object] | None],
+        failed: Callable[[BaseException, A], object],
+        about: A,
     ) -> None:
         """As `submit`, for a call that tells by itself how it went, unless it fails.
 
         What it returns is called last; see `Worker.post`.
         """
         try:
-            self._worker.post(functools.partial(self._make, call, failed))
+            self._worker.post(functools.partial(self._make, call, failed, about))
         except RuntimeError as exc:
-            failed(_given_up(exc))
+            failed(_given_up(exc), about)
 
     def _make(
         self,
-        call: Callable[[Connection], Callable[[], object] | None],
-        failed: Callable[[BaseException], object],
+        call: Callable[[Connection, A], Callable[[], object] | None],
+        failed: Callable[[BaseException, A], object],
+        about: A,
     ) -> Callable[[], object] | None:
         self.busy = True
         try:
-            return call(self._connected())
+            return call(self._connected(), about)
         except BaseException as exc:
             if isinstance(exc, BarrierConnectionError):
                 self._hang_up()
-            failed(exc)
+            failed(exc, about)
             return None
         finally:
             self.busy = False

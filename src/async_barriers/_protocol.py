@@ -93,8 +93,8 @@ class Turn:
         self._departed = False
         self._forsaken: Gathered | None = None
         self._claimed = False
-        if follows is not None and (judged := follows.verdict) is not None:
-            self._take_over(follows, judged)
+        if follows is not None and follows.verdict is not None:
+            self._take_over(follows, follows.verdict)
 
     @property
     def parting_word(self) -> Verdict | Gathered:
@@ -134,12 +134,14 @@ class Turn:
         """
         with self._lock:
             verdict = self.verdict
-            last = verdict is not None and self._users == 1 and not self._departed
-            if if_last and (not last or self._heir is not None):
-                return None
-            self._users -= 1
-            if verdict is None or not last:
+            if verdict is None or self._users > 1 or self._departed:
+                if if_last:
+                    return None
+                self._users -= 1
                 return False
+            if if_last and self._heir is not None:
+                return None
+            self._users = 0
             self._departed = True
         # Where the next phase of this name has our keys, we depart with that.
         return not verdict.shared

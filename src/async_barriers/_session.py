@@ -6,7 +6,6 @@ Nothing here knows of event loops; callers await the promises, which worker thre
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
@@ -29,6 +28,8 @@ from ._worker import Promise, end_at_exit, wait_for_all, wait_for_ends
 T = TypeVar("T")
 
 _OpenTurns = list[tuple[Turn, Promise[Verdict | Gathered]]]
+# What a lane needs to know to enter a phase.
+_Entry = tuple[Turn, bytes, Lane, Promise[Verdict | Gathered]]
 
 logger = logging.getLogger(__name__)
 
@@ -288,9 +289,10 @@ class Session:
         """This rank's turn in the next phase of ``name``; None where it must join (again) first."""
         # One with `_cease`: a turn in a generation that ends is either seen by it or not taken.
         with self._lock:
-            if self._life is None or not self._standing:
+            life = self._life
+            if life is None or not self._standing:
                 return None
-            turn = self._life.next_turn(name, leader)
+            turn = life.next_turn(name, leader)
             self._turns[turn] = Promise()
             return turn
 
@@ -316,28 +318,20 @@ class Session:
 
     def enter(self, turn: Turn, promise: Promise[Verdict | Gathered], payload: bytes = b"") -> None:
         """Enter the phase on a lane that is free; ``promise`` is the one of `promised`."""
-        lane = self._entered_on[turn] = self._free_lane()
-        lane.post(
-            functools.partial(self._enter, turn, payload, lane, promise),
-            functools.partial(self._not_entered, turn, lane, promise),
-        )
+        if self._closing:
+            raise _closed(self._keys.prefix)
+        lane = self._entered_on[turn] = self._lanes.take()
+        lane.post(self._enter, self._not_entered, (turn, payload, lane, promise))
 
-    def _not_entered(
-        self, turn: Turn, lane: Lane, promise: Promise[Verdict | Gathered], error: BaseException
-    ) -> None:
+    def _not_entered(self, error: BaseException, entry: _Entry) -> None:
+        turn, _, lane, promise = entry
         # Not where the verdict was told, and only what follows it failed.
         if self._entered_on.pop(turn, None) is lane:
             self._lanes.discard(lane)
             promise.settle(error=error)
 
-    def _enter(
-        self,
-        turn: Turn,
-        payload: bytes,
-        lane: Lane,
-        promise: Promise[Verdict | Gathered],
-        store: Connection,
-    ) -> Callable[[], object] | None:
+    def _enter(self, store: Connection, entry: _Entry) -> Callable[[], object] | None:
+        turn, payload, lane, promise = entry
         # A turn that was given up before its lane could open is not entered any more.
         if not turn.hold():
             self._free(turn, lane, promise, turn.parting_word)

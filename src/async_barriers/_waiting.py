@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import math
 import sys
+from asyncio import current_task, get_running_loop
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ class AsyncioWaiting(Waiting):
         loop = self.loop
         try:
             # trio may run as a guest inside asyncio's loop, but in none of its tasks.
-            return asyncio.get_running_loop() is loop and asyncio.current_task(loop) is not None
+            return get_running_loop() is loop and current_task(loop) is not None
         except RuntimeError:
             return False
 
@@ -174,7 +175,7 @@ def waiting_here(before: Waiting | None = None) -> Waiting:
     if before is not None and before.here():
         return before
     try:
-        waiting = AsyncioWaiting(asyncio.get_running_loop())
+        waiting = AsyncioWaiting(get_running_loop())
     except RuntimeError:
         return Waiting()
     return waiting if waiting.here() else Waiting()

@@ -177,9 +177,10 @@ class Promise(Generic[T]):
 
     def wake(self) -> None:
         """The second half of `settle`."""
-        while self._wakes:
+        wakes = self._wakes
+        while wakes:
             try:
-                wake = self._wakes.pop(0)
+                wake = wakes.pop(0)
             except IndexError:
                 return  # another thread has called it
             wake()
