@@ -168,7 +168,7 @@ async def test_what_is_said_of_rubbish(tcp: World) -> None:
         async with Tasks() as tasks:
             waiting = tasks.start(partial(ranks[0].execute_barrier, field))
             await tcp.entered(0, name=field)
-            await tcp.call(tcp.store.set, getattr(tcp.keys(name=field), field), "rubbish")
+            await tcp.call(tcp.store.set, FIELDS[field](tcp.keys(name=field)), "rubbish")
             if field == "log":
                 late = tasks.start(partial(ranks[1].execute_barrier, field))
                 assert (await waiting.raised(BarrierError)).in_doubt
