@@ -39,8 +39,9 @@ _DEPARTED = 1 << 36
 _SUMMARISED = 1 << 62
 # Nothing of ours counts up to this.
 _MOST = _SUMMARISED + (_SUMMARISED >> 1)
-# In larger worlds not every rank may read all arrivals: those of so many still fit into one packet.
-_MEETING = 256
+# In larger worlds not every rank may read all arrivals: those of so many take 5 kB, and 5 MB if
+# all read them.
+_MEETING = 1024
 
 
 class Forgotten(BarrierConnectionError):
