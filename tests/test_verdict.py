@@ -115,6 +115,13 @@ def test_a_decided_log_stays_decided(log: list[bytes], more: list[bytes]) -> Non
 
 
 @given(logs)
+def test_what_follows_the_break_is_not_read(log: list[bytes]) -> None:
+    """It is spared where it decides nothing, and nowhere else."""
+    whole = b"".join(log)
+    assert _verdict.judge(whole, WORLD, PHASE) == _verdict._judge.__wrapped__(whole, WORLD, PHASE)
+
+
+@given(logs)
 def test_released_means_that_all_arrived_before_any_break(log: list[bytes]) -> None:
     """No rubbish, duplicate or break makes up for a rank that is missing (laws 1 and 3)."""
     judged = _verdict.judge(b"".join(log), WORLD, PHASE)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 _MAX_REASON = 2000
 _COMMITS = re.compile(rb"c[0-9]{1,9} [0-9]{1,9}")
+_BREAK = re.compile(rb"^b.*", re.MULTILINE)
 _RELEASES = re.compile(rb"r[0-9]{1,9}")
 
 
@@ -102,6 +103,18 @@ def breaking(
 
 def judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | Broken | None:
     """What the log decides; None while it decides nothing."""
+    # Where many give up at once, each of them finds a longer log, and one that begins the same.
+    first_break = _BREAK.search(log)
+    if first_break is not None:
+        judged = _judge(log[: first_break.end()], world_size, sequence)
+        if judged is not None:
+            return judged
+    return _judge(log, world_size, sequence)
+
+
+# All ranks of a process come to the same.
+@functools.lru_cache(maxsize=64)
+def _judge(log: bytes, world_size: int, sequence: int) -> Released | Gathered | Broken | None:
     lines = log.splitlines()
     arrived: set[int] = set()
     terms: tuple[int, int | None] | None = None
