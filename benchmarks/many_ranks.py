@@ -14,11 +14,9 @@ from proxy import Traffic
 from torch.distributed import TCPStore
 from variants import BLOCKING, HOST, TIMEOUT_SECS
 
-from async_barriers import StoreBarrier, _protocol
+from async_barriers import StoreBarrier
 
 KINDS = ["ours", "torch", "tc", "linear", "floor"]
-# Ours as they are in worlds that are too large to meet.
-LISTENING = "ours-listening"
 
 
 class ManyRanks:
@@ -44,9 +42,7 @@ class ManyRanks:
         self._threads = ThreadPoolExecutor(len(ports))
         self._barriers: list[StoreBarrier] = []
         self._crosses: dict[int, Callable[[], Awaitable[object]]] = {}
-        if kind == LISTENING:
-            _protocol._MEETING = 0
-        if kind in ("ours", LISTENING):
+        if kind == "ours":
             self._make_ours(ports, options)
         else:
             self._make_blocking(kind, ports)

@@ -15,14 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 OURS, THEIRS, FLOOR = "#1b6ca8", "#b9bec4", "#7a8288"
-KINDS = {
-    "ours": OURS,
-    "ours-listening": "#7aa6d8",
-    "torch": "#e08a00",
-    "tc": "#4f9d4f",
-    "linear": "#b04a5a",
-    "floor": FLOOR,
-}
+KINDS = {"ours": OURS, "torch": "#e08a00", "tc": "#4f9d4f", "linear": "#b04a5a", "floor": FLOOR}
 TITLES = {
     "crossing": "Crossing latency",
     "round_trips": "Round trips, messages and bytes",

@@ -16,14 +16,12 @@ from typing import Any
 
 import results
 from fleet import Fleet
-from many_ranks import LISTENING, ManyRanks
+from many_ranks import ManyRanks
 from proxy import Server
 from results import shown, spread, table
 
 PROCESSES = 8
 PREDICTED = (1024, 10_000, 100_000)
-# Larger worlds listen.
-MEETING = 1024
 # Of a data centre's network, from a rank to the server and back.
 NETWORK_SECS = 200e-6
 ROUND_TRIPS = 3
@@ -121,11 +119,7 @@ def fit(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "kind": kind,
         "server_cpu_secs_per_rank": slope,
         "server_cpu_secs": start,
-        "predicted_secs": {
-            n: ROUND_TRIPS * NETWORK_SECS + start + n * slope
-            for n in PREDICTED
-            if kind != "ours" or n <= MEETING
-        },
+        "predicted_secs": {n: ROUND_TRIPS * NETWORK_SECS + start + n * slope for n in PREDICTED},
     }
 
 
@@ -143,9 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=results.numbers, default=[64, 256, 1024])
     parser.add_argument(
-        "--only",
-        type=lambda text: text.split(","),
-        default=["ours", LISTENING, "torch", "floor"],
+        "--only", type=lambda text: text.split(","), default=["ours", "torch", "floor"]
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst-secs", type=float, default=0.8, help="per kind and round")
