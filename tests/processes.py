@@ -38,7 +38,7 @@ CRASHES = (
     "Exception ignored",
     "never retrieved",
 )
-_NO_HOST_NAME = "The hostname of the client socket cannot be retrieved"
+NO_HOST_NAME = "The hostname of the client socket cannot be retrieved"
 # Law 8 says two seconds. A process that is traced saves what it covered as it ends.
 EXIT_SECS = 2.7 if "COVERAGE_PROCESS_CONFIG" in os.environ else 2.0
 # Laws 4, 5 and 8: how long after a break, a deadline or a cancellation an await may end.
@@ -182,7 +182,7 @@ class Rank:
     def stderr(self) -> str:
         """What it wrote there, but for what c10d says of a resolver that knows no names."""
         lines = os.pread(self._stderr.fileno(), 1 << 20, 0).decode().splitlines(keepends=True)
-        return "".join(line for line in lines if _NO_HOST_NAME not in line)
+        return "".join(line for line in lines if NO_HOST_NAME not in line)
 
     def dispose(self) -> None:
         """End it, if it has not ended, and let go of it."""
