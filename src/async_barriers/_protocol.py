@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 _RANKS = (1 << 24) - 1
 _GAVE_UP = 1 << 24
 _DEPARTED = 1 << 36
-_GIVEN_UP = _DEPARTED - _GAVE_UP
 _SUMMARISED = 1 << 62
 # Nothing of ours counts up to this.
 _MOST = _SUMMARISED + (_SUMMARISED >> 1)
@@ -281,7 +280,7 @@ class Turn:
 
     def _listen(self, store: Connection) -> Verdict | Gathered:
         """Wait for the bell, when called from the meeting too early."""
-        if (why := self._read_count(store)[1]) is not None:
+        if (why := self._foul_count(store)) is not None:
             return self._break(store, None, why)
         # If it is lower than it was, those who have yet to come would wait there for ever.
         store.add(self.keys.count, _GAVE_UP)
@@ -301,16 +300,11 @@ class Turn:
         everyone has arrived is `Gathered`, and giving up leaves it to the leader; for the
         leader too, once it has begun to publish.
         """
-        # All ranks may have the same deadline. What the first of them writes is enough; if each had
-        # its line in the log, and read all lines, the last ones would not be done in time.
-        if timeout_secs is not None and (broken := self._announced_break(store)) is not None:
-            self._end_meeting(store)
-            return broken
         return self._break(store, self.rank if by is None else by, reason, timeout_secs, missing)
 
     def give_up_lost(self, store: Connection, reason: str) -> Verdict | Gathered:
         """As `give_up`, after a call on another connection has failed."""
-        if (why := self._read_count(store)[1]) is not None:
+        if (why := self._foul_count(store)) is not None:
             return self._break(store, None, why)
         return self._break(store, self.rank, reason)
 
@@ -327,28 +321,21 @@ class Turn:
             self.log,
             _verdict.breaking(blamed, self.sequence, reason, timeout_secs, missing),
         )
-        self._end_meeting(store)
+        if self.world_size <= _MEETING and self._foul_count(store) is None:
+            store.add(self.keys.count, _GAVE_UP)
         judged = self._decide(store)
         if isinstance(judged, Gathered) and judged.leader == self.rank and self.claim():
             return self.settle(store, Broken(blamed, reason, timeout_secs))
         # What the leader said may be known here already.
         return self.verdict or judged
 
-    def _end_meeting(self, store: Connection) -> None:
-        """See to it that nobody waits for the count any more."""
-        if self.world_size <= _MEETING and not self._read_count(store)[0] & _GIVEN_UP:
-            store.add(self.keys.count, _GAVE_UP)
-
-    def _read_count(self, store: Connection) -> tuple[int, str | None]:
-        """What is counted; and why that could not be, if something else wrote there. Now it can."""
+    def _foul_count(self, store: Connection) -> str | None:
+        """Why nothing can be counted, if something else wrote there; from now on it can be."""
         value = store.read(self.keys.count)
-        if value is None:
-            return 0, None
-        if countable(value) and (count := int(value)) < _MOST:
-            return count, None
+        if value is None or (countable(value) and int(value) < _MOST):
+            return None
         store.compare_set(self.keys.count, value, b"%d" % _GAVE_UP)
-        found = f"something else wrote {_verdict.show(value)} where its arrivals are counted"
-        return _GAVE_UP, found
+        return f"something else wrote {_verdict.show(value)} where its arrivals are counted"
 
     def claim(self) -> bool:
         """Take the leader's right to settle; True for the first that asks, in this process."""
@@ -463,17 +450,6 @@ class Turn:
             return judged
         store.set(self.keys.verdict, _verdict.encode(judged))
         return judged
-
-    def _announced_break(self, store: Connection) -> Broken | None:
-        """The verdict, if somebody has announced a break. A release is the log's to tell."""
-        try:
-            told = _verdict.decode(store.read(self.keys.verdict) or b"")
-        except ValueError:
-            return None
-        if not isinstance(told, Broken):
-            return None
-        self.verdict = told
-        return told
 
     def _judge(self, store: Connection, log: bytes | None = None) -> Verdict | Gathered | None:
         # Asked before the log is read: another thread may be arriving just now.
