@@ -148,7 +148,7 @@ async def test_nobody_reports_a_phase_that_is_over(memory: World) -> None:
     turn = session.take_turn("x")
     assert turn is not None
     await ranks[1].abort("no", "x")
-    session.enter(turn, session.promised(turn))
+    session.enter(turn)
 
     async def departed() -> bool:
         return turn._departed

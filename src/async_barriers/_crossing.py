@@ -6,6 +6,7 @@ where it stops waiting.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -72,18 +73,14 @@ class Crossing:
     async def decided(self, turn: Turn, payload: bytes = b"") -> Released | Gathered:
         """Enter, and wait for the verdict, or as the leader of a commit until all are in."""
         self.turn = turn
-        session, waiting = self._session, self._waiting
+        session = self._session
+        promise = session.promised(turn)
+        until = min(self.deadline, self._report_at, self._ask_at)
         verdict: Verdict | Gathered | None = None
         try:
             try:
-                promise = session.promised(turn)
-                awaited = waiting.begin(promise, min(self.deadline, self._report_at, self._ask_at))
-                try:
-                    session.enter(turn, promise, payload)
-                    await awaited
-                finally:
-                    waiting.end(awaited)
-                if promise.done():
+                start = functools.partial(session.enter, turn, payload)
+                if await self._waiting.settled(promise, until, start):
                     verdict = promise.result()
             except BaseException as exc:
                 verdict = await self._stopped(exc)

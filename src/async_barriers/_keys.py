@@ -23,7 +23,8 @@ def _measured(text: str) -> str:
     return f"{len(text.encode())}:{text}"
 
 
-# Nothing changes one. But every crossing makes one, and a frozen one takes six times as long.
+# Nothing changes one. But each crossing of a new name makes one, and a frozen one takes six times
+# as long.
 @dataclass(init=False, slots=True, unsafe_hash=True)
 class PhaseKeys:
     """The keys of one phase, identified by (prefix, generation, name, sequence).

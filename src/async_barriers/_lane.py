@@ -91,25 +91,17 @@ class Lane:
             self.busy = False
 
     def _connected(self) -> Connection:
-        connection = self._connection
-        if connection is None or connection.failed or self._stale:
-            return self._connect()
-        return connection
-
-    def _connect(self) -> Connection:
-        if self._connection is not None:
+        if self._stale or (self._connection is not None and self._connection.failed):
             self._hang_up()
-        # A call that was given up must not be made late: by then it may be another store
-        # that answers at the same address.
-        if not self._abandoned.is_set():
+        if self._connection is None and not self._abandoned.is_set():
             deadline = time.monotonic() + self._init_secs
             self._stale = False
             self._connection = self._open(deadline, self._abandoned)
-            if not self._abandoned.is_set():
-                return self._connection
-        # Once more: it may have been given up just before the line above.
-        self._stale = True
-        raise _given_up(None)
+        # A call that was given up must not be made late: by then it may be another store
+        # that answers at the same address.
+        if self._connection is None or self._abandoned.is_set():
+            raise _given_up(None)
+        return self._connection
 
     @property
     def connected(self) -> bool:
@@ -154,7 +146,6 @@ class Lane:
     def abandon(self) -> None:
         """From any thread: end the call under way, where that can be done, and make no other."""
         self._abandoned.set()
-        self._stale = True
         if (connection := self._connection) is not None:
             connection.interrupt()
 

@@ -69,7 +69,6 @@ class Turn:
         present: Callable[[Connection], bool] = lambda store: True,
     ) -> None:
         self.keys: PhaseKeys = keys
-        self.log: str = keys.logs[0]
         # How many phases had these keys before this one.
         self.index: int = 0
         self.name = name
@@ -95,6 +94,11 @@ class Turn:
         self._claimed = False
         if follows is not None and follows.verdict is not None:
             self._take_over(follows, follows.verdict)
+
+    @property
+    def log(self) -> str:
+        """The key that all ranks append to in this phase."""
+        return self.keys.logs[self.index % LOGS]
 
     @property
     def parting_word(self) -> Verdict | Gathered:
@@ -210,9 +214,8 @@ class Turn:
 
     def _take_over(self, before: Turn, judged: Verdict | Gathered | None) -> None:
         if isinstance(judged, Released) and judged.shared:
-            keys = self.keys = before.keys
+            self.keys = before.keys
             self.index = before.index + 1
-            self.log = keys.logs[self.index % LOGS]
             # All ranks are done with the phase before that one, as all have entered it. Its
             # log is the one after ours; it is empty by the time anyone enters the next phase,
             # as nobody does before we have entered this one.

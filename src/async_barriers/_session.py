@@ -316,11 +316,10 @@ class Session:
         """What `enter` will be settled by."""
         return self._turns[turn]
 
-    def enter(self, turn: Turn, promise: Promise[Verdict | Gathered], payload: bytes = b"") -> None:
-        """Enter the phase on a lane that is free; ``promise`` is the one of `promised`."""
-        if self._closing:
-            raise _closed(self._keys.prefix)
-        lane = self._entered_on[turn] = self._lanes.take()
+    def enter(self, turn: Turn, payload: bytes = b"") -> None:
+        """Enter the phase on a lane that is free."""
+        promise = self._turns[turn]
+        lane = self._entered_on[turn] = self._free_lane()
         lane.post(self._enter, self._not_entered, (turn, payload, lane, promise))
 
     def _not_entered(self, error: BaseException, entry: _Entry) -> None:

@@ -51,6 +51,7 @@ class Broken:
     reason: str
     timeout_secs: float | None = None
     missing: tuple[int, ...] = ()
+    # No other phase has its keys.
     shared: ClassVar[bool] = False
 
 

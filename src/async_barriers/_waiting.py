@@ -7,9 +7,8 @@ import contextlib
 import importlib
 import math
 import sys
-from asyncio import current_task, get_running_loop
-from collections.abc import Awaitable, Callable, Generator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
@@ -31,22 +30,16 @@ async def outcome(promise: Promise[T]) -> T:
 
     Cancelling stops the waiting; the call behind it goes on.
     """
-    await waiting_here().settled(promise)
+    await waiting_here(None).settled(promise)
     return promise.result()
 
 
 class Waiting:
-    """The clock of an event loop, and how to wait there.
+    """The clock of an event loop, and how to wait there."""
 
-    :ivar now: what the clock says, in seconds
-    """
-
-    def __init__(self) -> None:
-        self.now: Callable[[], float] = anyio.current_time
-
-    def here(self) -> bool:
-        """Whether this is for the event loop that runs here."""
-        return False
+    def now(self) -> float:
+        """What the loop's clock says, in seconds."""
+        return anyio.current_time()
 
     async def settled(
         self,
@@ -63,17 +56,6 @@ class Waiting:
         """
         if promise.done():
             return True
-        awaited = self.begin(promise, deadline)
-        try:
-            if start is not None:
-                start()
-            await awaited
-        finally:
-            self.end(awaited)
-        return promise.done()
-
-    def begin(self, promise: Promise[T], deadline: float) -> Awaitable[None]:
-        """`settled` in parts: what to await, and to `end` when that is over."""
         done = anyio.Event()
         on_loop = poster()
 
@@ -82,10 +64,11 @@ class Waiting:
                 on_loop(done.set)
 
         promise.when_settled(post)
-        return _Until(done, deadline)
-
-    def end(self, awaited: Awaitable[None]) -> None:
-        """What `begin` gave is not awaited any more."""
+        if start is not None:
+            start()
+        with anyio.CancelScope(deadline=deadline):
+            await done.wait()
+        return promise.done()
 
 
 class AsyncioWaiting(Waiting):
@@ -96,22 +79,22 @@ class AsyncioWaiting(Waiting):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
         self.loop = loop
-        self.now = loop.time
         self._deadlines: dict[asyncio.Future[None], float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def here(self) -> bool:
-        loop = self.loop
-        try:
-            # trio may run as a guest inside asyncio's loop, but in none of its tasks.
-            return get_running_loop() is loop and current_task(loop) is not None
-        except RuntimeError:
-            return False
+    def now(self) -> float:
+        return self.loop.time()
 
-    def begin(self, promise: Promise[T], deadline: float) -> Awaitable[None]:
+    async def settled(
+        self,
+        promise: Promise[T],
+        deadline: float = math.inf,
+        start: Callable[[], object] | None = None,
+    ) -> bool:
+        if promise.done():
+            return True
         loop = self.loop
         waiter: asyncio.Future[None] = loop.create_future()
 
@@ -125,11 +108,14 @@ class AsyncioWaiting(Waiting):
             self._deadlines[waiter] = deadline
             if deadline < self._rings_at:
                 self._set(deadline)
-        promise.when_settled(post)
-        return waiter
-
-    def end(self, awaited: Awaitable[None]) -> None:
-        self._deadlines.pop(awaited, None)  # type: ignore[call-overload]
+        try:
+            promise.when_settled(post)
+            if start is not None:
+                start()
+            await waiter
+        finally:
+            self._deadlines.pop(waiter, None)
+        return promise.done()
 
     def _set(self, deadline: float) -> None:
         if self._timer is not None:
@@ -150,35 +136,23 @@ class AsyncioWaiting(Waiting):
             self._set(later)
 
 
-class _Until:
-    """Awaits an event, or a deadline."""
-
-    def __init__(self, done: anyio.Event, deadline: float) -> None:
-        self._done = done
-        self._deadline = deadline
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> None:
-        with anyio.CancelScope(deadline=self._deadline):
-            await self._done.wait()
-
-
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
 
 
-def waiting_here(before: Waiting | None = None) -> Waiting:
+def waiting_here(before: Waiting | None) -> Waiting:
     """How to wait on the event loop that runs here; ``before``, if that was for the same one."""
-    if before is not None and before.here():
-        return before
     try:
-        waiting = AsyncioWaiting(get_running_loop())
+        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+        loop = None if asyncio.current_task() is None else asyncio.get_running_loop()
     except RuntimeError:
+        loop = None
+    if loop is None:
         return Waiting()
-    return waiting if waiting.here() else Waiting()
+    if isinstance(before, AsyncioWaiting) and before.loop is loop:
+        return before
+    return AsyncioWaiting(loop)
 
 
 def poster() -> Callable[[Callable[[], object]], object]:
