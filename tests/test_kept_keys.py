@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 
 import anyio
 import anyio.lowlevel
 import pytest
+from torch.distributed import Store
 from worlds import AnyBarrier, Tasks, World, gather
 
 from async_barriers import BarrierResult, BarrierTimeoutError, BrokenBarrierError
-from async_barriers._connection import Connection, connect_to
+from async_barriers._connection import Connection, TCPConnection, connect_to
 from async_barriers._keys import LOGS, Keys, PhaseKeys
-from async_barriers._protocol import Turn
-from async_barriers._verdict import Released, breaking, listening
+from async_barriers._protocol import Forgotten, Turn
+from async_barriers._verdict import Gathered, Released, Verdict, breaking, listening
 
 pytestmark = pytest.mark.anyio
 
@@ -166,6 +168,73 @@ async def test_one_that_calls_too_early_and_the_keys(tcp: World) -> None:
     assert await tcp.call(early, False) == [keys.logs[1]] * 2
     for store in stores:
         await tcp.call(store.close)
+
+
+class SlowReader(TCPConnection):
+    """Falls asleep when it is called from the meeting, before it reads the log."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.asleep, self.goes_on = threading.Event(), threading.Event()
+
+    def meet(self, log: str, line: bytes, count: str, total: int) -> bytes:
+        super().meet(log, line, count, total)
+        self.asleep.set()
+        self.goes_on.wait()
+        return self.read(log) or b""
+
+
+async def test_a_reader_that_sleeps(tcp: World) -> None:
+    """Another thread of its rank has judged the phase; three phases later it finds their log."""
+    slow = SlowReader(await tcp.call(tcp.store.clone))  # type: ignore[attr-defined]
+    stores = [await open_at(tcp) for _ in range(2)]
+
+    def meet(turns: list[Turn], last: int, first_on: Connection) -> Future[Verdict | Gathered]:
+        first = pool.submit(turns[1 - last].enter, first_on)
+        while not stores[last].read(turns[0].log):
+            pass
+        turns[last].enter(stores[last])
+        return first
+
+    def run() -> list[object]:
+        keys = Keys("kept").phase(0, "x", 5)
+        turns = [turn_of(keys, rank) for rank in range(2)]
+        sleeper = turns[0]
+        late = meet(turns, 1, slow)
+        slow.asleep.wait()
+        known = sleeper._decide(stores[0])
+        for last in (1, 1, 0):
+            turns = [turn_of(keys, turn.rank, follows=turn) for turn in turns]
+            meet(turns, last, stores[1 - last]).result()
+        assert turns[0].log == sleeper.log
+        slow.goes_on.set()
+        return [known, late.result(), sleeper.verdict]
+
+    with ThreadPoolExecutor(2) as pool:
+        told = await tcp.call(run)
+    assert told == [Released(1, listeners=False, shared=True)] * 3
+    for store in (slow, *stores):
+        await tcp.call(store.close)
+
+
+async def test_a_reader_whose_line_is_gone(tcp: World) -> None:
+    """What others wrote in its place does not release it."""
+    slow = SlowReader(await tcp.call(tcp.store.clone))  # type: ignore[attr-defined]
+    store = await open_at(tcp)
+
+    def run() -> Verdict | Gathered:
+        keys = Keys("kept").phase(0, "x", 5)
+        late = pool.submit(turn_of(keys, 0, keeps=False).enter, slow)
+        pool.submit(turn_of(keys, 1).enter, store).result()
+        slow.asleep.wait()
+        store.set(keys.logs[0], b"k0\nk1\n")
+        slow.goes_on.set()
+        return late.result()
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(Forgotten):
+        await tcp.call(run)
+    for connection in (slow, store):
+        await tcp.call(connection.close)
 
 
 async def test_what_was_held_up_on_its_way(tcp: World) -> None:
