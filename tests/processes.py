@@ -168,15 +168,26 @@ class Rank:
     def exit(self, by: float) -> int:
         """Its exit code; an error if it still runs at ``by`` (on the monotonic clock)."""
         if self.exit_code is None:
-            process = os.pidfd_open(self.pid)
-            try:
-                ended = select.select([process], [], [], max(0.0, by - time.monotonic()))[0]
-            finally:
-                os.close(process)
-            if not ended:
-                raise AssertionError(f"rank {self.number} did not exit in time\n{self.stderr}")
+            if not self._ended(by):
+                last_words = self._last_words()
+                raise AssertionError(f"rank {self.number} did not exit in time\n{last_words}")
             self.exit_code = self._forge.reap(self.pid)
         return self.exit_code
+
+    def _ended(self, by: float) -> bool:
+        process = os.pidfd_open(self.pid)
+        try:
+            return bool(select.select([process], [], [], max(0.0, by - time.monotonic()))[0])
+        finally:
+            os.close(process)
+
+    def _last_words(self) -> str:
+        """Abort it if it still runs; what it wrote, the stacks of all its threads at the end."""
+        if self.exit_code is None:
+            self.signal(signal.SIGABRT)
+            self.signal(signal.SIGCONT)
+            self._ended(time.monotonic() + PATIENCE_SECS)
+        return self.stderr
 
     @property
     def stderr(self) -> str:
@@ -199,7 +210,7 @@ class Rank:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not self._read(remaining):
                 how = "says nothing" if remaining <= 0 else "has ended"
-                raise AssertionError(f"rank {self.number} {how}\n{self.stderr}")
+                raise AssertionError(f"rank {self.number} {how}\n{self._last_words()}")
 
     def _read(self, within_secs: float) -> bool:
         """Take in what it said; False at the end of its stdout."""

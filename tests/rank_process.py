@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -66,6 +67,8 @@ def forge_ranks(channel: socket.socket) -> dict[str, Any] | None:
 
 def be_rank(options: dict[str, Any]) -> None:
     """What a rank's program does, on the event loop it was told to use."""
+    # Whoever finds us hung aborts us, and reads where.
+    faulthandler.enable()
     # A shell that started us in the background would have us ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.get("home") is not None:

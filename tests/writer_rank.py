@@ -47,14 +47,14 @@ class Doings(blocking_rank.Doings):
             writer.write(path, self.state(step))
         return sorted(os.listdir(path))
 
-    def here_start_process(self) -> None:
+    def here_start_process(self, init_timeout_secs: float) -> None:
         """Have a checkpoint process, to which the barrier's configuration is sent."""
         own = {"tcpstore_port": self.options["other_port"], "master_address": "127.0.0.1"}
         where = {"global_rank": self.rank, "global_world_size": self.size, **own}
         barrier = BlockingBarrier(BarrierConfig("tcp_store", where))
         self._process = CheckpointProcess(
             rank_info=self._info,
-            config=CheckpointProcessConfig(),
+            config=CheckpointProcessConfig(subprocess_init_timeout_secs=int(init_timeout_secs)),
             subprocess_init_fn=os.getpid,  # type: ignore[arg-type]
             subprocess_init_args=(),
             checkpoint_writer_init_fn=CheckpointWriter,
