@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -33,6 +34,7 @@ class Call(Generic[T]):
     """One call: it waits for its turn, then for all ranks to connect, then in the collective.
 
     :ivar number: which one it is, from 1; its sequence number is one less
+    :ivar came: when it was made, by the clock that ranks compare
     :ivar entered: the collective has begun, so that it can no longer be called back
     :ivar over: nobody waits for it any more, so that it must not begin
     """
@@ -41,6 +43,7 @@ class Call(Generic[T]):
         self.name = name
         self.number = number
         self.promise = promise
+        self.came = time.time()
         self.entered = False
         self.over = False
 
@@ -187,6 +190,7 @@ class Calls:
             self._attendance.enter(call.number)
             self.group.connect()
             self._may_go_on(call, entered=True)
+            self.group.came = call.came
             return collective()
         except Aborted as exc:
             raise BrokenBarrierError(call.name, call.sequence, exc.rank, str(exc)) from None

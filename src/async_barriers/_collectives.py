@@ -65,6 +65,8 @@ class Collectives:
         self._word: Promise[Word] | None = None
         self._abandoned = threading.Event()
         self._stuck = False
+        # When the call under way was made; see `Call`.
+        self.came: float = 0.0
         self._worker = Worker()
         self.ended = self._worker.ended
         end_at_exit(self)
@@ -163,7 +165,7 @@ class Collectives:
         # The largest of these tells who came last among those with the largest call. gloo sends
         # round a message for each number, so that there are no more than two.
         ticks = 1 << (62 - 2 * (size + 1).bit_length())
-        came = int(time.time() / _TICK_SECS) % ticks
+        came = int(self.came / _TICK_SECS) % ticks
         highest, lowest = self._largest((call * ticks + came) * size + rank, -call)
         highest, last = divmod(highest, size)
         highest, lowest = highest // ticks, -lowest
