@@ -399,6 +399,17 @@ def test_three_ranks_stay_in_step(start_job: StartJob) -> None:
         answers = [call.released() for call in [*waiting, job.ranks[last].start("cross")]]
         assert {answer["last_rank"] for answer in answers} == {last}
 
+    # Whose thread comes last to a call that waits for its turn says nothing.
+    for number, last in ((3, 0), (5, 1), (7, 2)):
+        others = {0, 1, 2} - {last}
+        queued = [call for rank in others for call in job.starts([rank, rank])]
+        noted(job, number, *others)
+        # What they are asked later, they do later.
+        for call in job.starts(others, "facts"):
+            call.released()
+        queued += job.starts([last, last])
+        assert {call.released()["last_rank"] for call in queued} == {last}
+
     def each(*calls: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
         """Each rank makes a call of its own; what came of them."""
         started = [job.ranks[rank].start(do, **given) for rank, (do, given) in enumerate(calls)]
@@ -435,7 +446,7 @@ def test_three_ranks_stay_in_step(start_job: StartJob) -> None:
     job.ranks[1].start("fail").error("OSError")
     for call in job.starts((0, 2)):
         assert call.error("BrokenBarrierError")["rank"] == 1
-    assert {answer["sequence"] for answer in everywhere(job, "cross")} == {9}
+    assert {answer["sequence"] for answer in everywhere(job, "cross")} == {15}
     assert all(pulse.released()["longest"] < PULSE_SECS for pulse in pulses)
     # A barrier over the default group's store is told it, whatever the backend.
     everywhere(job, "cross_its_store")
