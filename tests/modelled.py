@@ -244,18 +244,29 @@ def shared(
     """
     plain = kind(*args, **options)
     constants = set(inspect.signature(kind).parameters).difference(changing)
-    cells = {field: _Cell(field) for field in vars(plain) if field not in constants}
+    fields = {**_beginnings(type(plain)), **vars(plain)}
+    cells = {field: _Cell(field) for field in fields if field not in constants}
     made: Any = object.__new__(type(kind.__name__, (type(plain),), cells))
-    vars(made).update({field: value for field, value in vars(plain).items() if field in constants})
+    vars(made).update({field: value for field, value in fields.items() if field in constants})
     vars(made).update(__do=do, __name=name)
     for field in cells:
-        value = vars(plain)[field]
+        value = fields[field]
         if isinstance(value, type(threading.Lock())):
             vars(made)[field] = _Section(do, ("lock", name, field))
         else:
             setattr(made, field, value)
     result: T = made
     return result
+
+
+def _beginnings(kind: type) -> dict[str, Any]:
+    """What the fields of all instances begin with, where that stands in their class."""
+    return {
+        field: value
+        for base in reversed(kind.__mro__[:-1])
+        for field, value in vars(base).items()
+        if not (field.startswith("__") or callable(value) or hasattr(value, "__get__"))
+    }
 
 
 class _Cell:

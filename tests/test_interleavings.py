@@ -266,8 +266,7 @@ class TrustsTheCounter(Turn):
 class TrustsTheMeeting(Turn):
     """Takes it that all have arrived when it is called from the meeting."""
 
-    def _meet(self, store: Connection) -> Verdict | Gathered:
-        store.meet(self.log, self._arrival, self.keys.count, self.world_size)
+    def judge_meeting(self, store: Connection, log: bytes) -> Verdict | Gathered:
         self._counted = True
         self.verdict = Released(self.rank)
         return self.verdict

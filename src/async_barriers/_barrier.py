@@ -169,7 +169,9 @@ class _Phase(AbstractAsyncContextManager[None]):
 
 def reason_of(exc: BaseException) -> str:
     """How peers are told what went wrong here."""
-    if isinstance(exc, anyio.get_cancelled_exc_class()):
+    # Where a coroutine is thrown away, there may be no event loop any more.
+    thrown_away = isinstance(exc, GeneratorExit)
+    if not thrown_away and isinstance(exc, anyio.get_cancelled_exc_class()):
         return "its task was cancelled"
     return f"it raised {type(exc).__name__}: {exc}"
 

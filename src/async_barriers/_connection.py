@@ -15,12 +15,15 @@ import socket
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
+from . import _dialogue
+from ._dialogue import ABSENT, Dialogue
 from ._errors import BarrierConnectionError
 
 T = TypeVar("T")
@@ -28,8 +31,6 @@ T = TypeVar("T")
 # c10d knows no endless wait, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
 _RETRY_SECS = 0.1
-# No value of ours looks like this, nor what something else may write by mistake.
-_ABSENT = b"\0absent\0"
 # While it is tried again nothing can end c10d's constructor, and a thread that comes back from
 # it into an interpreter that is ending aborts the process: no longer than closing waits.
 _CONSTRUCTION = timedelta(seconds=0.3)
@@ -42,6 +43,8 @@ _ATTEMPT_SECS = 2.0
 # event loop for 99 ms, so they take turns; but one that hangs must not hold up the others.
 _opening = threading.BoundedSemaphore(8)
 _TURN_SECS = 0.2
+# Which servers, by host and port, have shown whether meetings can be held with them directly.
+_understand: dict[tuple[str, int], bool] = {}
 
 
 class Connection:
@@ -50,6 +53,8 @@ class Connection:
     interruptible = False
     # Whether `meet` works: where it does not, arrivals are counted with `add` and awaited apart.
     meets = False
+    # Whether a `Dialogue` does the same, without blocking.
+    direct = False
 
     def __init__(self, store: Store) -> None:
         # torch's stubs lack half of the stores' methods.
@@ -110,6 +115,14 @@ class Connection:
         """
         raise NotImplementedError
 
+    def overhear(self) -> socket.socket:
+        """A socket, the caller's to close, on which dialogues can be held; where `direct`."""
+        raise NotImplementedError
+
+    def finish(self, meeting: Dialogue) -> bytes:
+        """Block until the log is there, where another thread has begun; where `direct`."""
+        raise NotImplementedError
+
     def delete(self, key: str) -> None:
         self._do(self._store.delete_key, key)
 
@@ -161,8 +174,8 @@ class HashConnection(Connection):
     def read(self, key: str) -> bytes | None:
         # One operation, and over a TCPStore one round trip, where check and get take three. An
         # absent key answers with what we expected.
-        value = _bytes(self._do(self._store.compare_set, key, _ABSENT, _ABSENT))
-        return None if value == _ABSENT else value
+        value = _bytes(self._do(self._store.compare_set, key, ABSENT, ABSENT))
+        return None if value == ABSENT else value
 
 
 class TCPConnection(HashConnection):
@@ -174,11 +187,12 @@ class TCPConnection(HashConnection):
         # c10d tells its socket's descriptor in its repr only. A copy of it lets us end a call
         # that c10d itself would never return from.
         found = re.search(r"fd=(\d+)", repr(_innermost(store)))
-        self._socket = socket.socket(fileno=os.dup(int(found[1]))) if found else None
+        self._socket = _share(int(found[1])) if found else None
         self.interruptible = found is not None
         self._lock = threading.Lock()
         self._waiting = False
         self._stopped = False
+        self._overheard = False
         # A PrefixStore has a barrier of its own, made of the other operations.
         self.meets = not isinstance(store, PrefixStore)
 
@@ -194,12 +208,36 @@ class TCPConnection(HashConnection):
                 # A wait of a week is like any other that something ended too early.
                 if not _timed_out(exc):
                     raise
-            arrivals: bytes = store.compare_set(log, _ABSENT, _ABSENT)
+            arrivals: bytes = store.compare_set(log, ABSENT, ABSENT)
             return arrivals
         except Exception as exc:
             del store  # as in `_do`
             self.failed = True
             raise _lost(exc) from exc
+
+    def overhear(self) -> socket.socket:
+        assert self._socket is not None
+        self._overheard = True
+        return _share(self._socket.fileno())
+
+    def finish(self, meeting: Dialogue) -> bytes:
+        assert self._socket is not None
+        try:
+            return meeting.finish(self._socket)
+        except OSError as exc:
+            self.failed = True
+            raise _lost(exc) from exc
+
+    def understood(self) -> bool:
+        """Whether the server answers as it should; if not, the connection is of no more use."""
+        if self._socket is None or not self.meets:
+            return False
+        tried = f"async_barriers/tried/{uuid.uuid4().hex}"
+        if not _dialogue.understood(self._socket, tried):
+            return False
+        for key in _dialogue.keys(tried):
+            self.delete(key)
+        return True
 
     def await_value(self, key: str) -> bytes:
         with self._lock:
@@ -242,7 +280,7 @@ class TCPConnection(HashConnection):
         if self._socket is None:
             return []
         try:
-            return [Remains(self._socket.dup())]
+            return [Remains(_share(self._socket.fileno()))]
         except OSError:
             # Its thread has hung up already.
             return []
@@ -250,6 +288,9 @@ class TCPConnection(HashConnection):
     def close(self) -> None:
         super().close()
         if self._socket is not None:
+            if self._overheard:
+                # Who listens has a descriptor of its own, and lets go of it when it hears this.
+                self.interrupt()
             self._socket.close()
 
 
@@ -297,7 +338,7 @@ def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connecti
 def clone_tcp(store: Store) -> TCPConnection:
     """A new connection to the server that ``store`` is connected to."""
     with _in_turn():
-        return TCPConnection(_clone(store))
+        return _tried(lambda: _clone(store))
 
 
 def connect_to_port(
@@ -308,8 +349,8 @@ def connect_to_port(
         await_store(host, port, deadline, stop)
         try:
             with _in_turn(), _translated(f"no store can be reached at {host}:{port}"):
-                return TCPConnection(
-                    TCPStore(
+                return _tried(
+                    lambda: TCPStore(
                         host,
                         port,
                         is_master=False,
@@ -406,6 +447,31 @@ def _clone(store: Any) -> Store:
     with _translated("the store cannot be reached"):
         clone: Store = store.clone()
         return clone
+
+
+def _tried(open_store: Callable[[], Store]) -> TCPConnection:
+    """A connection, and whether it can be used without blocking."""
+    connection = TCPConnection(open_store())
+    if connection.meets and hasattr(socket, "SOCK_NONBLOCK"):
+        base: Any = _innermost(connection.store)
+        address = base.host, base.port
+        if address not in _understand:
+            _understand[address] = connection.understood()
+            if not _understand[address]:
+                connection.close()
+                connection = TCPConnection(open_store())
+        connection.direct = _understand[address]
+    return connection
+
+
+def _share(descriptor: int) -> socket.socket:
+    """A socket with a copy of another one's descriptor, whose mode stays as it is.
+
+    Python would make it non-blocking for both of them where `socket.setdefaulttimeout` was called.
+    With this flag it believes that it is so already. (Other systems than Linux have no such flag.)
+    """
+    kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
+    return socket.socket(socket.AF_INET, kind, fileno=os.dup(descriptor))
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Crossing:
         verdict: Verdict | Gathered | None = None
         try:
             try:
-                start = functools.partial(session.enter, turn, payload)
+                start = functools.partial(session.enter, turn, payload, self._waiting.listen)
                 if await self._waiting.settled(promise, until, start):
                     verdict = promise.result()
             except BaseException as exc:

@@ -63,13 +63,16 @@ class Lane:
         call: Callable[[Connection, A], Callable[[], object] | None],
         failed: Callable[[BaseException, A], object],
         about: A,
+        on: Connection | None = None,
     ) -> None:
         """As `submit`, for a call that tells by itself how it went, unless it fails.
 
         What it returns is called last; see `Worker.post`.
+
+        :param on: the connection that it has to go on with, where something was begun on it
         """
         try:
-            self._worker.post(functools.partial(self._make, call, failed, about))
+            self._worker.post(functools.partial(self._make, call, failed, about, on))
         except RuntimeError as exc:
             failed(_given_up(exc), about)
 
@@ -78,10 +81,11 @@ class Lane:
         call: Callable[[Connection, A], Callable[[], object] | None],
         failed: Callable[[BaseException, A], object],
         about: A,
+        on: Connection | None,
     ) -> Callable[[], object] | None:
         self.busy = True
         try:
-            return call(self._connected(), about)
+            return call(on or self._connected(), about)
         except BaseException as exc:
             if isinstance(exc, BarrierConnectionError):
                 self._hang_up()
@@ -102,6 +106,14 @@ class Lane:
         if self._connection is None or self._abandoned.is_set():
             raise _given_up(None)
         return self._connection
+
+    @property
+    def idle_connection(self) -> Connection | None:
+        """The connection, for who does without the thread: if there is one, and nothing uses it."""
+        connection = self._connection
+        if self.busy or self._stale or connection is None or connection.failed:
+            return None
+        return connection
 
     @property
     def connected(self) -> bool:

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from . import _verdict
 from ._connection import Connection, countable
+from ._dialogue import Dialogue
 from ._errors import BarrierConnectionError, BarrierError, describe
 from ._keys import LOGS, PhaseKeys
 from ._verdict import Broken, Gathered, Released, Verdict
@@ -56,6 +57,21 @@ class Forgotten(BarrierConnectionError):
 class Turn:
     """One rank's part in one phase. Its methods may run in several threads at once."""
 
+    # How many phases had these keys before this one.
+    index: int = 0
+    entered: bool = False
+    verdict: Verdict | None = None
+    _users = 0
+    _heir: Turn | None = None
+    _clears = False
+    _arrival = b""
+    _counted = False
+    _arrived_at = 0
+    _summary_seen = 0
+    _departed = False
+    _forsaken: Gathered | None = None
+    _claimed = False
+
     def __init__(
         self,
         keys: PhaseKeys,
@@ -69,29 +85,15 @@ class Turn:
         present: Callable[[Connection], bool] = lambda store: True,
     ) -> None:
         self.keys: PhaseKeys = keys
-        # How many phases had these keys before this one.
-        self.index: int = 0
         self.name = name
         self.sequence = sequence
         self.rank = rank
         self.world_size = world_size
         self.leader = leader
-        self.entered: bool = False
-        self.verdict: Verdict | None = None
         self.keeps = keeps
         self._present = present
         self._lock = threading.Lock()
-        self._users = 0
-        self._heir: Turn | None = None
-        self._clears = False
         self._follows = follows
-        self._arrival = b""
-        self._counted = False
-        self._arrived_at = 0
-        self._summary_seen = 0
-        self._departed = False
-        self._forsaken: Gathered | None = None
-        self._claimed = False
         if follows is not None and follows.verdict is not None:
             self._take_over(follows, follows.verdict)
 
@@ -243,7 +245,7 @@ class Turn:
             self.rank, self.leader, meets=meets, keeps=meets and self.keeps
         )
         if meets:
-            return self._meet(store)
+            return self.judge_meeting(store, self._meet(store))
         # Appended before it is counted: whoever counts world_size arrivals finds them all.
         store.append(self.log, self._arrival)
         self._arrived_at = store.add(self.keys.count, 1) & _RANKS
@@ -260,17 +262,43 @@ class Turn:
             return self.await_verdict(store)
         return judged
 
-    def _meet(self, store: Connection) -> Verdict | Gathered:
-        """Wait until all have arrived, and judge the log ourselves."""
-        world_size, arrival = self.world_size, self._arrival
-        log = store.meet(self.log, arrival, self.keys.count, world_size * (self.index + 1))
+    def _meet(self, store: Connection) -> bytes:
+        """Wait until all have arrived; the log."""
+        total = self.world_size * (self.index + 1)
+        return store.meet(self.log, self._arrival, self.keys.count, total)
+
+    @property
+    def meets(self) -> bool:
+        """Whether entering is a meeting and nothing else, where the store allows it."""
+        return self._follows is None and self.leader is None and self.world_size <= _MEETING
+
+    def meeting(self) -> Dialogue:
+        """As `enter`, for who must not block and where it `meets`: what is to be said.
+
+        What is heard is for `met`, and where that does not know, for `judge_meeting`.
+        """
+        self.entered = True
+        self._arrival = _verdict.arrival(self.rank, None, meets=True, keeps=self.keeps)
+        keys, turn = self.keys, self.index + 1
+        logs = keys.logs
+        empties = logs[turn % LOGS] if self._clears and turn >= LOGS else None
+        return Dialogue(
+            logs[self.index % LOGS], self._arrival, keys.count, self.world_size * turn, empties
+        )
+
+    def met(self, log: bytes) -> Released | None:
+        """What the log of a meeting says where all keep the keys; None where it says otherwise."""
         self._counted = True
-        if self.verdict is None and arrival in log:
-            released = _verdict.all_keep(log, world_size)
-            if released is not None:
-                # Most often. All are here and see the same, so there is nobody to tell.
-                self.verdict = released
-                return released
+        if self.verdict is None and self._arrival in log:
+            # Most often. All are here and see the same, so there is nobody to tell.
+            self.verdict = released = _verdict.all_keep(log, self.world_size)
+            return released
+        return None
+
+    def judge_meeting(self, store: Connection, log: bytes) -> Verdict | Gathered:
+        """Judge the log of a meeting ourselves."""
+        if (released := self.met(log)) is not None:
+            return released
         judged = self._judge(store, log)
         if judged is None:
             # Whatever called us, it was too early. Said in the log before we look again, so

@@ -6,6 +6,7 @@ Nothing here knows of event loops; callers await the promises, which worker thre
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 from . import _membership
 from ._connection import Connection
+from ._dialogue import Dialogue, Hold
 from ._errors import BarrierClosedError, BarrierConnectionError, BrokenBarrierError
 from ._keys import Keys
 from ._lane import Lane, Open
@@ -73,6 +75,7 @@ class Session:
         self._joining_since = 0.0
         self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
+        self._meetings: dict[Turn, tuple[_Entry, Connection, Dialogue]] = {}
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
         self._lanes = Lanes(open_connection, init_secs)
@@ -256,6 +259,8 @@ class Session:
 
     def _lose_host(self, store: Connection, turns: _OpenTurns) -> None:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
+        # An event loop may be held up, and the host waits for us.
+        self._take_all_over()
         for turn, promise in turns:
             if isinstance(self._break(store, turn, reason, by=0), Gathered):
                 promise.settle(
@@ -316,11 +321,58 @@ class Session:
         """What `enter` will be settled by."""
         return self._turns[turn]
 
-    def enter(self, turn: Turn, payload: bytes = b"") -> None:
-        """Enter the phase on a lane that is free."""
+    def enter(
+        self,
+        turn: Turn,
+        payload: bytes = b"",
+        listen: Callable[[Connection], Hold | None] | None = None,
+    ) -> None:
+        """Enter the phase on a lane that is free.
+
+        :param listen: how the caller's event loop can hold a dialogue itself, if it can
+        """
         promise = self._turns[turn]
         lane = self._entered_on[turn] = self._free_lane()
-        lane.post(self._enter, self._not_entered, (turn, payload, lane, promise))
+        entry = turn, payload, lane, promise
+        connection = lane.idle_connection
+        if listen is not None and connection is not None and connection.direct and turn.meets:
+            hold = listen(connection)
+            # A turn that was given up already is not entered any more.
+            if hold is not None and turn.hold():
+                meeting = turn.meeting()
+                self._meetings[turn] = entry, connection, meeting
+                return hold(meeting, functools.partial(self._met, turn))
+        lane.post(self._enter, self._not_entered, entry)
+
+    def _met(self, turn: Turn) -> None:
+        """On the event loop: the log is there, or it can do no more."""
+        if (found := self._meetings.pop(turn, None)) is None:
+            return
+        entry, connection, meeting = found
+        released = None if meeting.log is None else turn.met(meeting.log)
+        if released is None:
+            return self._finish_in_thread(entry, connection, meeting)
+        _, _, lane, promise = entry
+        departs = turn.let_go(if_last=True)
+        if departs is False:
+            self._free(turn, lane, promise, released)
+            return promise.wake()
+        promise.settle(released)
+        lane.post(functools.partial(self._part_and_free, departs), self._not_entered, entry)
+
+    def _take_over(self, turn: Turn) -> None:
+        """From any thread: where an event loop waits, have the lane's thread do so in its place."""
+        if (found := self._meetings.pop(turn, None)) is not None:
+            found[2].take_over()
+            self._finish_in_thread(*found)
+
+    def _take_all_over(self) -> None:
+        for turn in list(self._meetings):
+            self._take_over(turn)
+
+    def _finish_in_thread(self, entry: _Entry, connection: Connection, meeting: Dialogue) -> None:
+        finish = functools.partial(self._finish, meeting)
+        entry[2].post(finish, self._not_entered, entry, connection)
 
     def _not_entered(self, error: BaseException, entry: _Entry) -> None:
         turn, _, lane, promise = entry
@@ -335,8 +387,20 @@ class Session:
         if not turn.hold():
             self._free(turn, lane, promise, turn.parting_word)
             return promise.wake
+        return self._decide(store, entry, lambda: turn.enter(store, payload))
+
+    def _finish(
+        self, meeting: Dialogue, store: Connection, entry: _Entry
+    ) -> Callable[[], object] | None:
+        turn = entry[0]
+        return self._decide(store, entry, lambda: turn.judge_meeting(store, store.finish(meeting)))
+
+    def _decide(
+        self, store: Connection, entry: _Entry, decide: Callable[[], Verdict | Gathered]
+    ) -> Callable[[], object] | None:
+        turn, _, lane, promise = entry
         try:
-            outcome = turn.enter(store, payload)
+            outcome = decide()
         except BaseException:
             turn.release(store)
             raise
@@ -347,11 +411,14 @@ class Session:
             return promise.wake
         # Off the caller's path, and short.
         promise.wake()
-        if departs:
-            turn.depart(store)
-        else:
-            turn.release(store, spoke=True)
+        _part(store, turn, departs)
         return None
+
+    def _part_and_free(self, departs: bool | None, store: Connection, entry: _Entry) -> None:
+        """What is left to do for a turn whose verdict was told; its lane is free after that."""
+        turn, _, lane, promise = entry
+        _part(store, turn, departs)
+        self._free(turn, lane, promise, turn.parting_word)
 
     def _free(self, turn: Turn, lane: Lane, promise: Promise[T], outcome: T) -> None:
         # If the lane was given up meanwhile, it is nobody's any more.
@@ -367,12 +434,14 @@ class Session:
         missing: tuple[int, ...] | None = None,
     ) -> Promise[Verdict | Gathered]:
         """Break the phase of ``turn`` unless it is decided; settled by what was decided."""
+        self._take_over(turn)
         return self._lanes.control.submit(
             lambda store: self._break(store, turn, reason, timeout_secs, missing)
         )
 
     def give_up_lost(self, turn: Turn, reason: str) -> Promise[Verdict | Gathered]:
         """As `give_up`, after the connection was lost on which this rank had entered."""
+        self._take_over(turn)
         return self._lanes.control.submit(
             lambda store: turn.during(
                 store,
@@ -512,6 +581,7 @@ class Session:
         A host itself waits in it until its peers have left.
         """
         self._closing = True
+        self._take_all_over()
         return self._lanes.control.submit(self._say_farewell)
 
     def _say_farewell(self, store: Connection) -> None:
@@ -538,6 +608,7 @@ class Session:
     def retire(self) -> list[Lane]:
         """End all lanes after what they are doing; their `ended` is settled then."""
         self._closing = True
+        self._take_all_over()
         for turn, promise in list(self._turns.items()):
             promise.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:
@@ -561,6 +632,13 @@ class Session:
         ended = [lane.ended for lane in self.retire()]
         self.stop_connecting()
         wait_for_ends(ended, deadline, self.abandon, patient=not self._silent)
+
+
+def _part(store: Connection, turn: Turn, departs: bool | None) -> None:
+    if departs:
+        turn.depart(store)
+    else:
+        turn.release(store, spoke=True)
 
 
 def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict | Gathered:

@@ -7,12 +7,17 @@ import contextlib
 import importlib
 import math
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
 from anyio.lowlevel import current_token
 
+from ._connection import Connection
+from ._dialogue import Hold
+from ._ear import Ear
 from ._worker import Promise
 
 T = TypeVar("T")
@@ -70,6 +75,10 @@ class Waiting:
             await done.wait()
         return promise.done()
 
+    def listen(self, connection: Connection) -> Hold | None:
+        """How this loop holds a dialogue on ``connection``, if it can."""
+        return None
+
 
 class AsyncioWaiting(Waiting):
     """The same on asyncio, where anyio's event and scope cost as much as a trip to the store.
@@ -80,6 +89,7 @@ class AsyncioWaiting(Waiting):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._ears: weakref.WeakKeyDictionary[Connection, Ear] = weakref.WeakKeyDictionary()
         self._deadlines: dict[asyncio.Future[None], float] = {}
         self._rings_at = math.inf
         self._timer: asyncio.TimerHandle | None = None
@@ -93,14 +103,18 @@ class AsyncioWaiting(Waiting):
         deadline: float = math.inf,
         start: Callable[[], object] | None = None,
     ) -> bool:
-        if promise.done():
+        if promise.told:
             return True
         loop = self.loop
         waiter: asyncio.Future[None] = loop.create_future()
+        here = threading.get_ident()
 
         def post() -> None:
             try:
-                loop.call_soon_threadsafe(_wake, waiter)
+                if threading.get_ident() == here:
+                    _wake(waiter)
+                else:
+                    loop.call_soon_threadsafe(_wake, waiter)
             except RuntimeError:
                 return  # The loop has ended: nobody waits any more.
 
@@ -115,7 +129,18 @@ class AsyncioWaiting(Waiting):
             await waiter
         finally:
             self._deadlines.pop(waiter, None)
-        return promise.done()
+        return bool(promise.told)
+
+    def listen(self, connection: Connection) -> Hold | None:
+        try:
+            ear = self._ears.get(connection)
+            if ear is None:
+                ear = self._ears[connection] = Ear(self.loop, connection.overhear())
+            ear.listen()
+        except (OSError, NotImplementedError):
+            # No more files can be opened, say; or the loop is one that knows no descriptors.
+            return None
+        return ear.hold
 
     def _set(self, deadline: float) -> None:
         if self._timer is not None:

@@ -1,0 +1,173 @@
+"""What a rank that meets says to the server of a TCPStore and hears from it, byte by byte.
+
+c10d's client blocks in each call, so it takes a thread, and each crossing two changes of thread.
+The same requests take none when we say them ourselves, on the same connection: an event loop does
+what can be done without waiting whenever something came. The format is c10d's own and promised
+nowhere (torch 2.13 has it in TCPStoreBackend.hpp), so a server is tried first (`understood`). With
+one that does not understand, all goes through threads, as on other stores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+_SET, _COMPARE_SET, _APPEND, _BARRIER = b"\x01", b"\x02", b"\x09", b"\x12"
+_SIZE = struct.Struct("=Q")
+_NUMBER = struct.Struct("=q")
+_MOST = 1 << 12
+_NOW = socket.MSG_DONTWAIT
+# What a read expects of a key, and gets for one that is absent: no value of ours looks like this,
+# nor what something else may write by mistake.
+ABSENT = b"\0absent\0"
+_TRIED_SECS = 1.0
+
+
+class Dialogue:
+    """One meeting: I say that I arrived; a byte comes; I ask for the log, and that comes.
+
+    On an event loop it is `begin` and then `hear`, until that says that this is all; `take_over`
+    ends it there, for a thread to `finish` it.
+
+    :param log: the key that ``line`` is appended to, and that is read once ``total`` is counted
+    :param count: the key where it is counted; who else writes there ends the waiting, too
+    :param empties: the key of a log to empty before that
+    :ivar log: what was read of the log, whole; None until then
+    """
+
+    log: bytes | None = None
+    _asked = False
+    _heard = b""
+    _over = False
+
+    def __init__(
+        self, log: str, line: bytes, count: str, total: int, empties: str | None = None
+    ) -> None:
+        self._unsaid = _arriving(log, line, count, empties) + _NUMBER.pack(total)
+        self._asking = _asking(log)
+        # Held over nothing that waits.
+        self._lock = threading.Lock()
+
+    def begin(self, connection: socket.socket) -> bool:
+        """Say that I arrived; True if there is nothing more to do without waiting."""
+        with self._lock:
+            if not self._over:
+                # If the connection is lost, who finishes finds out, too.
+                with contextlib.suppress(OSError):
+                    self._unsaid = self._unsaid[connection.send(self._unsaid, _NOW) :]
+                self._over = bool(self._unsaid)
+            return self._over
+
+    def hear(self, connection: socket.socket) -> bool:
+        """Do what can be done without waiting; True if there is no more of that."""
+        with self._lock:
+            if self._over:
+                return True
+            try:
+                heard = connection.recv(_MOST, _NOW)
+                if self._asked:
+                    self._over = not heard or self._read(heard)
+                    return self._over
+                if heard:
+                    # The count is full, or somebody wrote to it.
+                    self._asked = True
+                    self._unsaid = self._asking
+                    self._unsaid = self._unsaid[connection.send(self._unsaid, _NOW) :]
+                    if not self._unsaid:
+                        return False
+            except BlockingIOError:
+                if not self._unsaid:
+                    return False  # called for nothing
+            except OSError:
+                pass
+            self._over = True
+            return True
+
+    def take_over(self) -> None:
+        """From any thread: from now on `hear` leaves it alone."""
+        with self._lock:
+            self._over = True
+
+    def finish(self, connection: socket.socket) -> bytes:
+        """Go on, and block until the log is there.
+
+        :raises OSError: the connection is lost
+        """
+        while self.log is None:
+            if self._unsaid:
+                connection.sendall(self._unsaid)
+                self._unsaid = b""
+            elif not (heard := connection.recv(_MOST)):
+                raise ConnectionResetError("the server hung up")
+            elif self._asked:
+                self._read(heard)
+            else:
+                self._asked = True
+                self._unsaid = self._asking
+        return self.log
+
+    def _read(self, heard: bytes) -> bool:
+        """Take in a part of the answer; whether it is whole."""
+        if self._heard:
+            heard = self._heard + heard
+        if len(heard) >= 8 and len(heard) >= 8 + _SIZE.unpack_from(heard)[0]:
+            self.log = heard[8:]
+            return True
+        self._heard = heard
+        return False
+
+
+# Goes on with a dialogue on an event loop, and calls what it is given when that can do no more.
+Hold = Callable[[Dialogue, Callable[[], object]], None]
+
+
+# A series of phases has three logs and one count.
+@functools.lru_cache(maxsize=256)
+def _arriving(log: str, line: bytes, count: str, empties: str | None) -> bytes:
+    emptying = b"" if empties is None else _SET + _key(empties) + _text(b"")
+    return emptying + _APPEND + _key(log) + _text(line) + _BARRIER + _key(count)
+
+
+@functools.lru_cache(maxsize=256)
+def _asking(log: str) -> bytes:
+    return _COMPARE_SET + _key(log) + _text(ABSENT) + _text(ABSENT)
+
+
+def _key(key: str) -> bytes:
+    # c10d's client puts a prefix before each.
+    return _text(b"/" + key.encode())
+
+
+def _text(text: bytes) -> bytes:
+    return _SIZE.pack(len(text)) + text
+
+
+def keys(tried: str) -> tuple[str, str]:
+    """The keys that `understood` leaves behind."""
+    return f"{tried}/log", f"{tried}/count"
+
+
+def understood(connection: socket.socket, tried: str) -> bool:
+    """Whether a meeting of one goes as it should. Blocks for a second at most.
+
+    If not, the connection is of no more use.
+
+    :param tried: what no key begins with yet
+    """
+    log, count = keys(tried)
+    line = b"understood?"
+    said = Dialogue(log, line, count, 1)
+    readable = select.poll()
+    readable.register(connection, select.POLLIN)
+    by = time.monotonic() + _TRIED_SECS
+    over = said.begin(connection)
+    while not (over or said.hear(connection)):
+        if not readable.poll(1000 * max(0.0, by - time.monotonic())):
+            return False
+    return said.log == line
