@@ -247,6 +247,7 @@ def test_a_port_that_says_nothing() -> None:
 def test_what_remains_of_a_connection_that_hung(tcp: TCPConnection) -> None:
     """It is kept apart, and ended, after the connection was closed; or there is nothing left."""
     reset, closed = tcp.remains() + tcp.remains()
+    copy = tcp.overhear()
     tcp.interrupt()
     tcp.close()
     for remains in (reset, closed):
@@ -254,6 +255,9 @@ def test_what_remains_of_a_connection_that_hung(tcp: TCPConnection) -> None:
     reset.reset()
     closed.close()
     assert reset._socket.fileno() == closed._socket.fileno() == -1
+    # Nor does anyone else's copy keep it trying.
+    assert copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1
+    copy.close()
     assert tcp.remains() == []
 
 

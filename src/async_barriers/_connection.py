@@ -306,6 +306,9 @@ class Remains:
 
     def reset(self) -> None:
         """Send nothing any more, and have the other side know; once that can be reached."""
+        # Also where an event loop that is held up has a copy, so that this is not the last one.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
