@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -27,6 +28,7 @@ from async_barriers import (
 )
 from async_barriers import _connection as connections
 from async_barriers import _dialogue as dialogues
+from async_barriers._connection import TCPConnection
 from async_barriers._dialogue import Dialogue
 from async_barriers._ear import Ear
 from async_barriers._session import Session
@@ -352,6 +354,21 @@ async def test_connections_that_are_replaced(tcp: World, anyio_backend: str) -> 
 
 
 @on_asyncio
+async def test_a_loop_that_cannot_listen(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+) -> None:
+    """Where no more files can be opened, or it knows no descriptors, threads make the calls."""
+
+    def overhear(connection: TCPConnection) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(TCPConnection, "overhear", overhear)
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    assert await cross(ranks) == SERIES
+
+
+@on_asyncio
 async def test_a_connection_that_is_to_be_replaced(tcp: World, anyio_backend: str) -> None:
     """While the loop waits, and is called too early: the thread goes on with the same one."""
     ranks = await tcp.barriers(2)
@@ -438,6 +455,35 @@ def test_a_loop_that_ends_meanwhile(server: TCPStore) -> None:
             await barrier.aclose()
 
     asyncio.run(rest())
+
+
+@on_asyncio
+async def test_a_call_that_still_uses_the_phase(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+) -> None:
+    """A report, say, when the loop hears the log: released all the same; the lane is free later."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    met = Session._met
+    held: list[Any] = []
+
+    def held_meanwhile(session: Session, turn: Any) -> None:
+        if session.rank == 0:
+            assert turn.hold()
+            held.append(turn)
+        met(session, turn)
+
+    monkeypatch.setattr(Session, "_met", held_meanwhile)
+    assert await cross(ranks) == SERIES
+    monkeypatch.undo()
+    (turn,) = held
+    await outcome(ranks[0]._session._lanes.control.submit(turn.release))
+
+    async def done() -> bool:
+        return turn._departed and not ranks[0]._session._entered_on
+
+    await until(done)
+    await cross_often(ranks)
 
 
 @on_asyncio

@@ -263,6 +263,7 @@ async def test_what_was_held_up_on_its_way(tcp: World) -> None:
 
 async def test_a_wait_that_ended_too_early(tcp: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """c10d knows no endless wait: a rank whose wait it ends listens for the bell."""
+    monkeypatch.setattr("async_barriers._dialogue.understood", lambda *_: False)
     ranks = await tcp.barriers(2)
     monkeypatch.setattr("async_barriers._connection._FOREVER", timedelta(milliseconds=300))
     async with Tasks() as tasks:

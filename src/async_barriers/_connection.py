@@ -116,7 +116,7 @@ class Connection:
         raise NotImplementedError
 
     def overhear(self) -> socket.socket:
-        """A socket, the caller's to close, on which dialogues can be held; where `direct`."""
+        """A socket on which dialogues can be held, where `direct`; it closes when it is dropped."""
         raise NotImplementedError
 
     def finish(self, meeting: Dialogue) -> bytes:
@@ -474,7 +474,14 @@ def _share(descriptor: int) -> socket.socket:
     With this flag it believes that it is so already. (Other systems than Linux have no such flag.)
     """
     kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
-    return socket.socket(socket.AF_INET, kind, fileno=os.dup(descriptor))
+    return _Copy(socket.AF_INET, kind, fileno=os.dup(descriptor))
+
+
+class _Copy(socket.socket):
+    """One that closes when it is dropped, be it with an event loop and all that belongs to it."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 
@@ -17,7 +16,8 @@ class Ear:
     What comes meanwhile is for somebody else, in a thread; then it goes, until the next dialogue. A
     connection that is closed shuts its socket down, which is heard as well.
 
-    :param connection: a descriptor of the ear's own, so that the loop's is never another's
+    :param connection: a descriptor of the ear's own, closed when it is dropped, so that what the
+        loop listens on is never another's
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
@@ -54,11 +54,6 @@ class Ear:
     def _tell(self) -> None:
         ended, self._dialogue, self._ended = self._ended, None, _ignore
         ended()
-
-    def __del__(self) -> None:
-        # The loop has none of it any more, or is gone.
-        with contextlib.suppress(OSError):
-            self._connection.close()
 
 
 def _ignore() -> None:
