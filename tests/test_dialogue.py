@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,17 @@ from async_barriers._waiting import outcome
 from async_barriers._worker import Worker
 
 pytestmark = pytest.mark.anyio
-on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend",
+    [
+        "asyncio",
+        pytest.param(
+            ("asyncio", {"use_uvloop": True}),
+            id="uvloop",
+            marks=pytest.mark.skipif(find_spec("uvloop") is None, reason="needs uvloop"),
+        ),
+    ],
+)
 
 ALONE = ("log", b"me\n", "count", 1)
 
@@ -183,7 +196,7 @@ def test_no_room_for_what_is_asked(
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_a_thread_takes_over_at_any_step(server: TCPStore, steps: int) -> None:
     """It goes on from there, with a real store, and the loop leaves it alone."""
-    connection = connections.clone_tcp(server)
+    connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
     ears = connection.overhear()
     dialogue = Dialogue("log", b"me\n", "count", 2)
     if steps:
@@ -217,11 +230,11 @@ def test_a_server_is_tried_once(use_libuv: bool, monkeypatch: pytest.MonkeyPatch
     """What was written for that is gone."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=use_libuv)
     keys = server.num_keys()
-    first = connections.clone_tcp(server)
+    first = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
     assert first.direct
     assert server.num_keys() == keys
     monkeypatch.setattr(dialogues, "understood", None)
-    second = connections.clone_tcp(server)
+    second = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
     assert second.direct
     for connection in (first, second):
         connection.close()
@@ -230,7 +243,7 @@ def test_a_server_is_tried_once(use_libuv: bool, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("opcode", [b"\x63", b"\x0d", b"\x05"])
 @on_asyncio
 async def test_a_server_that_does_not_understand(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, opcode: bytes, anyio_backend: str
+    tcp: World, monkeypatch: pytest.MonkeyPatch, opcode: bytes, anyio_backend: Any
 ) -> None:
     """It hangs up, is silent or answers something else; then threads make the calls."""
     monkeypatch.setattr(dialogues, "_BARRIER", opcode)
@@ -243,11 +256,62 @@ async def test_a_server_that_does_not_understand(
     assert not connections._understand[tcp.store.host, tcp.store.port]  # type: ignore[attr-defined]
 
 
+def test_a_server_that_was_held_up(server: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it was tried first; it is tried once more, and what was written is gone."""
+    trials = 0
+    understood = dialogues.understood
+
+    def at_the_second(connection: socket.socket, tried: str) -> bool:
+        nonlocal trials
+        trials += 1
+        return understood(connection, tried) and trials > 1
+
+    monkeypatch.setattr(dialogues, "understood", at_the_second)
+    keys = server.num_keys()
+    connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+    assert connection.direct
+    assert trials == 2
+    assert server.num_keys() == keys
+    connection.close()
+
+
+def test_a_server_that_stays_silent(server: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on: connecting ends in time, and not in c10d's constructor, which would not."""
+    monkeypatch.setattr(dialogues, "understood", lambda *_: False)
+
+    def silent(host: str, port: int, deadline: float, stop: threading.Event) -> None:
+        if server in opened:
+            raise BarrierConnectionError("no store answers")
+
+    opened: list[TCPStore] = []
+
+    def clone(store: TCPStore) -> Any:
+        opened.append(store)
+        return store.clone()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(connections, "_clone", clone)
+    monkeypatch.setattr(connections, "await_store", silent)
+    with pytest.raises(BarrierConnectionError, match="no store answers"):
+        connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+    assert len(opened) == 1
+
+
+def test_a_program_that_signals_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Where writing to who has hung up would end the process, it does not."""
+    ours, theirs = pair
+    theirs.close()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os._exit(0 if Dialogue(*ALONE).begin(ours) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_default_timeout_for_sockets(server: TCPStore) -> None:
     """A program that sets one changes nothing for the connections that we look into."""
     socket.setdefaulttimeout(0.05)
     try:
-        connection = connections.clone_tcp(server)
+        connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
         ears = connection.overhear()
     finally:
         socket.setdefaulttimeout(None)
@@ -266,7 +330,7 @@ def test_a_default_timeout_for_sockets(server: TCPStore) -> None:
 
 @on_asyncio
 async def test_no_thread_is_asked(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
     """For crossings of one name, one after another, once their lanes are open."""
     ranks = await tcp.barriers(2)
@@ -280,7 +344,7 @@ async def test_no_thread_is_asked(
 
 @on_asyncio
 @pytest.mark.parametrize("ends", ["deadline", "cancelled", "aborted", "closed"])
-async def test_one_that_stops_waiting(tcp: World, anyio_backend: str, ends: str) -> None:
+async def test_one_that_stops_waiting(tcp: World, anyio_backend: Any, ends: str) -> None:
     """Its thread takes over, and reads what came of it; and the next phase works."""
     ranks = await tcp.barriers(3)
     await cross_often(ranks)
@@ -317,9 +381,11 @@ async def test_one_that_stops_waiting(tcp: World, anyio_backend: str, ends: str)
 
 
 @on_asyncio
-async def test_an_ear_goes_when_a_thread_is_spoken_to(server: TCPStore, anyio_backend: str) -> None:
+async def test_an_ear_goes_when_a_thread_is_spoken_to(server: TCPStore, anyio_backend: Any) -> None:
     """What comes for the thread wakes the loop once; the next dialogue is heard again."""
-    connection = await anyio.to_thread.run_sync(connections.clone_tcp, server)
+    connection = await anyio.to_thread.run_sync(
+        connections.clone_tcp, server, time.monotonic() + 10, threading.Event()
+    )
     ear = Ear(asyncio.get_running_loop(), connection.overhear())
     for number in range(1, 4):
         ended = asyncio.Event()
@@ -339,7 +405,7 @@ async def test_an_ear_goes_when_a_thread_is_spoken_to(server: TCPStore, anyio_ba
 
 
 @on_asyncio
-async def test_connections_that_are_replaced(tcp: World, anyio_backend: str) -> None:
+async def test_connections_that_are_replaced(tcp: World, anyio_backend: Any) -> None:
     """The loop lets go of each as it is closed, so that descriptors do not pile up."""
     ranks = await tcp.barriers(2)
     await cross(ranks)
@@ -355,7 +421,7 @@ async def test_connections_that_are_replaced(tcp: World, anyio_backend: str) -> 
 
 @on_asyncio
 async def test_a_loop_that_cannot_listen(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
     """Where no more files can be opened, or it knows no descriptors, threads make the calls."""
 
@@ -369,7 +435,7 @@ async def test_a_loop_that_cannot_listen(
 
 
 @on_asyncio
-async def test_a_connection_that_is_to_be_replaced(tcp: World, anyio_backend: str) -> None:
+async def test_a_connection_that_is_to_be_replaced(tcp: World, anyio_backend: Any) -> None:
     """While the loop waits, and is called too early: the thread goes on with the same one."""
     ranks = await tcp.barriers(2)
     await cross_often(ranks)
@@ -383,20 +449,26 @@ async def test_a_connection_that_is_to_be_replaced(tcp: World, anyio_backend: st
 
 
 @on_asyncio
-async def test_a_connection_that_is_cut(tcp: World, anyio_backend: str) -> None:
+async def test_a_connection_that_is_cut(tcp: World, anyio_backend: Any) -> None:
     """While the loop waits: the phase is broken for all, with the rank, and the next one works."""
     ranks = await tcp.barriers(2)
-    await cross_often(ranks)
-    async with Tasks() as tasks:
-        first = tasks.start(ranks[0].execute_barrier)
-        await entered(tcp, ranks[0])
-        ((_, connection, _),) = ranks[0]._session._meetings.values()
-        connection.interrupt()
-        assert not (await first.raised(BarrierConnectionError)).in_doubt
-        with pytest.raises(BrokenBarrierError) as told:
-            await ranks[1].execute_barrier()
-        assert told.value.rank == 0
-    assert await cross(ranks) == SERIES + 1
+    kept, counts = [], []
+    for _ in range(5):
+        await cross_often(ranks)
+        counts.append(sockets())
+        async with Tasks() as tasks:
+            first = tasks.start(ranks[0].execute_barrier)
+            await entered(tcp, ranks[0])
+            ((_, connection, _),) = ranks[0]._session._meetings.values()
+            connection.interrupt()
+            kept.append(await first.raised(BarrierConnectionError))
+            assert not kept[-1].in_doubt
+            with pytest.raises(BrokenBarrierError) as told:
+                await ranks[1].execute_barrier()
+            assert told.value.rank == 0
+        del connection
+    # Whoever keeps the errors keeps no sockets.
+    assert counts[-1] <= counts[1], counts
 
 
 def test_one_loop_after_another(server: TCPStore) -> None:
@@ -425,8 +497,10 @@ def test_one_loop_after_another(server: TCPStore) -> None:
     asyncio.run(close())
 
 
-def test_a_loop_that_ends_meanwhile(server: TCPStore) -> None:
-    """A crossing that it leaves behind is broken for the peers, when it is thrown away."""
+@pytest.mark.parametrize("thrown_away", [True, False])
+def test_a_loop_that_ends_meanwhile(server: TCPStore, thrown_away: bool) -> None:
+    """A crossing that it leaves behind is broken for the peers, when it is thrown away; if it is
+    not, it is finished when the barrier is used on another loop."""
     barriers = [StoreBarrier(server, rank=rank, world_size=2, prefix=PREFIX) for rank in range(2)]
 
     async def crossings() -> None:
@@ -440,26 +514,33 @@ def test_a_loop_that_ends_meanwhile(server: TCPStore) -> None:
     turn = barriers[0]._session.open_turn("")
     assert turn is not None
     loop.close()
-    left.close()
-    assert not barriers[0]._session._meetings
-    del task
-    while b"GeneratorExit" not in server.get(turn.log):
-        pass  # It is a thread that says so.
+    if thrown_away:
+        left.close()
+        assert not barriers[0]._session._meetings
+        while b"GeneratorExit" not in server.get(turn.log):
+            pass  # It is a thread that says so.
 
     async def rest() -> None:
-        with pytest.raises(BrokenBarrierError) as told:
+        if thrown_away:
+            with pytest.raises(BrokenBarrierError) as told:
+                await barriers[1].execute_barrier(timeout_secs=10)
+            assert told.value.rank == 0
+        else:
             await barriers[1].execute_barrier(timeout_secs=10)
-        assert told.value.rank == 0
         await crossings()
+        assert not barriers[0]._session._meetings
+        assert not barriers[0]._session._entered_on
         for barrier in barriers:
             await barrier.aclose()
 
     asyncio.run(rest())
+    left.close()
+    del task
 
 
 @on_asyncio
 async def test_a_call_that_still_uses_the_phase(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
     """A report, say, when the loop hears the log: released all the same; the lane is free later."""
     ranks = await tcp.barriers(2)
@@ -488,7 +569,7 @@ async def test_a_call_that_still_uses_the_phase(
 
 @on_asyncio
 async def test_a_break_and_the_loop(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
     """A rank gives up in the instant in which its loop hears the log: one verdict for all."""
     ranks = await tcp.barriers(2)

@@ -228,16 +228,9 @@ class TCPConnection(HashConnection):
             self.failed = True
             raise _lost(exc) from exc
 
-    def understood(self) -> bool:
-        """Whether the server answers as it should; if not, the connection is of no more use."""
-        if self._socket is None or not self.meets:
-            return False
-        tried = f"async_barriers/tried/{uuid.uuid4().hex}"
-        if not _dialogue.understood(self._socket, tried):
-            return False
-        for key in _dialogue.keys(tried):
-            self.delete(key)
-        return True
+    def understood(self, tried: str) -> bool:
+        """Try a dialogue with the server; if it failed, the connection is of no more use."""
+        return self._socket is not None and _dialogue.understood(self._socket, tried)
 
     def await_value(self, key: str) -> bytes:
         with self._lock:
@@ -265,7 +258,7 @@ class TCPConnection(HashConnection):
                 # What c10d's own client sends when a wait of its times out (CANCEL_WAIT); the
                 # wait ends without the warnings that a lost connection makes c10d print.
                 with contextlib.suppress(OSError):
-                    self._socket.send(b"\x0c", socket.MSG_DONTWAIT)
+                    self._socket.send(b"\x0c", _dialogue.SAID_NOW)
 
     def set_many(self, keys: Sequence[str], value: bytes) -> None:
         self._do(self._store.multi_set, list(keys), [value.decode()] * len(keys))
@@ -306,9 +299,6 @@ class Remains:
 
     def reset(self) -> None:
         """Send nothing any more, and have the other side know; once that can be reached."""
-        # Also where an event loop that is held up has a copy, so that this is not the last one.
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
@@ -328,7 +318,7 @@ def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connecti
     if isinstance(base, TCPStore):
         # clone() would try for as long as its owner's timeout says.
         await_store(base.host, base.port, deadline, stop)
-        return clone_tcp(store)
+        return clone_tcp(store, deadline, stop)
     if isinstance(base, HashStore):
         return HashConnection(_clone(store))
     try:
@@ -338,10 +328,10 @@ def connect_to(store: Store, deadline: float, stop: threading.Event) -> Connecti
         return Connection(store)
 
 
-def clone_tcp(store: Store) -> TCPConnection:
-    """A new connection to the server that ``store`` is connected to."""
-    with _in_turn():
-        return _tried(lambda: _clone(store))
+def clone_tcp(store: Store, deadline: float, stop: threading.Event) -> TCPConnection:
+    """A new connection to the server that ``store`` is connected to, and that answers."""
+    base: Any = _innermost(store)
+    return _tried(lambda: _clone(store), base.host, base.port, deadline, stop)
 
 
 def connect_to_port(
@@ -351,17 +341,7 @@ def connect_to_port(
     while True:
         await_store(host, port, deadline, stop)
         try:
-            with _in_turn(), _translated(f"no store can be reached at {host}:{port}"):
-                return _tried(
-                    lambda: TCPStore(
-                        host,
-                        port,
-                        is_master=False,
-                        timeout=_CONSTRUCTION,
-                        wait_for_workers=False,
-                        use_libuv=use_libuv,
-                    )
-                )
+            return _tried(lambda: _client(host, port, use_libuv), host, port, deadline, stop)
         except BarrierConnectionError:
             # It went away in that very instant.
             if time.monotonic() >= deadline or stop.is_set():
@@ -452,18 +432,45 @@ def _clone(store: Any) -> Store:
         return clone
 
 
-def _tried(open_store: Callable[[], Store]) -> TCPConnection:
-    """A connection, and whether it can be used without blocking."""
-    connection = TCPConnection(open_store())
-    if connection.meets and hasattr(socket, "SOCK_NONBLOCK"):
-        base: Any = _innermost(connection.store)
-        address = base.host, base.port
-        if address not in _understand:
-            _understand[address] = connection.understood()
-            if not _understand[address]:
-                connection.close()
-                connection = TCPConnection(open_store())
-        connection.direct = _understand[address]
+def _client(host: str, port: int, use_libuv: bool) -> Store:
+    with _translated(f"no store can be reached at {host}:{port}"):
+        return TCPStore(
+            host,
+            port,
+            is_master=False,
+            timeout=_CONSTRUCTION,
+            wait_for_workers=False,
+            use_libuv=use_libuv,
+        )
+
+
+def _tried(
+    open_store: Callable[[], Store], host: str, port: int, deadline: float, stop: threading.Event
+) -> TCPConnection:
+    """A connection, of which it is known whether it can be used without blocking."""
+
+    def opened() -> TCPConnection:
+        with _in_turn():
+            return TCPConnection(open_store())
+
+    connection = opened()
+    if not connection.meets or not hasattr(socket, "SOCK_NONBLOCK"):
+        return connection
+    address = host, port
+    # Twice, as one that was silent may have been stopped for a moment.
+    for _ in range(2):
+        if address in _understand:
+            break
+        tried = f"async_barriers/tried/{uuid.uuid4().hex}"
+        if connection.understood(tried):
+            _understand[address] = True
+        else:
+            connection.close()
+            await_store(host, port, deadline, stop)
+            connection = opened()
+        for key in _dialogue.keys(tried):
+            connection.delete(key)
+    connection.direct = _understand.setdefault(address, False)
     return connection
 
 

@@ -268,7 +268,11 @@ class CrossingBarrier(Barrier):
 
     def _crossing(self, name: str, timeout_secs: Timeout) -> Crossing:
         timeout = self._check_call(name, timeout_secs)
-        waiting = self._waiting = waiting_here(self._waiting)
+        waiting = waiting_here(self._waiting)
+        if waiting is not self._waiting:
+            # The loop before may have ended, and left crossings behind that nobody throws away.
+            self._session.leave_event_loop()
+            self._waiting = waiting
         return Crossing(self._session, waiting, timeout, self._warn_after_secs, self._on_progress)
 
     async def _take_turn(

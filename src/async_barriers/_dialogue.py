@@ -23,6 +23,9 @@ _SIZE = struct.Struct("=Q")
 _NUMBER = struct.Struct("=q")
 _MOST = 1 << 12
 _NOW = socket.MSG_DONTWAIT
+# Nor is a program ended that would be by writing to who has hung up.
+_UNHARMED = getattr(socket, "MSG_NOSIGNAL", 0)
+SAID_NOW = socket.MSG_DONTWAIT | _UNHARMED
 # What a read expects of a key, and gets for one that is absent: no value of ours looks like this,
 # nor what something else may write by mistake.
 ABSENT = b"\0absent\0"
@@ -60,7 +63,7 @@ class Dialogue:
             if not self._over:
                 # If the connection is lost, who finishes finds out, too.
                 with contextlib.suppress(OSError):
-                    self._unsaid = self._unsaid[connection.send(self._unsaid, _NOW) :]
+                    self._unsaid = self._unsaid[connection.send(self._unsaid, SAID_NOW) :]
                 self._over = bool(self._unsaid)
             return self._over
 
@@ -78,7 +81,7 @@ class Dialogue:
                     # The count is full, or somebody wrote to it.
                     self._asked = True
                     self._unsaid = self._asking
-                    self._unsaid = self._unsaid[connection.send(self._unsaid, _NOW) :]
+                    self._unsaid = self._unsaid[connection.send(self._unsaid, SAID_NOW) :]
                     if not self._unsaid:
                         return False
             except BlockingIOError:
@@ -101,7 +104,7 @@ class Dialogue:
         """
         while self.log is None:
             if self._unsaid:
-                connection.sendall(self._unsaid)
+                connection.sendall(self._unsaid, _UNHARMED)
                 self._unsaid = b""
             elif not (heard := connection.recv(_MOST)):
                 raise ConnectionResetError("the server hung up")
@@ -154,7 +157,7 @@ def keys(tried: str) -> tuple[str, str]:
 
 
 def understood(connection: socket.socket, tried: str) -> bool:
-    """Whether a meeting of one goes as it should. Blocks for a second at most.
+    """Whether a meeting of one goes as it should, within a second. Blocks for as long.
 
     If not, the connection is of no more use.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 
@@ -30,10 +31,13 @@ class Ear:
     def listen(self) -> None:
         """Come, or stay.
 
-        :raises OSError, NotImplementedError: the loop cannot listen
+        :raises OSError, ValueError, NotImplementedError: the loop cannot listen
         """
         if not self._listens:
-            self._loop.add_reader(self._connection.fileno(), self._hear)
+            descriptor = self._connection.fileno()
+            self._loop.add_reader(descriptor, self._hear)
+            # uvloop makes it non-blocking, and with it all its copies, c10d's own among them.
+            os.set_blocking(descriptor, True)
             self._listens = True
 
     def hold(self, dialogue: Dialogue, ended: Callable[[], object]) -> None:
@@ -48,8 +52,18 @@ class Ear:
         if dialogue is None:
             self._listens = False
             self._loop.remove_reader(self._connection.fileno())
+            if self._hung_up():
+                self._connection.close()
         elif dialogue.hear(self._connection):
             self._tell()
+
+    def _hung_up(self) -> bool:
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _tell(self) -> None:
         ended, self._dialogue, self._ended = self._ended, None, _ignore

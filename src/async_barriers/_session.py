@@ -76,6 +76,8 @@ class Session:
         self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
         self._meetings: dict[Turn, tuple[_Entry, Connection, Dialogue]] = {}
+        # A meeting is with an event loop, or has been handed to its thread; nothing in between.
+        self._handing_over = threading.RLock()
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
         self._lanes = Lanes(open_connection, init_secs)
@@ -260,7 +262,7 @@ class Session:
     def _lose_host(self, store: Connection, turns: _OpenTurns) -> None:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
         # An event loop may be held up, and the host waits for us.
-        self._take_all_over()
+        self.leave_event_loop()
         for turn, promise in turns:
             if isinstance(self._break(store, turn, reason, by=0), Gathered):
                 promise.settle(
@@ -346,13 +348,15 @@ class Session:
 
     def _met(self, turn: Turn) -> None:
         """On the event loop: the log is there, or it can do no more."""
-        if (found := self._meetings.pop(turn, None)) is None:
+        if (found := self._meetings.get(turn)) is None:
             return
-        entry, connection, meeting = found
+        entry, _, meeting = found
+        _, _, lane, promise = entry
         released = None if meeting.log is None else turn.met(meeting.log)
         if released is None:
-            return self._finish_in_thread(entry, connection, meeting)
-        _, _, lane, promise = entry
+            return self._take_over(turn)
+        if self._meetings.pop(turn, None) is None:
+            return
         departs = turn.let_go(if_last=True)
         if departs is False:
             self._free(turn, lane, promise, released)
@@ -362,17 +366,19 @@ class Session:
 
     def _take_over(self, turn: Turn) -> None:
         """From any thread: where an event loop waits, have the lane's thread do so in its place."""
-        if (found := self._meetings.pop(turn, None)) is not None:
-            found[2].take_over()
-            self._finish_in_thread(*found)
+        with self._handing_over:
+            if (found := self._meetings.pop(turn, None)) is None:
+                return
+            entry, connection, meeting = found
+            meeting.take_over()
+            finish = functools.partial(self._finish, meeting)
+            entry[2].post(finish, self._not_entered, entry, connection)
 
-    def _take_all_over(self) -> None:
-        for turn in list(self._meetings):
-            self._take_over(turn)
-
-    def _finish_in_thread(self, entry: _Entry, connection: Connection, meeting: Dialogue) -> None:
-        finish = functools.partial(self._finish, meeting)
-        entry[2].post(finish, self._not_entered, entry, connection)
+    def leave_event_loop(self) -> None:
+        """From any thread: have threads wait where an event loop does."""
+        with self._handing_over:
+            for turn in list(self._meetings):
+                self._take_over(turn)
 
     def _not_entered(self, error: BaseException, entry: _Entry) -> None:
         turn, _, lane, promise = entry
@@ -581,7 +587,7 @@ class Session:
         A host itself waits in it until its peers have left.
         """
         self._closing = True
-        self._take_all_over()
+        self.leave_event_loop()
         return self._lanes.control.submit(self._say_farewell)
 
     def _say_farewell(self, store: Connection) -> None:
@@ -608,7 +614,7 @@ class Session:
     def retire(self) -> list[Lane]:
         """End all lanes after what they are doing; their `ended` is settled then."""
         self._closing = True
-        self._take_all_over()
+        self.leave_event_loop()
         for turn, promise in list(self._turns.items()):
             promise.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:

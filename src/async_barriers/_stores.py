@@ -74,7 +74,7 @@ class StoreAt:
             if self._server is None:
                 self._server = _connection.host_store(*self._address, shared=self._shared)
             server = self._server
-        return _connection.clone_tcp(server)
+        return _connection.clone_tcp(server, deadline, stop)
 
     def let_go(self) -> None:
         self._server = None

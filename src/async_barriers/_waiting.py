@@ -7,8 +7,8 @@ import contextlib
 import importlib
 import math
 import sys
-import threading
 import weakref
+from asyncio.events import _get_running_loop
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -107,11 +107,10 @@ class AsyncioWaiting(Waiting):
             return True
         loop = self.loop
         waiter: asyncio.Future[None] = loop.create_future()
-        here = threading.get_ident()
 
         def post() -> None:
             try:
-                if threading.get_ident() == here:
+                if _get_running_loop() is loop:
                     _wake(waiter)
                 else:
                     loop.call_soon_threadsafe(_wake, waiter)
@@ -137,8 +136,9 @@ class AsyncioWaiting(Waiting):
             if ear is None:
                 ear = self._ears[connection] = Ear(self.loop, connection.overhear())
             ear.listen()
-        except (OSError, NotImplementedError):
-            # No more files can be opened, say; or the loop is one that knows no descriptors.
+        except (OSError, ValueError, NotImplementedError):
+            # No more files can be opened, or the other side hung up, or the loop is one that knows
+            # no descriptors.
             return None
         return ear.hold
 
