@@ -53,6 +53,12 @@ on_asyncio = pytest.mark.parametrize(
 )
 
 ALONE = ("log", b"me\n", "count", 1)
+# How many crossings it takes until all are held by event loops.
+SERIES = 4
+
+
+def connect(server: TCPStore) -> TCPConnection:
+    return connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
 
 
 @pytest.fixture
@@ -92,10 +98,6 @@ def sockets() -> int:
         except FileNotFoundError:
             continue
     return count
-
-
-# How many crossings it takes until all are held by event loops.
-SERIES = 4
 
 
 async def cross(ranks: list[AnyBarrier], name: str = "") -> int:
@@ -196,7 +198,7 @@ def test_no_room_for_what_is_asked(
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_a_thread_takes_over_at_any_step(server: TCPStore, steps: int) -> None:
     """It goes on from there, with a real store, and the loop leaves it alone."""
-    connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+    connection = connect(server)
     ears = connection.overhear()
     dialogue = Dialogue("log", b"me\n", "count", 2)
     if steps:
@@ -230,11 +232,11 @@ def test_a_server_is_tried_once(use_libuv: bool, monkeypatch: pytest.MonkeyPatch
     """What was written for that is gone."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=use_libuv)
     keys = server.num_keys()
-    first = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+    first = connect(server)
     assert first.direct
     assert server.num_keys() == keys
     monkeypatch.setattr(dialogues, "understood", None)
-    second = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+    second = connect(server)
     assert second.direct
     for connection in (first, second):
         connection.close()
@@ -268,7 +270,7 @@ def test_a_server_that_was_held_up(server: TCPStore, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(dialogues, "understood", at_the_second)
     keys = server.num_keys()
-    connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+    connection = connect(server)
     assert connection.direct
     assert trials == 2
     assert server.num_keys() == keys
@@ -292,7 +294,7 @@ def test_a_server_that_stays_silent(server: TCPStore, monkeypatch: pytest.Monkey
     monkeypatch.setattr(connections, "_clone", clone)
     monkeypatch.setattr(connections, "await_store", silent)
     with pytest.raises(BarrierConnectionError, match="no store answers"):
-        connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+        connect(server)
     assert len(opened) == 1
 
 
@@ -311,7 +313,7 @@ def test_a_default_timeout_for_sockets(server: TCPStore) -> None:
     """A program that sets one changes nothing for the connections that we look into."""
     socket.setdefaulttimeout(0.05)
     try:
-        connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
+        connection = connect(server)
         ears = connection.overhear()
     finally:
         socket.setdefaulttimeout(None)
@@ -383,9 +385,7 @@ async def test_one_that_stops_waiting(tcp: World, anyio_backend: Any, ends: str)
 @on_asyncio
 async def test_an_ear_goes_when_a_thread_is_spoken_to(server: TCPStore, anyio_backend: Any) -> None:
     """What comes for the thread wakes the loop once; the next dialogue is heard again."""
-    connection = await anyio.to_thread.run_sync(
-        connections.clone_tcp, server, time.monotonic() + 10, threading.Event()
-    )
+    connection = await anyio.to_thread.run_sync(connect, server)
     ear = Ear(asyncio.get_running_loop(), connection.overhear())
     for number in range(1, 4):
         ended = asyncio.Event()

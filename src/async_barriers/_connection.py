@@ -230,7 +230,8 @@ class TCPConnection(HashConnection):
 
     def understood(self, tried: str) -> bool:
         """Try a dialogue with the server; if it failed, the connection is of no more use."""
-        return self._socket is not None and _dialogue.understood(self._socket, tried)
+        assert self._socket is not None
+        return _dialogue.understood(self._socket, tried)
 
     def await_value(self, key: str) -> bytes:
         with self._lock:
@@ -454,7 +455,8 @@ def _tried(
             return TCPConnection(open_store())
 
     connection = opened()
-    if not connection.meets or not hasattr(socket, "SOCK_NONBLOCK"):
+    shares = connection.interruptible and hasattr(socket, "SOCK_NONBLOCK")
+    if not (connection.meets and shares):
         return connection
     address = host, port
     # Twice, as one that was silent may have been stopped for a moment.

@@ -239,8 +239,8 @@ class Turn:
             # With its length, so that what something else wrote there is not published.
             store.set(self.keys.payload(self.rank), b"%d:%s" % (len(payload), payload))
         meets = store.meets and self.leader is None and self.world_size <= _MEETING
-        if self._clears and self.index >= LOGS - 1:
-            store.set(self.keys.logs[(self.index + 1) % LOGS], b"")
+        if (stale_log := self._stale_log) is not None:
+            store.set(stale_log, b"")
         self._arrival = _verdict.arrival(
             self.rank, self.leader, meets=meets, keeps=meets and self.keeps
         )
@@ -250,8 +250,7 @@ class Turn:
         store.append(self.log, self._arrival)
         self._arrived_at = store.add(self.keys.count, 1) & _RANKS
         self._counted = True
-        # Those of the phases before are counted in keys that are shared.
-        if self._arrived_at >= self.world_size * (self.index + 1):
+        if self._arrived_at >= self._total:
             judged = self._decide(store)
         elif self.rank == self.leader:
             store.await_value(self.keys.gathered)
@@ -264,8 +263,19 @@ class Turn:
 
     def _meet(self, store: Connection) -> bytes:
         """Wait until all have arrived; the log."""
-        total = self.world_size * (self.index + 1)
-        return store.meet(self.log, self._arrival, self.keys.count, total)
+        return store.meet(self.log, self._arrival, self.keys.count, self._total)
+
+    @property
+    def _total(self) -> int:
+        """What the count is when all have arrived; those of phases that had the keys count, too."""
+        return self.world_size * (self.index + 1)
+
+    @property
+    def _stale_log(self) -> str | None:
+        """The log that it is up to this rank to empty before it enters, for the next phase."""
+        if self._clears and self.index >= LOGS - 1:
+            return self.keys.logs[(self.index + 1) % LOGS]
+        return None
 
     @property
     def meets(self) -> bool:
@@ -279,12 +289,7 @@ class Turn:
         """
         self.entered = True
         self._arrival = _verdict.arrival(self.rank, None, meets=True, keeps=self.keeps)
-        keys, turn = self.keys, self.index + 1
-        logs = keys.logs
-        empties = logs[turn % LOGS] if self._clears and turn >= LOGS else None
-        return Dialogue(
-            logs[self.index % LOGS], self._arrival, keys.count, self.world_size * turn, empties
-        )
+        return Dialogue(self.log, self._arrival, self.keys.count, self._total, self._stale_log)
 
     def met(self, log: bytes) -> Released | None:
         """What the log of a meeting says where all keep the keys; None where it says otherwise."""

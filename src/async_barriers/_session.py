@@ -1,7 +1,7 @@
 """One rank's presence at one store: its connections, its membership, its open turns.
 
 Nothing here knows of event loops; callers await the promises, which worker threads settle (see
-`Lanes`).
+`Lanes`), or a caller who can hold a meeting itself (see `Session.enter`).
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class AsyncioWaiting(Waiting):
         deadline: float = math.inf,
         start: Callable[[], object] | None = None,
     ) -> bool:
-        if promise.told:
+        if promise.done():
             return True
         loop = self.loop
         waiter: asyncio.Future[None] = loop.create_future()
@@ -128,7 +128,7 @@ class AsyncioWaiting(Waiting):
             await waiter
         finally:
             self._deadlines.pop(waiter, None)
-        return bool(promise.told)
+        return promise.done()
 
     def listen(self, connection: Connection) -> Hold | None:
         try:

@@ -143,15 +143,14 @@ class Promise(Generic[T]):
     asks to be woken, whichever comes second sees what the other did.
     """
 
-    __slots__ = ("_wakes", "told")
+    __slots__ = ("_told", "_wakes")
 
     def __init__(self) -> None:
-        # Empty until it is settled.
-        self.told: list[tuple[Any, BaseException | None]] = []
+        self._told: list[tuple[Any, BaseException | None]] = []
         self._wakes: list[Callable[[], object]] = []
 
     def done(self) -> bool:
-        return bool(self.told)
+        return bool(self._told)
 
     def result(self, within_secs: float | None = 0.0) -> T:
         """What was told; raises it if it is an error. Blocks this thread, if it is not settled.
@@ -159,9 +158,9 @@ class Promise(Generic[T]):
         :param within_secs: how long it may block; None for as long as it takes
         :raises TimeoutError: it was not settled ``within_secs``
         """
-        if not self.told and not self.wait(within_secs):
+        if not self._told and not self.wait(within_secs):
             raise TimeoutError(f"nothing was told within {within_secs:g} s")
-        result, error = self.told[0]
+        result, error = self._told[0]
         if error is not None:
             raise error
         told: T = result
@@ -174,7 +173,7 @@ class Promise(Generic[T]):
 
     def tell(self, result: Any = None, *, error: BaseException | None = None) -> None:
         """The first half of `settle`."""
-        self.told.append((result, error))
+        self._told.append((result, error))
 
     def wake(self) -> None:
         """The second half of `settle`."""
@@ -192,7 +191,7 @@ class Promise(Generic[T]):
         Several are called in their order: what is put back first can be had by who is woken next.
         """
         self._wakes.append(wake)
-        if self.told:
+        if self._told:
             self.wake()
 
     def wait(self, timeout_secs: float | None) -> bool:
