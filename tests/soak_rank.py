@@ -31,7 +31,10 @@ from async_barriers import (
     BrokenBarrierError,
     StoreBarrier,
     TCPStoreBarrier,
+    _series,
 )
+from async_barriers._dialogue import Dialogue
+from async_barriers._series import Series, Waiter
 
 PREFIX = "soak"
 # What each name is crossed by, on all ranks. Commits are led by the first and the last rank.
@@ -91,6 +94,7 @@ class SoakRank:
 
     async def run(self) -> None:
         """Cross until told to end."""
+        self._watch_series()
         async with anyio.create_task_group() as tasks:
             await self._build()
             rank_process.say(event="ready")
@@ -179,7 +183,7 @@ class SoakRank:
             self.say("joined", generation=barrier._session.generation)
 
     def _watch_turns(self, barrier: AnyBarrier) -> None:
-        """Log in which generation a call takes its turn, before the store hears of it."""
+        """Log in which generation a call takes part, before the store hears of it."""
         session = barrier._session
         take = session.take_turn
 
@@ -195,6 +199,30 @@ class SoakRank:
             return turn
 
         session.take_turn = logged  # type: ignore[method-assign]
+
+    def _watch_series(self) -> None:
+        """As `_watch_turns`, for calls that need no turn."""
+        enter = Series.enter
+        entering: list[Series] = []
+
+        def enters(series: Series, waiter: Waiter) -> bool:
+            entering[:] = [series]
+            return enter(series, waiter)
+
+        def says(*said: Any) -> Dialogue:
+            # What it says is made when nothing can keep it from entering any more.
+            (series,), call = entering, _current.get()
+            if call is not None:
+                self.say(
+                    "enter",
+                    call=call.number,
+                    generation=series.life.membership.generation,
+                    sequence=series.sequence + 1,
+                )
+            return Dialogue(*said)
+
+        Series.enter = enters  # type: ignore[assignment, method-assign]
+        _series.Dialogue = says  # type: ignore[assignment, attr-defined]
 
     # -- crossing ----------------------------------------------------------------------
 

@@ -50,12 +50,12 @@ class Crossing:
         self,
         session: Session,
         waiting: Waiting,
+        started: float,
         timeout_secs: float | None,
         warn_after_secs: float,
         on_progress: Callable[[BarrierProgress], object] | None,
     ) -> None:
-        started = waiting.now()
-        self.started: float = started
+        self.started = started
         self.timeout_secs = timeout_secs
         self.deadline: float = math.inf if timeout_secs is None else started + timeout_secs
         self._report_at = started + warn_after_secs
@@ -67,20 +67,27 @@ class Crossing:
         self._on_progress = on_progress
 
     @property
+    def _until(self) -> float:
+        """When there is something to do, at the latest."""
+        return min(self.deadline, self._report_at, self._ask_at)
+
+    @property
     def waited_secs(self) -> float:
         return self._waiting.now() - self.started
 
     async def decided(self, turn: Turn, payload: bytes = b"") -> Released | Gathered:
-        """Enter, and wait for the verdict, or as the leader of a commit until all are in."""
+        """Enter, and wait for the verdict, or as the leader of a commit until all are in.
+
+        A turn that was entered in a series is waited for only.
+        """
         self.turn = turn
         session = self._session
         promise = session.promised(turn)
-        until = min(self.deadline, self._report_at, self._ask_at)
+        start = None if turn.entered else functools.partial(session.enter, turn, payload)
         verdict: Verdict | Gathered | None = None
         try:
             try:
-                start = functools.partial(session.enter, turn, payload, self._waiting.listen)
-                if await self._waiting.settled(promise, until, start):
+                if await self._waiting.settled(promise, self._until, start):
                     verdict = promise.result()
             except BaseException as exc:
                 verdict = await self._stopped(exc)
@@ -132,12 +139,19 @@ class Crossing:
                 if now >= self._report_at:
                     self._report_at += self._warn_after_secs
                     await self._report()
-                until = min(self.deadline, self._report_at, self._ask_at)
-                if await waiting.settled(promise, until):
+                if await waiting.settled(promise, self._until):
                     return promise.result()
         except BaseException as exc:
             return await self._stopped(exc)
         return await (self._miss(absent, promise) if absent else self._time_out())
+
+    async def stopped(self, turn: Turn, exc: BaseException) -> None:
+        """Break the phase of a turn that was entered in a series, as ``exc`` ended the waiting."""
+        self.turn = turn
+        try:
+            await self._stopped(exc)
+        finally:
+            self._session.forget(turn)
 
     async def _stopped(self, exc: BaseException) -> Verdict:
         """Break the phase, since ``exc`` ended the waiting.

@@ -102,9 +102,30 @@ class CrossingBarrier(Barrier):
     async def execute_barrier(
         self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
-        crossing = self._crossing(name, timeout_secs)
+        timeout = self._check_call(name, timeout_secs)
+        waiting = self._waiting_here()
+        session, started = self._session, waiting.now()
+        turn = None
+        if (series := session.series(name, waiting.ear)) is not None:
+            # Most often, and most often that is all. If not, it becomes a turn.
+            warn = self._warn_after_secs
+            waiter = waiting.waiter(started + (warn if timeout is None else min(timeout, warn)))
+            try:
+                if series.enter(waiter):
+                    await waiter.woken
+                    if series.met():
+                        waited_secs = waiting.now() - started
+                        return BarrierResult(name, series.sequence, waited_secs, series.last_rank)
+                    turn = session.unfold(series)
+            except BaseException as exc:
+                if (turn := session.unfold(series)) is not None:
+                    await self._crossing(waiting, started, timeout).stopped(turn, exc)
+                raise
+            finally:
+                waiter.leave()
+        crossing = self._crossing(waiting, started, timeout)
         # Most often there is nothing to wait for.
-        turn = self._session.take_turn(name) or await self._take_turn(name, crossing.deadline)
+        turn = turn or session.take_turn(name) or await self._take_turn(name, crossing.deadline)
         verdict = await crossing.decided(turn)
         return BarrierResult(name, turn.sequence, crossing.waited_secs, verdict.last_rank)
 
@@ -124,7 +145,9 @@ class CrossingBarrier(Barrier):
         timeout_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
-        crossing = self._crossing(name, timeout_secs)
+        timeout = self._check_call(name, timeout_secs)
+        waiting = self._waiting_here()
+        crossing = self._crossing(waiting, waiting.now(), timeout)
         check_world(leader, self._session.world_size)
         brought = checked_blob("payload", payload)
         turn = await self._take_turn(name, crossing.deadline, leader)
@@ -266,14 +289,23 @@ class CrossingBarrier(Barrier):
                 f"within {within_secs:g} s; is the process that hosts it up?"
             )
 
-    def _crossing(self, name: str, timeout_secs: Timeout) -> Crossing:
-        timeout = self._check_call(name, timeout_secs)
-        waiting = waiting_here(self._waiting)
-        if waiting is not self._waiting:
+    def _waiting_here(self) -> Waiting:
+        waiting = self._waiting
+        if waiting is None or not waiting.here():
+            waiting = self._waiting = waiting_here(None)
             # The loop before may have ended, and left crossings behind that nobody throws away.
-            self._session.leave_event_loop()
-            self._waiting = waiting
-        return Crossing(self._session, waiting, timeout, self._warn_after_secs, self._on_progress)
+            self._session.unfold()
+        return waiting
+
+    def _crossing(self, waiting: Waiting, started: float, timeout_secs: float | None) -> Crossing:
+        return Crossing(
+            self._session,
+            waiting,
+            started,
+            timeout_secs,
+            self._warn_after_secs,
+            self._on_progress,
+        )
 
     async def _take_turn(
         self, name: str, deadline: float = math.inf, leader: int | None = None

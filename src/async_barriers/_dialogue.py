@@ -2,21 +2,17 @@
 
 c10d's client blocks in each call, so it takes a thread, and each crossing two changes of thread.
 The same requests take none when we say them ourselves, on the same connection: an event loop does
-what can be done without waiting whenever something came. The format is c10d's own and promised
-nowhere (torch 2.13 has it in TCPStoreBackend.hpp), so a server is tried first (`understood`). With
-one that does not understand, all goes through threads, as on other stores.
+what can be done without waiting whenever something came (see `_series.py`). The format is c10d's
+own and promised nowhere (torch 2.13 has it in TCPStoreBackend.hpp), so a server is tried first
+(`understood`). With one that does not understand, all goes through threads, as on other stores.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import select
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable
 
 _SET, _COMPARE_SET, _APPEND, _BARRIER = b"\x01", b"\x02", b"\x09", b"\x12"
 _SIZE = struct.Struct("=Q")
@@ -35,67 +31,50 @@ _TRIED_SECS = 1.0
 class Dialogue:
     """One meeting: I say that I arrived; a byte comes; I ask for the log, and that comes.
 
-    On an event loop it is `begin` and then `hear`, until that says that this is all; `take_over`
-    ends it there, for a thread to `finish` it.
+    On an event loop it is `begin` and then `hear`, until that says that this is all; where the log
+    is not there by then, or not to be waited for, a thread can `finish` it. One at a time.
 
-    :param log: the key that ``line`` is appended to, and that is read once ``total`` is counted
-    :param count: the key where it is counted; who else writes there ends the waiting, too
-    :param empties: the key of a log to empty before that
+    :param arriving: what `arriving` made, after what `emptying` made if that is due
+    :param total: what is to be counted before the log is read; who writes to the count ends the
+        waiting, too
+    :param asking: what `asking` made for the same log
     :ivar log: what was read of the log, whole; None until then
     """
 
     log: bytes | None = None
     _asked = False
     _heard = b""
-    _over = False
 
-    def __init__(
-        self, log: str, line: bytes, count: str, total: int, empties: str | None = None
-    ) -> None:
-        self._unsaid = _arriving(log, line, count, empties) + _NUMBER.pack(total)
-        self._asking = _asking(log)
-        # Held over nothing that waits.
-        self._lock = threading.Lock()
+    def __init__(self, arriving: bytes, total: int, asking: bytes) -> None:
+        self._unsaid = arriving + _NUMBER.pack(total)
+        self._asking = asking
 
     def begin(self, connection: socket.socket) -> bool:
-        """Say that I arrived; True if there is nothing more to do without waiting."""
-        with self._lock:
-            if not self._over:
-                # If the connection is lost, who finishes finds out, too.
-                with contextlib.suppress(OSError):
-                    self._unsaid = self._unsaid[connection.send(self._unsaid, SAID_NOW) :]
-                self._over = bool(self._unsaid)
-            return self._over
+        """Say what is next; whether all of it was said, and something will come."""
+        try:
+            self._unsaid = self._unsaid[connection.send(self._unsaid, SAID_NOW) :]
+        except OSError:
+            return False  # If the connection is lost, who finishes finds out, too.
+        return not self._unsaid
 
     def hear(self, connection: socket.socket) -> bool:
         """Do what can be done without waiting; True if there is no more of that."""
-        with self._lock:
-            if self._over:
-                return True
-            try:
-                heard = connection.recv(_MOST, _NOW)
-                if self._asked:
-                    self._over = not heard or self._read(heard)
-                    return self._over
-                if heard:
-                    # The count is full, or somebody wrote to it.
-                    self._asked = True
-                    self._unsaid = self._asking
-                    self._unsaid = self._unsaid[connection.send(self._unsaid, SAID_NOW) :]
-                    if not self._unsaid:
-                        return False
-            except BlockingIOError:
-                if not self._unsaid:
-                    return False  # called for nothing
-            except OSError:
-                pass
-            self._over = True
+        if self._unsaid:
             return True
-
-    def take_over(self) -> None:
-        """From any thread: from now on `hear` leaves it alone."""
-        with self._lock:
-            self._over = True
+        try:
+            heard = connection.recv(_MOST, _NOW)
+        except BlockingIOError:
+            return False  # called for nothing
+        except OSError:
+            return True
+        if self._asked:
+            return not heard or self._read(heard)
+        if not heard:
+            return True
+        # The count is full, or somebody wrote to it.
+        self._asked = True
+        self._unsaid = self._asking
+        return not self.begin(connection)
 
     def finish(self, connection: socket.socket) -> bytes:
         """Go on, and block until the log is there.
@@ -126,19 +105,18 @@ class Dialogue:
         return False
 
 
-# Goes on with a dialogue on an event loop, and calls what it is given when that can do no more.
-Hold = Callable[[Dialogue, Callable[[], object]], None]
+def arriving(log: str, line: bytes, count: str) -> bytes:
+    """Append ``line`` to a log, count it, and wait until as many are counted as is said next."""
+    return _APPEND + _key(log) + _text(line) + _BARRIER + _key(count)
 
 
-# A series of phases has three logs and one count.
-@functools.lru_cache(maxsize=256)
-def _arriving(log: str, line: bytes, count: str, empties: str | None) -> bytes:
-    emptying = b"" if empties is None else _SET + _key(empties) + _text(b"")
-    return emptying + _APPEND + _key(log) + _text(line) + _BARRIER + _key(count)
+def emptying(log: str) -> bytes:
+    """Have a log empty."""
+    return _SET + _key(log) + _text(b"")
 
 
-@functools.lru_cache(maxsize=256)
-def _asking(log: str) -> bytes:
+def asking(log: str) -> bytes:
+    """Read a log."""
     return _COMPARE_SET + _key(log) + _text(ABSENT) + _text(ABSENT)
 
 
@@ -165,12 +143,12 @@ def understood(connection: socket.socket, tried: str) -> bool:
     """
     log, count = keys(tried)
     line = b"understood?"
-    said = Dialogue(log, line, count, 1)
+    said = Dialogue(arriving(log, line, count), 1, asking(log))
     readable = select.poll()
     readable.register(connection, select.POLLIN)
     by = time.monotonic() + _TRIED_SECS
-    over = said.begin(connection)
-    while not (over or said.hear(connection)):
+    said.begin(connection)
+    while not said.hear(connection):
         if not readable.poll(1000 * max(0.0, by - time.monotonic())):
             return False
     return said.log == line

@@ -5,70 +5,56 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
 
-from ._dialogue import Dialogue
+from ._series import Series
 
 
 class Ear:
-    """Goes on with the dialogues that are held on one connection, when something comes.
+    """Goes on with what is said in a series on one connection, when something comes.
 
-    It stays with the loop in between, as coming and going takes as long as a trip to the store.
-    What comes meanwhile is for somebody else, in a thread; then it goes, until the next dialogue. A
-    connection that is closed shuts its socket down, which is heard as well.
+    It stays with the loop between two phases, as coming and going takes as long as a trip to the
+    store. What comes when no phase waits is for somebody else, in a thread; then it goes, until it
+    comes again. A connection that is closed shuts its socket down, which is heard as well.
 
     :param connection: a descriptor of the ear's own, closed when it is dropped, so that what the
         loop listens on is never another's
+    :ivar series: the one that it listens for; None if it has gone
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
+        self.connection = connection
         self._loop = loop
-        self._connection = connection
-        self._listens = False
-        self._dialogue: Dialogue | None = None
-        self._ended: Callable[[], object] = _ignore
+        self.series: Series | None = None
 
-    def listen(self) -> None:
-        """Come, or stay.
-
-        :raises OSError, ValueError, NotImplementedError: the loop cannot listen
-        """
-        if not self._listens:
-            descriptor = self._connection.fileno()
-            self._loop.add_reader(descriptor, self._hear)
+    def come(self, series: Series) -> bool:
+        """Hear what comes in a series; False if the loop cannot listen."""
+        if self.series is None:
+            descriptor = self.connection.fileno()
+            try:
+                self._loop.add_reader(descriptor, self._hear)
+            except (OSError, ValueError, NotImplementedError):
+                # The other side hung up, or the loop is one that knows no descriptors.
+                return False
             # uvloop makes it non-blocking, and with it all its copies, c10d's own among them.
             os.set_blocking(descriptor, True)
-            self._listens = True
-
-    def hold(self, dialogue: Dialogue, ended: Callable[[], object]) -> None:
-        """Begin, and go on until `Dialogue.hear` says that this was all; then call ``ended``."""
-        self._dialogue = dialogue
-        self._ended = ended
-        if dialogue.begin(self._connection):
-            self._tell()
+        self.series = series
+        return True
 
     def _hear(self) -> None:
-        dialogue = self._dialogue
-        if dialogue is None:
-            self._listens = False
-            self._loop.remove_reader(self._connection.fileno())
-            if self._hung_up():
-                self._connection.close()
-        elif dialogue.hear(self._connection):
-            self._tell()
+        series = self.series
+        if series is None or not series.hear(self.connection):
+            self._go()
+
+    def _go(self) -> None:
+        self.series = None
+        self._loop.remove_reader(self.connection.fileno())
+        if self._hung_up():
+            self.connection.close()
 
     def _hung_up(self) -> bool:
         try:
-            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:
             return True
-
-    def _tell(self) -> None:
-        ended, self._dialogue, self._ended = self._ended, None, _ignore
-        ended()
-
-
-def _ignore() -> None:
-    """Nobody waits."""

@@ -35,13 +35,17 @@ class Lanes:
 
     def take(self) -> Lane:
         """One that is free, for a phase."""
+        return self.take_idle() or self._lane()
+
+    def take_idle(self) -> Lane | None:
+        """The same, if there is one that was used before."""
         while self._idle:
             lane, since = self._idle.pop()
             # One that has not yet got rid of its last phase hangs.
             if not lane.busy or time.monotonic() - since < HANGS_SECS:
                 return lane
             self.discard(lane)
-        return self._lane()
+        return None
 
     def put_back(self, lane: Lane) -> None:
         """It is free again."""

@@ -9,7 +9,7 @@ from ._protocol import Turn
 
 # Of so many names the keys stay in the store between two crossings, and for so many crossings.
 _KEPT_NAMES = 4
-_LONGEST_SERIES = 100_000
+LONGEST_SERIES = 100_000
 
 
 class Life:
@@ -31,6 +31,16 @@ class Life:
         """The sequence number that the next turn of ``name`` will have."""
         return self._sequences[name]
 
+    def latest(self, name: str) -> Turn | None:
+        """The latest turn that was taken, if that was one of ``name`` and its keys were kept."""
+        return self._kept.get(name) if name == self._last_name else None
+
+    def resume(self, turn: Turn) -> None:
+        """The latest turn is one that `next_turn` has not made."""
+        self._kept[turn.name] = turn
+        self._sequences[turn.name] = turn.sequence + 1
+        self._last_name = turn.name
+
     def next_turn(self, name: str, leader: int | None = None) -> Turn:
         """This rank's turn in the next phase of ``name``; not thread-safe."""
         membership = self.membership
@@ -41,7 +51,7 @@ class Life:
         keeps = leader is None and name == self._last_name and len(self._kept) < _KEPT_NAMES
         if before is not None and before.shared:
             keys = before.keys
-            keeps = keeps and before.index < _LONGEST_SERIES
+            keeps = keeps and before.index < LONGEST_SERIES
         else:
             keys = membership.keys.phase(membership.generation, name, sequence)
             keeps = keeps and (before is None or before.verdict is not None)

@@ -23,7 +23,6 @@ from typing import TypeVar
 
 from . import _verdict
 from ._connection import Connection, countable
-from ._dialogue import Dialogue
 from ._errors import BarrierConnectionError, BarrierError, describe
 from ._keys import LOGS, PhaseKeys
 from ._verdict import Broken, Gathered, Released, Verdict
@@ -103,6 +102,11 @@ class Turn:
         return self.keys.logs[self.index % LOGS]
 
     @property
+    def line(self) -> bytes:
+        """What it appended there to arrive; empty before that."""
+        return self._arrival
+
+    @property
     def parting_word(self) -> Verdict | Gathered:
         """What this rank knew when it departed."""
         word = self.verdict or self._forsaken
@@ -172,6 +176,30 @@ class Turn:
     def shared(self) -> bool:
         """Whether the next phase of this name has the same keys."""
         return self.verdict is not None and self.verdict.shared
+
+    @property
+    def rests(self) -> bool:
+        """Whether it has no more to do before the next phase of this name has its keys."""
+        return self._departed and self.shared
+
+    def later(self, phases: int, last_rank: int) -> Turn:
+        """The turn so many ``phases`` later, where this one and all up to that were `rests`."""
+        if not phases:
+            return self
+        turn = Turn(
+            self.keys,
+            self.name,
+            self.sequence + phases,
+            self.rank,
+            self.world_size,
+            keeps=True,
+            present=self._present,
+        )
+        turn.index = self.index + phases
+        turn.verdict = Released(last_rank, listeners=False, shared=True)
+        turn.entered = turn._counted = turn._departed = True
+        turn._arrival = self._arrival
+        return turn
 
     def leave(self, store: Connection) -> None:
         """Depart from keys that were kept for a phase that this rank will not take part in."""
@@ -277,33 +305,21 @@ class Turn:
             return self.keys.logs[(self.index + 1) % LOGS]
         return None
 
-    @property
-    def meets(self) -> bool:
-        """Whether entering is a meeting and nothing else, where the store allows it."""
-        return self._follows is None and self.leader is None and self.world_size <= _MEETING
-
-    def meeting(self) -> Dialogue:
-        """As `enter`, for who must not block and where it `meets`: what is to be said.
-
-        What is heard is for `met`, and where that does not know, for `judge_meeting`.
-        """
+    def said(self) -> None:
+        """As `hold`, and its arrival was said to the store, which is for `judge_meeting`."""
+        self.hold()
         self.entered = True
         self._arrival = _verdict.arrival(self.rank, None, meets=True, keeps=self.keeps)
-        return Dialogue(self.log, self._arrival, self.keys.count, self._total, self._stale_log)
-
-    def met(self, log: bytes) -> Released | None:
-        """What the log of a meeting says where all keep the keys; None where it says otherwise."""
-        self._counted = True
-        if self.verdict is None and self._arrival in log:
-            # Most often. All are here and see the same, so there is nobody to tell.
-            self.verdict = released = _verdict.all_keep(log, self.world_size)
-            return released
-        return None
 
     def judge_meeting(self, store: Connection, log: bytes) -> Verdict | Gathered:
         """Judge the log of a meeting ourselves."""
-        if (released := self.met(log)) is not None:
-            return released
+        self._counted = True
+        if self.verdict is None and self._arrival in log:
+            released = _verdict.all_keep(log, self.world_size)
+            if released is not None:
+                # Most often. All are here and see the same, so there is nobody to tell.
+                self.verdict = released
+                return released
         judged = self._judge(store, log)
         if judged is None:
             # Whatever called us, it was too early. Said in the log before we look again, so

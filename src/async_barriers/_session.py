@@ -1,7 +1,7 @@
 """One rank's presence at one store: its connections, its membership, its open turns.
 
 Nothing here knows of event loops; callers await the promises, which worker threads settle (see
-`Lanes`), or a caller who can hold a meeting itself (see `Session.enter`).
+`Lanes`), or follow a series, which needs none as long as nothing else happens (see `Series`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from . import _membership
 from ._connection import Connection
-from ._dialogue import Dialogue, Hold
+from ._dialogue import Dialogue
 from ._errors import BarrierClosedError, BarrierConnectionError, BrokenBarrierError
 from ._keys import Keys
 from ._lane import Lane, Open
@@ -24,6 +24,7 @@ from ._lanes import HANGS_SECS, Lanes
 from ._life import Life
 from ._membership import Membership
 from ._protocol import Forgotten, Turn
+from ._series import Ear, Series
 from ._verdict import Gathered, Verdict
 from ._worker import Promise, end_at_exit, wait_for_all, wait_for_ends
 
@@ -75,9 +76,10 @@ class Session:
         self._joining_since = 0.0
         self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
-        self._meetings: dict[Turn, tuple[_Entry, Connection, Dialogue]] = {}
-        # A meeting is with an event loop, or has been handed to its thread; nothing in between.
-        self._handing_over = threading.RLock()
+        self._series: Series | None = None
+        # There is a series, or there are turns, and a thread has been told to go on; nothing in
+        # between. Held over nothing that waits; taken before the other lock.
+        self._unfolding = threading.RLock()
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
         self._lanes = Lanes(open_connection, init_secs)
@@ -103,7 +105,7 @@ class Session:
     @property
     def has_a_say(self) -> bool:
         """Whether `farewell` would tell anybody anything, and not just open a connection."""
-        return self._watched is not None or bool(self._turns)
+        return self._watched is not None or bool(self._turns) or self._series is not None
 
     @property
     def closing(self) -> bool:
@@ -238,6 +240,7 @@ class Session:
         return self._turns_in(membership)
 
     def _turns_in(self, membership: Membership) -> _OpenTurns:
+        self.unfold()
         turns = list(self._turns.items())
         return [item for item in turns if item[0].keys.generation == membership.generation]
 
@@ -261,8 +264,6 @@ class Session:
 
     def _lose_host(self, store: Connection, turns: _OpenTurns) -> None:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
-        # An event loop may be held up, and the host waits for us.
-        self.leave_event_loop()
         for turn, promise in turns:
             if isinstance(self._break(store, turn, reason, by=0), Gathered):
                 promise.settle(
@@ -294,6 +295,9 @@ class Session:
 
     def take_turn(self, name: str, leader: int | None = None) -> Turn | None:
         """This rank's turn in the next phase of ``name``; None where it must join (again) first."""
+        series = self._series
+        if series is not None and (series.name == name or not series.waits):
+            self.unfold()
         # One with `_cease`: a turn in a generation that ends is either seen by it or not taken.
         with self._lock:
             life = self._life
@@ -305,6 +309,7 @@ class Session:
 
     def next_sequence(self, name: str) -> int:
         """The sequence number that the next turn of ``name`` would have."""
+        self.unfold()
         return 0 if self._life is None else self._life.next_sequence(name)
 
     def owe_turn(self, name: str, reason: str) -> None:
@@ -313,6 +318,7 @@ class Session:
 
     def open_turn(self, name: str) -> Turn | None:
         """The oldest turn of ``name`` that is awaited now."""
+        self.unfold()
         return next((turn for turn in list(self._turns) if turn.name == name), None)
 
     def forget(self, turn: Turn) -> None:
@@ -323,62 +329,62 @@ class Session:
         """What `enter` will be settled by."""
         return self._turns[turn]
 
-    def enter(
-        self,
-        turn: Turn,
-        payload: bytes = b"",
-        listen: Callable[[Connection], Hold | None] | None = None,
-    ) -> None:
-        """Enter the phase on a lane that is free.
-
-        :param listen: how the caller's event loop can hold a dialogue itself, if it can
-        """
+    def enter(self, turn: Turn, payload: bytes = b"") -> None:
+        """Enter the phase on a lane that is free."""
         promise = self._turns[turn]
         lane = self._entered_on[turn] = self._free_lane()
-        entry = turn, payload, lane, promise
-        connection = lane.idle_connection
-        if listen is not None and connection is not None and connection.direct and turn.meets:
-            hold = listen(connection)
-            # A turn that was given up already is not entered any more.
-            if hold is not None and turn.hold():
-                meeting = turn.meeting()
-                self._meetings[turn] = entry, connection, meeting
-                return hold(meeting, functools.partial(self._met, turn))
-        lane.post(self._enter, self._not_entered, entry)
+        lane.post(self._enter, self._not_entered, (turn, payload, lane, promise))
 
-    def _met(self, turn: Turn) -> None:
-        """On the event loop: the log is there, or it can do no more."""
-        if (found := self._meetings.get(turn)) is None:
-            return
-        entry, _, meeting = found
-        _, _, lane, promise = entry
-        released = None if meeting.log is None else turn.met(meeting.log)
-        if released is None:
-            return self._take_over(turn)
-        if self._meetings.pop(turn, None) is None:
-            return
-        departs = turn.let_go(if_last=True)
-        if departs is False:
-            self._free(turn, lane, promise, released)
-            return promise.wake()
-        promise.settle(released)
-        lane.post(functools.partial(self._part_and_free, departs), self._not_entered, entry)
+    def series(self, name: str, ear: Callable[[Connection], Ear | None]) -> Series | None:
+        """What a crossing of ``name`` may follow; None where it needs a turn.
 
-    def _take_over(self, turn: Turn) -> None:
-        """From any thread: where an event loop waits, have the lane's thread do so in its place."""
-        with self._handing_over:
-            if (found := self._meetings.pop(turn, None)) is None:
+        :param ear: how the caller's event loop can listen to a connection, if it can
+        """
+        if (series := self._series) is not None:
+            return series if series.name == name else None
+        with self._unfolding:
+            life = self._life
+            if life is None or not self._standing or self._closing:
+                return None
+            latest = life.latest(name)
+            if latest is None or not latest.rests or (lane := self._lanes.take_idle()) is None:
+                return None
+            connection = lane.idle_connection
+            listens = ear(connection) if connection is not None and connection.direct else None
+            if connection is None or listens is None:
+                self._lanes.put_back(lane)
+                return None
+            self._series = Series(life, latest, lane, connection, listens, self._unfolding)
+            return self._series
+
+    def unfold(self, entered: Series | None = None) -> Turn | None:
+        """From any thread: have turns again, and a thread wait where an event loop does.
+
+        The turn that goes on in place of the series which the caller has ``entered``.
+        """
+        with self._unfolding:
+            if (series := self._series) is not None:
+                self._series = None
+                self._unfold(series)
+            return None if entered is None else entered.turn
+
+    def _unfold(self, series: Series) -> None:
+        series.over = True
+        lane = series.lane
+        with self._lock:
+            series.life.resume(series.before)
+            if not series.waits:
+                self._lanes.put_back(lane)
                 return
-            entry, connection, meeting = found
-            meeting.take_over()
-            finish = functools.partial(self._finish, meeting)
-            entry[2].post(finish, self._not_entered, entry, connection)
-
-    def leave_event_loop(self) -> None:
-        """From any thread: have threads wait where an event loop does."""
-        with self._handing_over:
-            for turn in list(self._meetings):
-                self._take_over(turn)
+            turn = series.turn = series.life.next_turn(series.name)
+            # Before anyone else can find it.
+            turn.said()
+            promise = self._turns[turn] = Promise()
+            self._entered_on[turn] = lane
+        promise.when_settled(series.waiter.tell)
+        finish = functools.partial(self._finish, series.dialogue)
+        entry = turn, b"", lane, promise
+        lane.post(finish, self._not_entered, entry, series.connection)
 
     def _not_entered(self, error: BaseException, entry: _Entry) -> None:
         turn, _, lane, promise = entry
@@ -440,14 +446,12 @@ class Session:
         missing: tuple[int, ...] | None = None,
     ) -> Promise[Verdict | Gathered]:
         """Break the phase of ``turn`` unless it is decided; settled by what was decided."""
-        self._take_over(turn)
         return self._lanes.control.submit(
             lambda store: self._break(store, turn, reason, timeout_secs, missing)
         )
 
     def give_up_lost(self, turn: Turn, reason: str) -> Promise[Verdict | Gathered]:
         """As `give_up`, after the connection was lost on which this rank had entered."""
-        self._take_over(turn)
         return self._lanes.control.submit(
             lambda store: turn.during(
                 store,
@@ -534,14 +538,15 @@ class Session:
     def doubt(self) -> None:
         """The store answers, and may know nothing of this rank any more: join first, then go on."""
         self._standing = False
+        self.unfold()
 
     def lost(self, turn: Turn) -> None:
         """``turn`` lost its connection, and is a commit that only its leader can settle."""
         self._owed.append(lambda store: self._make_up_for(store, turn, None))
-        self._standing = False
+        self.doubt()
 
     def _start_afresh(self, lane: Lane | None) -> None:
-        self._standing = False
+        self.doubt()
         self._silent = True
         self._joining = None
         hung = [] if lane is None else [lane]
@@ -587,7 +592,7 @@ class Session:
         A host itself waits in it until its peers have left.
         """
         self._closing = True
-        self.leave_event_loop()
+        self.unfold()
         return self._lanes.control.submit(self._say_farewell)
 
     def _say_farewell(self, store: Connection) -> None:
@@ -614,7 +619,7 @@ class Session:
     def retire(self) -> list[Lane]:
         """End all lanes after what they are doing; their `ended` is settled then."""
         self._closing = True
-        self.leave_event_loop()
+        self.unfold()
         for turn, promise in list(self._turns.items()):
             promise.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:

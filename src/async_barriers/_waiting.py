@@ -16,7 +16,6 @@ import anyio
 from anyio.lowlevel import current_token
 
 from ._connection import Connection
-from ._dialogue import Hold
 from ._ear import Ear
 from ._worker import Promise
 
@@ -45,6 +44,10 @@ class Waiting:
     def now(self) -> float:
         """What the loop's clock says, in seconds."""
         return anyio.current_time()
+
+    def here(self) -> bool:
+        """Whether it is for the event loop that runs here."""
+        return _asyncio_loop() is None
 
     async def settled(
         self,
@@ -75,9 +78,47 @@ class Waiting:
             await done.wait()
         return promise.done()
 
-    def listen(self, connection: Connection) -> Hold | None:
-        """How this loop holds a dialogue on ``connection``, if it can."""
+    def ear(self, connection: Connection) -> Ear | None:
+        """How this loop listens to ``connection``, if it can."""
         return None
+
+    def waiter(self, deadline: float) -> Waiter:
+        """Who is woken when it is told, or `now` says ``deadline``; where the loop has an `ear`."""
+        raise NotImplementedError
+
+
+class Waiter:
+    """A task of an asyncio event loop that waits to be woken, until a deadline at most.
+
+    :ivar woken: what it awaits
+    """
+
+    def __init__(self, waiting: AsyncioWaiting, deadline: float) -> None:
+        self.woken: asyncio.Future[None] = waiting.loop.create_future()
+        self._waiting = waiting
+        waiting.deadlines[self] = deadline
+        if deadline < waiting.rings_at:
+            waiting.ring_at(deadline)
+
+    def tell(self) -> None:
+        """From any thread: wake it."""
+        loop = self._waiting.loop
+        try:
+            if _get_running_loop() is loop:
+                self.wake()
+            else:
+                loop.call_soon_threadsafe(self.wake)
+        except RuntimeError:
+            return  # The loop has ended: nobody waits any more.
+
+    def wake(self) -> None:
+        """On the loop: wake it."""
+        if not self.woken.done():
+            self.woken.set_result(None)
+
+    def leave(self) -> None:
+        """It waits no more."""
+        del self._waiting.deadlines[self]
 
 
 class AsyncioWaiting(Waiting):
@@ -89,13 +130,15 @@ class AsyncioWaiting(Waiting):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        # Without a frame in between.
+        self.now = loop.time  # type: ignore[method-assign]
         self._ears: weakref.WeakKeyDictionary[Connection, Ear] = weakref.WeakKeyDictionary()
-        self._deadlines: dict[asyncio.Future[None], float] = {}
-        self._rings_at = math.inf
+        self.deadlines: dict[Waiter, float] = {}
+        self.rings_at: float = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def now(self) -> float:
-        return self.loop.time()
+    def here(self) -> bool:
+        return _asyncio_loop() is self.loop
 
     async def settled(
         self,
@@ -105,79 +148,61 @@ class AsyncioWaiting(Waiting):
     ) -> bool:
         if promise.done():
             return True
-        loop = self.loop
-        waiter: asyncio.Future[None] = loop.create_future()
-
-        def post() -> None:
-            try:
-                if _get_running_loop() is loop:
-                    _wake(waiter)
-                else:
-                    loop.call_soon_threadsafe(_wake, waiter)
-            except RuntimeError:
-                return  # The loop has ended: nobody waits any more.
-
-        if deadline < math.inf:
-            self._deadlines[waiter] = deadline
-            if deadline < self._rings_at:
-                self._set(deadline)
+        waiter = self.waiter(deadline)
         try:
-            promise.when_settled(post)
+            promise.when_settled(waiter.tell)
             if start is not None:
                 start()
-            await waiter
+            await waiter.woken
         finally:
-            self._deadlines.pop(waiter, None)
+            waiter.leave()
         return promise.done()
 
-    def listen(self, connection: Connection) -> Hold | None:
-        try:
-            ear = self._ears.get(connection)
-            if ear is None:
+    def ear(self, connection: Connection) -> Ear | None:
+        ear = self._ears.get(connection)
+        if ear is None:
+            try:
                 ear = self._ears[connection] = Ear(self.loop, connection.overhear())
-            ear.listen()
-        except (OSError, ValueError, NotImplementedError):
-            # No more files can be opened, or the other side hung up, or the loop is one that knows
-            # no descriptors.
-            return None
-        return ear.hold
+            except OSError:
+                return None  # No more files can be opened.
+        return ear
 
-    def _set(self, deadline: float) -> None:
+    def waiter(self, deadline: float) -> Waiter:
+        return Waiter(self, deadline)
+
+    def ring_at(self, deadline: float) -> None:
+        """Set the timer, which wakes those whose deadline it is."""
         if self._timer is not None:
             self._timer.cancel()
-        self._rings_at = deadline
+        self.rings_at = deadline
         self._timer = self.loop.call_at(deadline, self._ring)
 
     def _ring(self) -> None:
-        self._rings_at, self._timer = math.inf, None
+        self.rings_at, self._timer = math.inf, None
         now = self.loop.time()
         later = math.inf
-        for waiter, deadline in self._deadlines.items():
+        for waiter, deadline in self.deadlines.items():
             if deadline <= now:
-                _wake(waiter)
+                waiter.wake()
             else:
                 later = min(later, deadline)
         if later < math.inf:
-            self._set(later)
+            self.ring_at(later)
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs a task here, if that is one of asyncio's."""
+    loop = _get_running_loop()
+    # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+    return loop if loop is not None and asyncio.current_task(loop) is not None else None
 
 
 def waiting_here(before: Waiting | None) -> Waiting:
     """How to wait on the event loop that runs here; ``before``, if that was for the same one."""
-    try:
-        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
-        loop = None if asyncio.current_task() is None else asyncio.get_running_loop()
-    except RuntimeError:
-        loop = None
-    if loop is None:
-        return Waiting()
-    if isinstance(before, AsyncioWaiting) and before.loop is loop:
+    if before is not None and before.here():
         return before
-    return AsyncioWaiting(loop)
+    loop = _asyncio_loop()
+    return Waiting() if loop is None else AsyncioWaiting(loop)
 
 
 def poster() -> Callable[[Callable[[], object]], object]:
