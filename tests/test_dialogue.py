@@ -239,6 +239,7 @@ def test_a_program_that_signals_end(pair: tuple[socket.socket, socket.socket]) -
     """Where writing to who has hung up would end the process, it does not."""
     ours, theirs = pair
     theirs.close()
+    assert not alone().begin(ours)
     child = os.fork()
     if not child:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -227,24 +227,34 @@ async def test_a_connection_that_is_to_be_replaced(tcp: World, anyio_backend: An
 
 
 @on_asyncio
-async def test_a_connection_that_is_cut(tcp: World, anyio_backend: Any) -> None:
-    """While the loop waits: the phase is broken for all, with the rank, and the next one works."""
+@pytest.mark.parametrize("when", ["waits", "at once", "idle"])
+async def test_a_connection_that_is_cut(tcp: World, anyio_backend: Any, when: str) -> None:
+    """While the loop waits, as it enters, or before: broken for all, and the next one works."""
     ranks = await tcp.barriers(2)
     kept, counts = [], []
     for _ in range(5):
         await cross_often(ranks)
         counts.append(sockets())
         async with Tasks() as tasks:
-            first = tasks.start(ranks[0].execute_barrier)
-            await entered(tcp, ranks[0])
-            series_of(ranks[0]).connection.interrupt()
+            series = series_of(ranks[0])
+            if when == "waits":
+                first = tasks.start(ranks[0].execute_barrier)
+                await entered(tcp, ranks[0])
+                series.connection.interrupt()
+            else:
+                series.connection.interrupt()
+                while when == "idle" and series.ear.series is not None:
+                    await asyncio.sleep(0)
+                first = tasks.start(ranks[0].execute_barrier)
+            del series
             kept.append(await first.raised(BarrierConnectionError))
             assert not kept[-1].in_doubt
             with pytest.raises(BrokenBarrierError) as told:
                 await ranks[1].execute_barrier()
             assert told.value.rank == 0
-    # Whoever keeps the errors keeps no sockets.
-    assert counts[-1] <= counts[1], counts
+    # Whoever keeps the errors keeps no sockets. (Nor in the other cases, but for what looks for
+    # blocking calls in these tests: its frames keep the stores that were called.)
+    assert when != "waits" or counts[-1] <= counts[1], counts
 
 
 def test_one_loop_after_another(server: TCPStore) -> None:

@@ -426,12 +426,6 @@ class Session:
         _part(store, turn, departs)
         return None
 
-    def _part_and_free(self, departs: bool | None, store: Connection, entry: _Entry) -> None:
-        """What is left to do for a turn whose verdict was told; its lane is free after that."""
-        turn, _, lane, promise = entry
-        _part(store, turn, departs)
-        self._free(turn, lane, promise, turn.parting_word)
-
     def _free(self, turn: Turn, lane: Lane, promise: Promise[T], outcome: T) -> None:
         # If the lane was given up meanwhile, it is nobody's any more.
         if self._entered_on.pop(turn, None) is lane:
