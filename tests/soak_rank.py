@@ -34,7 +34,7 @@ from async_barriers import (
     _series,
 )
 from async_barriers._dialogue import Dialogue
-from async_barriers._series import Series, Waiter
+from async_barriers._series import Caller, Series
 
 PREFIX = "soak"
 # What each name is crossed by, on all ranks. Commits are led by the first and the last rank.
@@ -205,9 +205,9 @@ class SoakRank:
         enter = Series.enter
         entering: list[Series] = []
 
-        def enters(series: Series, waiter: Waiter) -> bool:
+        def enters(series: Series, caller: Caller) -> bool:
             entering[:] = [series]
-            return enter(series, waiter)
+            return enter(series, caller)
 
         def says(*said: Any) -> Dialogue:
             # What it says is made when nothing can keep it from entering any more.

@@ -179,18 +179,21 @@ def test_a_server_is_tried_once(use_libuv: bool, monkeypatch: pytest.MonkeyPatch
         connection.close()
 
 
-@pytest.mark.parametrize("opcode", [b"\x63", b"\x0d", b"\x05"])
+@pytest.mark.parametrize(
+    ("what", "opcode"),
+    [("_BARRIER", b"\x63"), ("_BARRIER", b"\x0d"), ("_BARRIER", b"\x05"), ("_SET", b"\x0d")],
+)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_server_that_does_not_understand(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, opcode: bytes, anyio_backend: Any
+    tcp: World, monkeypatch: pytest.MonkeyPatch, what: str, opcode: bytes, anyio_backend: Any
 ) -> None:
     """It hangs up, is silent or answers something else; then threads make the calls."""
-    monkeypatch.setattr(dialogues, "_BARRIER", opcode)
+    monkeypatch.setattr(dialogues, what, opcode)
     ranks = await tcp.barriers(2)
     for sequence in range(5):
         results = await gather(rank.execute_barrier for rank in ranks)
         assert {result.sequence for result in results} == {sequence}
-    assert ranks[0]._session._series is None
+    assert not ranks[0]._session._series
     monkeypatch.undo()
     assert not connections._understand[tcp.store.host, tcp.store.port]  # type: ignore[attr-defined]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import gc
 import os
 import socket
 import threading
@@ -29,6 +31,7 @@ from async_barriers import (
     _series,
 )
 from async_barriers._connection import TCPConnection
+from async_barriers._dialogue import Dialogue
 from async_barriers._ear import Ear
 from async_barriers._keys import LOGS
 from async_barriers._lane import Lane
@@ -56,14 +59,16 @@ SERIES = 4
 
 def waits(rank: AnyBarrier) -> bool:
     """Whether its event loop waits by itself."""
-    series = rank._session._series
-    return series is not None and series.waits
+    return any(series.waits for series in rank._session._series.values())
 
 
-def series_of(rank: AnyBarrier) -> Series:
-    series = rank._session._series
-    assert series is not None
+def series_of(rank: AnyBarrier, name: str = "") -> Series:
+    series: Series = rank._session._series[name]
     return series
+
+
+def ear_of(series: Series) -> Ear:
+    return cast(Ear, series._listener)
 
 
 @pytest.fixture
@@ -117,6 +122,8 @@ async def test_no_thread_is_asked(
     """For crossings of one name, one after another, once their lanes are open."""
     ranks = await tcp.barriers(2)
     await cross_often(ranks)
+    # Nor if somebody else had to look meanwhile.
+    ranks[0]._session.unfold()
     calls: list[object] = []
     monkeypatch.setattr(Worker, "post", lambda worker, call: calls.append(call))
     await cross_often(ranks)
@@ -174,42 +181,58 @@ async def test_an_ear_goes_when_a_thread_is_spoken_to(tcp: World, anyio_backend:
     for number in range(3):
         await cross_often(ranks)
         series = series_of(ranks[0])
-        ear, lane = cast(Ear, series.ear), series.lane
+        ear, lane = ear_of(series), series.lane
         assert ear.series is not None
         await until(partial(gone, ear, lane))
+        assert ear.copy.fileno() == -1
         assert await cross(ranks) == (number + 1) * (SERIES + 1) - 1
         assert ear.series is not None
-        assert series is ranks[0]._session._series
+        assert series is series_of(ranks[0])
 
 
 @on_asyncio
 async def test_connections_that_are_replaced(tcp: World, anyio_backend: Any) -> None:
     """The loop lets go of each as it is closed, so that descriptors do not pile up."""
     ranks = await tcp.barriers(2)
-    await cross(ranks)
+    await cross_often(ranks)
     counts = []
     for _ in range(6):
+        before = series_of(ranks[0]).connection
         for rank in ranks:
             rank._session._lanes.renew()
         await cross(ranks)
         await cross(ranks)
+        assert series_of(ranks[0]).connection is not before
         counts.append(sockets())
     assert counts[-1] <= counts[1], counts
 
 
-@on_asyncio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("lacks", ["files", "descriptors"])
 async def test_a_loop_that_cannot_listen(
-    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any, lacks: str
 ) -> None:
     """Where no more files can be opened, or it knows no descriptors, threads make the calls."""
 
     def overhear(connection: TCPConnection) -> socket.socket:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(TCPConnection, "overhear", overhear)
+    def add_reader(*_: Any) -> None:
+        raise NotImplementedError
+
     ranks = await tcp.barriers(2)
-    await cross_often(ranks)
-    assert await cross(ranks) == SERIES
+    await cross(ranks)
+    await cross(ranks)
+    count = sockets()
+    with monkeypatch.context() as patch:
+        if lacks == "files":
+            patch.setattr(TCPConnection, "overhear", overhear)
+        else:
+            patch.setattr(asyncio.get_running_loop(), "add_reader", add_reader)
+        await cross_often(ranks)
+        assert await cross(ranks) == SERIES + 2
+        # Those of the lanes may come and go; those that were made for nothing would pile up.
+        assert sockets() < count + SERIES
 
 
 @on_asyncio
@@ -243,7 +266,7 @@ async def test_a_connection_that_is_cut(tcp: World, anyio_backend: Any, when: st
                 series.connection.interrupt()
             else:
                 series.connection.interrupt()
-                while when == "idle" and series.ear.series is not None:
+                while when == "idle" and ear_of(series).series is not None:
                     await asyncio.sleep(0)
                 first = tasks.start(ranks[0].execute_barrier)
             del series
@@ -380,12 +403,12 @@ async def test_a_break_and_the_loop(
     """A rank gives up in the instant in which its loop has heard the log: one verdict for all."""
     ranks = await tcp.barriers(2)
     await cross_often(ranks)
-    session, met = ranks[0]._session, Series.met
+    session, held, met = ranks[0]._session, series_of(ranks[0]), Series.met
     given: list[Any] = []
 
     def gives_up_first(series: Series) -> bool:
-        if series is session._series:
-            session.unfold()
+        if series is held:
+            session.unfold(series)
             assert series.turn is not None
             given.append(session.give_up(series.turn, "too late"))
         return met(series)
@@ -424,15 +447,12 @@ async def test_cancelled_as_it_is_released(
 
 @on_asyncio
 async def test_two_tasks_of_one_rank(tcp: World, anyio_backend: Any) -> None:
-    """The second takes the next phase, while the first is still held; and other names go on."""
+    """The second takes the next phase, while the first is still held."""
     ranks = await tcp.barriers(2)
     await cross_often(ranks)
     async with Tasks() as tasks:
         first = tasks.start(ranks[0].execute_barrier)
         await entered(tcp, ranks[0])
-        for sequence in range(3):
-            assert await cross(ranks, "other") == sequence
-        assert waits(ranks[0])
         second = tasks.start(ranks[0].execute_barrier)
         for after in range(2):
             assert (await ranks[1].execute_barrier()).sequence == SERIES + after
@@ -440,9 +460,125 @@ async def test_two_tasks_of_one_rank(tcp: World, anyio_backend: Any) -> None:
         assert (await second.returned()).sequence == SERIES + 1
     for after in range(2, 8):
         assert await cross(ranks) == SERIES + after
-        assert await cross(ranks, "other") == after + 1
+    assert series_of(ranks[0]).sequence == SERIES + 7
+
+
+@on_asyncio
+async def test_several_series(tcp: World, anyio_backend: Any) -> None:
+    """While one waits, other names have one, too; and who takes a turn has the idle ones' lanes."""
+    ranks = await tcp.barriers(2)
     await cross_often(ranks)
-    assert series_of(ranks[0]).name == ""
+    async with Tasks() as tasks:
+        first = tasks.start(ranks[0].execute_barrier)
+        await entered(tcp, ranks[0])
+        for sequence in range(SERIES):
+            assert await cross(ranks, "other") == sequence
+        assert series_of(ranks[0]).waits
+        assert series_of(ranks[0], "other").sequence == SERIES - 1
+        lane = series_of(ranks[0], "other").lane
+        assert await cross(ranks, "a third") == 0
+        assert list(ranks[0]._session._series) == [""]
+        assert lane in [idle for idle, _ in ranks[0]._session._lanes._idle]
+        assert (await ranks[1].execute_barrier()).sequence == SERIES
+        assert (await first.returned()).sequence == SERIES
+    for after in range(4):
+        assert await cross(ranks) == SERIES + 1 + after
+        assert await cross(ranks, "other") == SERIES + after
+    await cross_often(ranks)
+    assert series_of(ranks[0]).sequence == 2 * SERIES + 4
+
+
+@on_asyncio
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
+async def test_interrupted_as_it_enters(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any, interrupt: type[BaseException]
+) -> None:
+    """It has not entered, then, and takes nothing for the answer that answered the phase before."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: Any) -> None:
+            raise interrupt
+
+        patch.setattr(_series, "Dialogue", interrupted)
+        call: Any = ranks[0].execute_barrier()
+        with pytest.raises(interrupt):
+            call.send(None)
+    for after in range(5):
+        assert await cross(ranks) == SERIES + after
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_turn_is_taken_while_it_is_unfolded(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
+) -> None:
+    """By another thread, which waits until the turns are what they should be."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    session, end = ranks[0]._session, Series.end
+    taken: list[Any] = []
+    thread = threading.Thread(target=lambda: taken.append(session.take_turn("")))
+
+    def ends(series: Series) -> None:
+        end(series)
+        thread.start()
+        thread.join(0.3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Series, "end", ends)
+        await anyio.to_thread.run_sync(session.unfold)
+    thread.join()
+    assert taken[0].sequence == SERIES
+
+
+def test_from_loop_to_loop_and_back(server: TCPStore) -> None:
+    """Loops that stay open keep no more than what they listened to last."""
+    barriers = [StoreBarrier(server, rank=rank, world_size=2, prefix=PREFIX) for rank in range(2)]
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+
+    async def crossings() -> None:
+        await cross_often(barriers)  # type: ignore[arg-type]
+
+    counts = []
+    for _ in range(5):
+        for loop in loops:
+            loop.run_until_complete(crossings())
+        counts.append(sockets())
+    assert counts[-1] <= counts[1], counts
+
+    async def close() -> None:
+        for barrier in barriers:
+            await barrier.aclose()
+
+    loops[0].run_until_complete(close())
+    for loop in loops:
+        loop.close()
+
+
+def test_a_loop_per_crossing(server: TCPStore) -> None:
+    """Each that is closed lets go of its descriptors at once, not when garbage is collected."""
+    barriers = [StoreBarrier(server, rank=rank, world_size=2, prefix=PREFIX) for rank in range(2)]
+    counts = []
+
+    async def crossings() -> None:
+        await cross_often(barriers)  # type: ignore[arg-type]
+        counts.append(sockets())
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            asyncio.run(crossings())
+    finally:
+        gc.enable()
+    assert counts[-1] <= counts[1], counts
+
+    async def close() -> None:
+        for barrier in barriers:
+            await barrier.aclose()
+
+    asyncio.run(close())
 
 
 @on_asyncio
@@ -524,6 +660,76 @@ async def test_a_peer_that_joins_again(tcp: World, anyio_backend: Any) -> None:
 
 
 @on_asyncio
+async def test_a_coroutine_that_nobody_resumes(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
+) -> None:
+    """When its connection has ended, too: the loop does not spin."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    heard: list[bool] = []
+    hear = Series.hear
+
+    def hears(series: Series, connection: socket.socket) -> bool:
+        heard.append(hear(series, connection))
+        return heard[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Series, "hear", hears)
+        call: Any = ranks[0].execute_barrier()
+        call.send(None)
+        series_of(ranks[0]).connection.interrupt()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert heard == [True, False]
+    call.close()
+    # It had entered; whether the break comes before the other one does is not said.
+    with contextlib.suppress(BrokenBarrierError):
+        await ranks[1].execute_barrier()
+    assert await cross(ranks) == SERIES + 1
+
+
+@on_asyncio
+async def test_no_room_for_the_arrival(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
+) -> None:
+    """A thread says what the loop could not say at once."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    begin = Dialogue.begin
+
+    def begins_nothing(dialogue: Dialogue, connection: socket.socket) -> bool:
+        monkeypatch.setattr(Dialogue, "begin", begin)
+        return False
+
+    monkeypatch.setattr(Dialogue, "begin", begins_nothing)
+    for after in range(SERIES):
+        assert await cross(ranks) == SERIES + after
+
+
+@on_asyncio
+async def test_a_barrier_that_takes_leave(tcp: World, anyio_backend: Any) -> None:
+    """At the exit of the interpreter, say, while its loop goes on: no series begins any more."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    session = ranks[0]._session
+    assert session.series("", Ear) is not None  # type: ignore[arg-type]
+    await outcome(session.farewell())
+    assert session.series("", Ear) is None  # type: ignore[arg-type]
+    assert not session._series
+
+
+@on_asyncio
+async def test_a_store_in_doubt(tcp: World, anyio_backend: Any) -> None:
+    """No phase is entered before the rank has joined again."""
+    ranks = await tcp.barriers(2)
+    await cross_often(ranks)
+    ranks[0]._session.doubt()
+    assert not ranks[0]._session._series
+    assert await cross(ranks) == SERIES
+    assert ranks[0]._session.stands
+
+
+@on_asyncio
 async def test_the_longest_series(
     tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
 ) -> None:
@@ -531,8 +737,8 @@ async def test_the_longest_series(
     monkeypatch.setattr(_life, "LONGEST_SERIES", 5)
     monkeypatch.setattr(_series, "LONGEST_SERIES", 5)
     ranks = await tcp.barriers(2)
-    found = set()
+    found: set[Series] = set()
     for sequence in range(30):
         assert await cross(ranks) == sequence
-        found.add(ranks[0]._session._series)
-    assert len(found - {None}) > 2
+        found.update(ranks[0]._session._series.values())
+    assert len(found) > 2

@@ -106,7 +106,7 @@ class CrossingBarrier(Barrier):
         waiting = self._waiting_here()
         session, started = self._session, waiting.now()
         turn = None
-        if (series := session.series(name, waiting.ear)) is not None:
+        if (series := session.series(name, waiting.listen)) is not None:
             # Most often, and most often that is all. If not, it becomes a turn.
             warn = self._warn_after_secs
             waiter = waiting.waiter(started + (warn if timeout is None else min(timeout, warn)))
@@ -116,10 +116,12 @@ class CrossingBarrier(Barrier):
                     if series.met():
                         waited_secs = waiting.now() - started
                         return BarrierResult(name, series.sequence, waited_secs, series.last_rank)
-                    turn = session.unfold(series)
+                    session.unfold(series)
+                    turn = series.turn
             except BaseException as exc:
-                if (turn := session.unfold(series)) is not None:
-                    await self._crossing(waiting, started, timeout).stopped(turn, exc)
+                session.unfold(series)
+                if series.turn is not None:
+                    await self._crossing(waiting, started, timeout).stopped(series.turn, exc)
                 raise
             finally:
                 waiter.leave()
@@ -253,7 +255,7 @@ class CrossingBarrier(Barrier):
     async def _ready(self, within_secs: float, name: str) -> None:
         """Join, or join again where the generation ended or the store was lost."""
         session = self._session
-        within_secs = min(within_secs, self._init_secs)
+        within_secs = max(0.0, min(within_secs, self._init_secs))
         deadline = anyio.current_time() + within_secs
         patience = _JOINS_AGAIN_SECS if session.joined_before else math.inf
         try:

@@ -18,6 +18,7 @@ _SET, _COMPARE_SET, _APPEND, _BARRIER = b"\x01", b"\x02", b"\x09", b"\x12"
 _SIZE = struct.Struct("=Q")
 _NUMBER = struct.Struct("=q")
 _MOST = 1 << 12
+# For reading and for writing; c10d's calls on the same socket have to block.
 _NOW = socket.MSG_DONTWAIT
 # Nor is a program ended that would be by writing to who has hung up.
 _UNHARMED = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -143,7 +144,7 @@ def understood(connection: socket.socket, tried: str) -> bool:
     """
     log, count = keys(tried)
     line = b"understood?"
-    said = Dialogue(arriving(log, line, count), 1, asking(log))
+    said = Dialogue(emptying(log) + arriving(log, line, count), 1, asking(log))
     readable = select.poll()
     readable.register(connection, select.POLLIN)
     by = time.monotonic() + _TRIED_SECS

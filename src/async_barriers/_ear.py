@@ -1,4 +1,4 @@
-"""How an asyncio event loop listens to a connection, from one meeting to the next."""
+"""How an asyncio event loop listens to a connection, from one phase of a series to the next."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 
+from ._connection import Connection
 from ._series import Series
 
 
@@ -16,45 +17,40 @@ class Ear:
     store. What comes when no phase waits is for somebody else, in a thread; then it goes, until it
     comes again. A connection that is closed shuts its socket down, which is heard as well.
 
-    :param connection: a descriptor of the ear's own, closed when it is dropped, so that what the
-        loop listens on is never another's
+    :ivar copy: of the connection's socket, closed as it goes or is dropped, so that what the loop
+        listens on is never another's
     :ivar series: the one that it listens for; None if it has gone
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
-        self.connection = connection
+    copy: socket.socket
+    series: Series | None = None
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
         self._loop = loop
-        self.series: Series | None = None
+        self._connection = connection
 
     def come(self, series: Series) -> bool:
         """Hear what comes in a series; False if the loop cannot listen."""
         if self.series is None:
-            descriptor = self.connection.fileno()
             try:
-                self._loop.add_reader(descriptor, self._hear)
+                copy = self._connection.overhear()
+            except OSError:
+                return False  # No more files can be opened, or it is closed.
+            try:
+                self._loop.add_reader(copy.fileno(), self._hear)
             except (OSError, ValueError, NotImplementedError):
                 # The other side hung up, or the loop is one that knows no descriptors.
+                copy.close()
                 return False
             # uvloop makes it non-blocking, and with it all its copies, c10d's own among them.
-            os.set_blocking(descriptor, True)
+            os.set_blocking(copy.fileno(), True)
+            self.copy = copy
         self.series = series
         return True
 
     def _hear(self) -> None:
         series = self.series
-        if series is None or not series.hear(self.connection):
-            self._go()
-
-    def _go(self) -> None:
-        self.series = None
-        self._loop.remove_reader(self.connection.fileno())
-        if self._hung_up():
-            self.connection.close()
-
-    def _hung_up(self) -> bool:
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        if series is None or not series.hear(self.copy):
+            self.series = None
+            self._loop.remove_reader(self.copy.fileno())
+            self.copy.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from ._membership import Membership
-from ._protocol import Turn
+from ._protocol import Turn, can_count
 
 # Of so many names the keys stay in the store between two crossings, and for so many crossings.
 _KEPT_NAMES = 4
-LONGEST_SERIES = 100_000
+# All their arrivals are counted in one number.
+LONGEST_SERIES = 60_000
+assert can_count(LONGEST_SERIES + 2)
 
 
 class Life:
@@ -32,23 +34,26 @@ class Life:
         return self._sequences[name]
 
     def latest(self, name: str) -> Turn | None:
-        """The latest turn that was taken, if that was one of ``name`` and its keys were kept."""
-        return self._kept.get(name) if name == self._last_name else None
+        """The latest turn of ``name``, if it wanted to keep its keys."""
+        return self._kept.get(name)
 
     def resume(self, turn: Turn) -> None:
-        """The latest turn is one that `next_turn` has not made."""
+        """The latest turn of its name is one that `next_turn` has not made."""
         self._kept[turn.name] = turn
         self._sequences[turn.name] = turn.sequence + 1
-        self._last_name = turn.name
 
-    def next_turn(self, name: str, leader: int | None = None) -> Turn:
-        """This rank's turn in the next phase of ``name``; not thread-safe."""
+    def next_turn(self, name: str, leader: int | None = None, *, goes_on: bool = False) -> Turn:
+        """This rank's turn in the next phase of ``name``; not thread-safe.
+
+        :param goes_on: where it has been said already that the keys are kept
+        """
         membership = self.membership
         sequence = self._sequences[name]
         self._sequences[name] = sequence + 1
         before = self._kept.pop(name, None)
         # A name that is crossed again and again, one crossing after the other.
-        keeps = leader is None and name == self._last_name and len(self._kept) < _KEPT_NAMES
+        in_a_row = goes_on or name == self._last_name
+        keeps = leader is None and in_a_row and len(self._kept) < _KEPT_NAMES
         if before is not None and before.shared:
             keys = before.keys
             keeps = keeps and before.index < LONGEST_SERIES

@@ -43,6 +43,12 @@ _MOST = _SUMMARISED + (_SUMMARISED >> 1)
 _MEETING = 256
 
 
+def can_count(phases: int) -> bool:
+    """Whether the arrivals of so many phases, one after another with the same keys, can be told
+    from those who gave up."""
+    return phases * _MEETING <= _RANKS
+
+
 class Forgotten(BarrierConnectionError):
     """The store does not know our arrival: it was restarted, or our generation is long over."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ._connection import Connection
 from ._dialogue import Dialogue, arriving, asking, emptying
@@ -20,24 +20,32 @@ from ._protocol import Turn
 from ._verdict import Released, all_keep
 
 
-class Ear(Protocol):
+class Listener(Protocol):
     """How an event loop listens to one connection."""
 
-    connection: socket.socket
+    copy: socket.socket
     series: Series | None
 
     def come(self, series: Series) -> bool:
         """Hear what comes in a series; False if the loop cannot listen."""
 
 
-class Waiter(Protocol):
-    """Who waits on an event loop."""
+class Caller(Protocol):
+    """Who crosses, and waits on an event loop."""
 
     def tell(self) -> object:
         """From any thread: wake it."""
 
     def wake(self) -> object:
         """On the event loop: wake it."""
+
+
+class _Said(NamedTuple):
+    """What is said of one log."""
+
+    arriving: bytes
+    emptying: bytes
+    asking: bytes
 
 
 class Series:
@@ -51,10 +59,13 @@ class Series:
     :param lock: held over nothing that waits; whoever unfolds it has it, too
     :ivar sequence: of the phase that was released last
     :ivar last_rank: the one that came last there
-    :ivar waits: a phase has been entered since
+    :ivar waits: a phase has been entered since: there is a ``caller`` and a ``dialogue``
     :ivar over: there are turns again in its place
     :ivar turn: the one that goes on in its place, if it is over and waited
     """
+
+    caller: Caller
+    dialogue: Dialogue
 
     def __init__(
         self,
@@ -62,7 +73,7 @@ class Series:
         turn: Turn,
         lane: Lane,
         connection: Connection,
-        ear: Ear,
+        listener: Listener,
         lock: threading.RLock,
     ) -> None:
         assert isinstance(turn.verdict, Released)
@@ -70,56 +81,60 @@ class Series:
         self.life = life
         self.lane = lane
         self.connection = connection
-        self.ear = ear
         self.sequence: int = turn.sequence
         self.last_rank: int = turn.verdict.last_rank
         self.waits: bool = False
         self.over: bool = False
         self.turn: Turn | None = None
-        self.dialogue: Dialogue
-        self.waiter: Waiter
+        self._listener: Listener | None = listener
         self._lock = lock
         self._began = turn
         self._index = turn.index
+        self._heard = False
         self._rank = turn.rank
         self._world_size = turn.world_size
-        self._line = line = turn.line
-        logs, count = turn.keys.logs, turn.keys.count
-        self._said = [(arriving(log, line, count), emptying(log), asking(log)) for log in logs]
+        line, count = turn.line, turn.keys.count
+        self._said = [
+            _Said(arriving(log, line, count), emptying(log), asking(log)) for log in turn.keys.logs
+        ]
 
-    def enter(self, waiter: Waiter) -> bool:
+    def enter(self, caller: Caller) -> bool:
         """Enter the next phase; False if that takes a turn.
 
-        :param waiter: is told when there is no more to be heard, or if the series is over by then,
-            when the phase is decided
+        :param caller: is woken when no more will be heard, and told once the phase is decided, if
+            the series is over by then
         """
         with self._lock:
             index = self._index + 1
+            listener = self._listener
             if (
-                self.over
+                listener is None  # it is over
                 or self.waits
                 or index > LONGEST_SERIES
                 or self.lane.idle_connection is not self.connection
-                or not (self.ear.series is self or self.ear.come(self))
+                or not (listener.series is self or listener.come(self))
             ):
                 return False
-            arriving, _, asking = self._said[index % LOGS]
+            said = self._said[index % LOGS]
+            first = said.arriving
             if self.last_rank == self._rank and index >= LOGS - 1:
-                arriving = self._said[(index + 1) % LOGS][1] + arriving
-            self.waiter = waiter
-            self.waits = True
-            self.dialogue = dialogue = Dialogue(arriving, self._world_size * (index + 1), asking)
-            if not dialogue.begin(self.ear.connection):
-                waiter.tell()
+                first = self._said[(index + 1) % LOGS].emptying + first
+            dialogue = Dialogue(first, self._world_size * (index + 1), said.asking)
+            # Only now, as an interrupt of the program may come at any call of a function.
+            self.dialogue, self.caller, self._heard, self.waits = dialogue, caller, False, True
+            if not dialogue.begin(listener.copy):
+                self._heard = True
+                caller.tell()
             return True
 
     def hear(self, connection: socket.socket) -> bool:
         """On the event loop, as something came: go on. False if it came for a thread."""
         with self._lock:
-            if self.over or not self.waits:
+            if self.over or not self.waits or self._heard:
                 return False
             if self.dialogue.hear(connection):
-                self.waiter.wake()
+                self._heard = True
+                self.caller.wake()
             return True
 
     def met(self) -> bool:
@@ -128,13 +143,19 @@ class Series:
             if self.over or not self.waits or (log := self.dialogue.log) is None:
                 return False
             released = all_keep(log, self._world_size)
-            if released is None or self._line not in log:
+            if released is None:
                 return False
             self.last_rank = released.last_rank
             self.sequence += 1
             self._index += 1
             self.waits = False
             return True
+
+    def end(self) -> None:
+        """There are to be turns in its place."""
+        self.over = True
+        # A loop that was closed then lets go of it at once.
+        self._listener = None
 
     @property
     def before(self) -> Turn:

@@ -24,7 +24,7 @@ from ._lanes import HANGS_SECS, Lanes
 from ._life import Life
 from ._membership import Membership
 from ._protocol import Forgotten, Turn
-from ._series import Ear, Series
+from ._series import Listener, Series
 from ._verdict import Gathered, Verdict
 from ._worker import Promise, end_at_exit, wait_for_all, wait_for_ends
 
@@ -76,9 +76,9 @@ class Session:
         self._joining_since = 0.0
         self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
         self._entered_on: dict[Turn, Lane] = {}
-        self._series: Series | None = None
-        # There is a series, or there are turns, and a thread has been told to go on; nothing in
-        # between. Held over nothing that waits; taken before the other lock.
+        self._series: dict[str, Series] = {}
+        # Who has it finds either a series, or turns and a thread that was told to go on. Held over
+        # nothing that waits; taken before the other lock.
         self._unfolding = threading.RLock()
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
@@ -105,7 +105,7 @@ class Session:
     @property
     def has_a_say(self) -> bool:
         """Whether `farewell` would tell anybody anything, and not just open a connection."""
-        return self._watched is not None or bool(self._turns) or self._series is not None
+        return self._watched is not None or bool(self._turns) or bool(self._series)
 
     @property
     def closing(self) -> bool:
@@ -295,9 +295,10 @@ class Session:
 
     def take_turn(self, name: str, leader: int | None = None) -> Turn | None:
         """This rank's turn in the next phase of ``name``; None where it must join (again) first."""
-        series = self._series
-        if series is not None and (series.name == name or not series.waits):
-            self.unfold()
+        for series in list(self._series.values()):
+            # Others may keep their lanes while they need them.
+            if series.name == name or not series.waits:
+                self.unfold(series)
         # One with `_cease`: a turn in a generation that ends is either seen by it or not taken.
         with self._lock:
             life = self._life
@@ -309,7 +310,7 @@ class Session:
 
     def next_sequence(self, name: str) -> int:
         """The sequence number that the next turn of ``name`` would have."""
-        self.unfold()
+        self._unfold_name(name)
         return 0 if self._life is None else self._life.next_sequence(name)
 
     def owe_turn(self, name: str, reason: str) -> None:
@@ -318,7 +319,7 @@ class Session:
 
     def open_turn(self, name: str) -> Turn | None:
         """The oldest turn of ``name`` that is awaited now."""
-        self.unfold()
+        self._unfold_name(name)
         return next((turn for turn in list(self._turns) if turn.name == name), None)
 
     def forget(self, turn: Turn) -> None:
@@ -335,13 +336,13 @@ class Session:
         lane = self._entered_on[turn] = self._free_lane()
         lane.post(self._enter, self._not_entered, (turn, payload, lane, promise))
 
-    def series(self, name: str, ear: Callable[[Connection], Ear | None]) -> Series | None:
+    def series(self, name: str, listen: Callable[[Connection], Listener | None]) -> Series | None:
         """What a crossing of ``name`` may follow; None where it needs a turn.
 
-        :param ear: how the caller's event loop can listen to a connection, if it can
+        :param listen: how the caller's event loop listens to a connection, if it can
         """
-        if (series := self._series) is not None:
-            return series if series.name == name else None
+        if (series := self._series.get(name)) is not None:
+            return series  # or it is over by now, and will say so
         with self._unfolding:
             life = self._life
             if life is None or not self._standing or self._closing:
@@ -350,38 +351,44 @@ class Session:
             if latest is None or not latest.rests or (lane := self._lanes.take_idle()) is None:
                 return None
             connection = lane.idle_connection
-            listens = ear(connection) if connection is not None and connection.direct else None
-            if connection is None or listens is None:
+            listener = listen(connection) if connection is not None and connection.direct else None
+            if connection is None or listener is None:
                 self._lanes.put_back(lane)
                 return None
-            self._series = Series(life, latest, lane, connection, listens, self._unfolding)
-            return self._series
+            series = Series(life, latest, lane, connection, listener, self._unfolding)
+            self._series[name] = series
+            return series
 
-    def unfold(self, entered: Series | None = None) -> Turn | None:
+    def unfold(self, *series: Series) -> None:
         """From any thread: have turns again, and a thread wait where an event loop does.
 
-        The turn that goes on in place of the series which the caller has ``entered``.
+        :param series: in place of which; of all, if none are given
         """
         with self._unfolding:
-            if (series := self._series) is not None:
-                self._series = None
-                self._unfold(series)
-            return None if entered is None else entered.turn
+            for each in series or list(self._series.values()):
+                if not each.over:
+                    self._unfold(each)
+                    # Last, since some look without the lock: they find it, and come here.
+                    del self._series[each.name]
+
+    def _unfold_name(self, name: str) -> None:
+        if (series := self._series.get(name)) is not None:
+            self.unfold(series)
 
     def _unfold(self, series: Series) -> None:
-        series.over = True
+        series.end()
         lane = series.lane
         with self._lock:
             series.life.resume(series.before)
             if not series.waits:
                 self._lanes.put_back(lane)
                 return
-            turn = series.turn = series.life.next_turn(series.name)
+            turn = series.turn = series.life.next_turn(series.name, goes_on=True)
             # Before anyone else can find it.
             turn.said()
             promise = self._turns[turn] = Promise()
             self._entered_on[turn] = lane
-        promise.when_settled(series.waiter.tell)
+        promise.when_settled(series.caller.tell)
         finish = functools.partial(self._finish, series.dialogue)
         entry = turn, b"", lane, promise
         lane.post(finish, self._not_entered, entry, series.connection)

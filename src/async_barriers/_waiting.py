@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import math
 import sys
-import weakref
 from asyncio.events import _get_running_loop
 from collections.abc import Callable
 from typing import TypeVar
@@ -78,12 +77,15 @@ class Waiting:
             await done.wait()
         return promise.done()
 
-    def ear(self, connection: Connection) -> Ear | None:
+    def listen(self, connection: Connection) -> Ear | None:
         """How this loop listens to ``connection``, if it can."""
         return None
 
     def waiter(self, deadline: float) -> Waiter:
-        """Who is woken when it is told, or `now` says ``deadline``; where the loop has an `ear`."""
+        """Who is woken when it is told, or `now` says ``deadline``; where it can `listen`.
+
+        It has to `leave` when it is done.
+        """
         raise NotImplementedError
 
 
@@ -132,7 +134,6 @@ class AsyncioWaiting(Waiting):
         self.loop = loop
         # Without a frame in between.
         self.now = loop.time  # type: ignore[method-assign]
-        self._ears: weakref.WeakKeyDictionary[Connection, Ear] = weakref.WeakKeyDictionary()
         self.deadlines: dict[Waiter, float] = {}
         self.rings_at: float = math.inf
         self._timer: asyncio.TimerHandle | None = None
@@ -158,14 +159,8 @@ class AsyncioWaiting(Waiting):
             waiter.leave()
         return promise.done()
 
-    def ear(self, connection: Connection) -> Ear | None:
-        ear = self._ears.get(connection)
-        if ear is None:
-            try:
-                ear = self._ears[connection] = Ear(self.loop, connection.overhear())
-            except OSError:
-                return None  # No more files can be opened.
-        return ear
+    def listen(self, connection: Connection) -> Ear | None:
+        return Ear(self.loop, connection)
 
     def waiter(self, deadline: float) -> Waiter:
         return Waiter(self, deadline)
