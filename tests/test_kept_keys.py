@@ -18,7 +18,7 @@ from worlds import AnyBarrier, Tasks, World, gather
 from async_barriers import BarrierResult, BarrierTimeoutError, BrokenBarrierError
 from async_barriers._connection import Connection, TCPConnection, connect_to
 from async_barriers._keys import LOGS, Keys, PhaseKeys
-from async_barriers._protocol import Forgotten, Turn
+from async_barriers._protocol import _MEETING, LONGEST_SERIES, Forgotten, Turn
 from async_barriers._verdict import Gathered, Released, Verdict, breaking, listening
 
 pytestmark = pytest.mark.anyio
@@ -274,3 +274,19 @@ async def test_a_wait_that_ended_too_early(tcp: World, monkeypatch: pytest.Monke
         monkeypatch.undo()
         await ranks[1].execute_barrier()
         assert (await waiting.returned()).last_rank == 1
+
+
+@pytest.mark.parametrize("world_size", [2, _MEETING])
+async def test_the_last_commit_in_the_keys_of_a_long_series(tcp: World, world_size: int) -> None:
+    """All its arrivals are counted, as many as there were before, and told from who gives up."""
+    store = await open_at(tcp)
+    turn = Turn(Keys("long").phase(0, "x", 0), "x", 0, 0, world_size, leader=0)
+    turn.index = LONGEST_SERIES + 1
+
+    def commit() -> Verdict | Gathered:
+        arrivals = [b"c%d 0\n" % rank for rank in range(1, world_size)]
+        store.append(turn.log, b"".join(arrivals))
+        store.add(turn.keys.count, world_size * (turn.index + 1) - 1)
+        return turn.enter(store)
+
+    assert await tcp.call(commit) == Gathered(0, 0)

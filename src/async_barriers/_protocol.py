@@ -41,12 +41,8 @@ _SUMMARISED = 1 << 62
 _MOST = _SUMMARISED + (_SUMMARISED >> 1)
 # In larger worlds not every rank may read all arrivals: those of so many still fit into one packet.
 _MEETING = 256
-
-
-def can_count(phases: int) -> bool:
-    """Whether the arrivals of so many phases, one after another with the same keys, can be told
-    from those who gave up."""
-    return phases * _MEETING <= _RANKS
+# So many phases may have the same keys: all their arrivals are one number.
+LONGEST_SERIES = _RANKS // _MEETING - 2
 
 
 class Forgotten(BarrierConnectionError):

@@ -15,8 +15,8 @@ from ._connection import Connection
 from ._dialogue import Dialogue, arriving, asking, emptying
 from ._keys import LOGS
 from ._lane import Lane
-from ._life import LONGEST_SERIES, Life
-from ._protocol import Turn
+from ._life import Life
+from ._protocol import LONGEST_SERIES, Turn
 from ._verdict import Released, all_keep
 
 
