@@ -18,7 +18,7 @@ from typing import Any, cast
 import anyio
 import pytest
 from torch.distributed import TCPStore
-from worlds import PREFIX, AnyBarrier, Tasks, World, gather, until
+from worlds import PREFIX, AnyBarrier, Tasks, World, close, gather, until
 
 from async_barriers import (
     BarrierClosedError,
@@ -299,11 +299,7 @@ def test_one_loop_after_another(server: TCPStore) -> None:
     assert waits.run_until_complete(crossings()) == 7
     waits.close()
 
-    async def close() -> None:
-        for barrier in barriers:
-            await barrier.aclose()
-
-    asyncio.run(close())
+    asyncio.run(close(barriers))
 
 
 @pytest.mark.parametrize("thrown_away", [True, False])
@@ -547,11 +543,7 @@ def test_from_loop_to_loop_and_back(server: TCPStore) -> None:
         counts.append(sockets())
     assert counts[-1] <= counts[1], counts
 
-    async def close() -> None:
-        for barrier in barriers:
-            await barrier.aclose()
-
-    loops[0].run_until_complete(close())
+    loops[0].run_until_complete(close(barriers))
     for loop in loops:
         loop.close()
 
@@ -574,11 +566,7 @@ def test_a_loop_per_crossing(server: TCPStore) -> None:
         gc.enable()
     assert counts[-1] <= counts[1], counts
 
-    async def close() -> None:
-        for barrier in barriers:
-            await barrier.aclose()
-
-    asyncio.run(close())
+    asyncio.run(close(barriers))
 
 
 @on_asyncio

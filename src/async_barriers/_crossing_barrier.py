@@ -292,9 +292,9 @@ class CrossingBarrier(Barrier):
             )
 
     def _waiting_here(self) -> Waiting:
-        waiting = self._waiting
-        if waiting is None or not waiting.here():
-            waiting = self._waiting = waiting_here(None)
+        waiting = waiting_here(self._waiting)
+        if waiting is not self._waiting:
+            self._waiting = waiting
             # The loop before may have ended, and left crossings behind that nobody throws away.
             self._session.unfold()
         return waiting

@@ -45,6 +45,19 @@ _MEETING = 256
 LONGEST_SERIES = _RANKS // _MEETING - 2
 
 
+def all_counted(world_size: int, index: int) -> int:
+    """What the count is when all have arrived; those of the ``index`` phases before count, too."""
+    return world_size * (index + 1)
+
+
+def stale_log(index: int) -> int | None:
+    """Which log is to be emptied for the next phase, by who came last in the one before this one.
+
+    He does so before he enters.
+    """
+    return (index + 1) % LOGS if index >= LOGS - 1 else None
+
+
 class Forgotten(BarrierConnectionError):
     """The store does not know our arrival: it was restarted, or our generation is long over."""
 
@@ -269,8 +282,8 @@ class Turn:
             # With its length, so that what something else wrote there is not published.
             store.set(self.keys.payload(self.rank), b"%d:%s" % (len(payload), payload))
         meets = store.meets and self.leader is None and self.world_size <= _MEETING
-        if (stale_log := self._stale_log) is not None:
-            store.set(stale_log, b"")
+        if self._clears and (stale := stale_log(self.index)) is not None:
+            store.set(self.keys.logs[stale], b"")
         self._arrival = _verdict.arrival(
             self.rank, self.leader, meets=meets, keeps=meets and self.keeps
         )
@@ -297,15 +310,7 @@ class Turn:
 
     @property
     def _total(self) -> int:
-        """What the count is when all have arrived; those of phases that had the keys count, too."""
-        return self.world_size * (self.index + 1)
-
-    @property
-    def _stale_log(self) -> str | None:
-        """The log that it is up to this rank to empty before it enters, for the next phase."""
-        if self._clears and self.index >= LOGS - 1:
-            return self.keys.logs[(self.index + 1) % LOGS]
-        return None
+        return all_counted(self.world_size, self.index)
 
     def said(self) -> None:
         """As `hold`, and its arrival was said to the store, which is for `judge_meeting`."""

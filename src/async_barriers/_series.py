@@ -16,7 +16,7 @@ from ._dialogue import Dialogue, arriving, asking, emptying
 from ._keys import LOGS
 from ._lane import Lane
 from ._life import Life
-from ._protocol import LONGEST_SERIES, Turn
+from ._protocol import LONGEST_SERIES, Turn, all_counted, stale_log
 from ._verdict import Released, all_keep
 
 
@@ -117,9 +117,9 @@ class Series:
                 return False
             said = self._said[index % LOGS]
             first = said.arriving
-            if self.last_rank == self._rank and index >= LOGS - 1:
-                first = self._said[(index + 1) % LOGS].emptying + first
-            dialogue = Dialogue(first, self._world_size * (index + 1), said.asking)
+            if self.last_rank == self._rank and (stale := stale_log(index)) is not None:
+                first = self._said[stale].emptying + first
+            dialogue = Dialogue(first, all_counted(self._world_size, index), said.asking)
             # Only now, as an interrupt of the program may come at any call of a function.
             self.dialogue, self.caller, self._heard, self.waits = dialogue, caller, False, True
             if not dialogue.begin(listener.copy):
