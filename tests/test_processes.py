@@ -304,6 +304,9 @@ def test_a_leader_that_is_struck_inside_publish(
             assert secs <= error["ended"] - error["began"] < secs + GRACE_SECS
     if blow == signal.SIGSTOP:
         goes_on = victim.signal(signal.SIGCONT)
+        # It may have been stopped when its event loop had worked out how long to sleep, and was
+        # about to: then it would sleep that long now. Whatever wakes it has it look at the clock.
+        victim.start("connect")
         error = leads.error("BarrierTimeoutError")
         assert (error["timeout_secs"], error["in_doubt"]) == (1.2, False)
         assert error["ended"] < goes_on + GRACE_SECS
