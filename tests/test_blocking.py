@@ -87,7 +87,7 @@ class World:
 
 
 def turns_of(barrier: Any) -> dict[Any, Any]:
-    turns: dict[Any, Any] = barrier._barrier._session._turns
+    turns: dict[Any, Any] = barrier._barrier._session.turns._promises
     return turns
 
 

@@ -25,7 +25,8 @@ from async_barriers import (
     _crossing_barrier,
 )
 from async_barriers._barrier import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
-from async_barriers._connection import Connection, connect_to
+from async_barriers._connecting import connect_to
+from async_barriers._connection import Connection
 from async_barriers._protocol import Turn
 from async_barriers._verdict import Broken, Gathered, Released, encode
 

@@ -18,8 +18,8 @@ from stores import MemoryStore, PlainStore
 from torch.distributed import DistStoreError, Store, TCPStore
 from worlds import OVER_A_STORE, free_port, open_store
 
-from async_barriers import BarrierConnectionError
-from async_barriers import _connection as connections
+from async_barriers import BarrierConnectionError, _connection
+from async_barriers import _connecting as connections
 from async_barriers._connection import Connection, TCPConnection
 
 
@@ -173,7 +173,7 @@ def test_a_torch_that_hides_its_descriptor(
     tcp: TCPConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it the connection works, and cannot be interrupted."""
-    monkeypatch.setattr(connections, "_innermost", lambda store: "TCPStore()")
+    monkeypatch.setattr(_connection, "innermost", lambda store: "TCPStore()")
     plain = TCPConnection(tcp._store.clone())
     assert not plain.interruptible
     assert plain.remains() == []

@@ -23,7 +23,7 @@ from async_barriers import (
     BrokenBarrierError,
     TCPStoreBarrier,
 )
-from async_barriers._connection import connect_to
+from async_barriers._connecting import connect_to
 from async_barriers._protocol import Turn
 from async_barriers._verdict import Broken, Released
 from async_barriers._waiting import outcome

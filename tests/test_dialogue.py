@@ -19,7 +19,7 @@ from worlds import World, gather
 from async_barriers import (
     BarrierConnectionError,
 )
-from async_barriers import _connection as connections
+from async_barriers import _connecting as connections
 from async_barriers import _dialogue as dialogues
 from async_barriers._connection import TCPConnection
 from async_barriers._dialogue import Dialogue

@@ -16,7 +16,8 @@ from torch.distributed import Store
 from worlds import AnyBarrier, Tasks, World, gather
 
 from async_barriers import BarrierResult, BarrierTimeoutError, BrokenBarrierError
-from async_barriers._connection import Connection, TCPConnection, connect_to
+from async_barriers._connecting import connect_to
+from async_barriers._connection import Connection, TCPConnection
 from async_barriers._keys import LOGS, Keys, PhaseKeys
 from async_barriers._protocol import _MEETING, LONGEST_SERIES, Forgotten, Turn
 from async_barriers._verdict import Gathered, Released, Verdict, breaking, listening

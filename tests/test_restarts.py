@@ -24,7 +24,7 @@ from async_barriers import (
     StoreBarrier,
     TCPStoreBarrier,
 )
-from async_barriers import _connection as connections
+from async_barriers import _connecting as connections
 from async_barriers import _lane as lanes
 from async_barriers import _membership as membership
 from async_barriers._connection import Connection
@@ -373,7 +373,7 @@ async def test_closing_while_it_joins_again(memory: World) -> None:
 
     def close(operation: str, key: str) -> None:
         if key == Keys("tests").member(0):
-            session._closing = True
+            session.turns.closing = True
 
     memory.store.data.hook = close  # type: ignore[attr-defined]
     session._standing = False

@@ -88,8 +88,8 @@ async def entered(world: World, rank: AnyBarrier) -> None:
         if waits(rank):
             turn = series_of(rank).before
             log = turn.keys.logs[(turn.index + 1) % LOGS]
-        elif turns := list(rank._session._turns):
-            turn = turns[0]
+        elif turns := rank._session.turns.items():
+            turn = turns[0][0]
             log = turn.log
         else:
             return False
@@ -334,7 +334,7 @@ def test_a_loop_that_ends_meanwhile(server: TCPStore, thrown_away: bool) -> None
             await barriers[1].execute_barrier(timeout_secs=10)
         await crossings()
         assert not waits(barriers[0])
-        assert not barriers[0]._session._entered_on
+        assert not barriers[0]._session.turns._entered_on
         for barrier in barriers:
             await barrier.aclose()
 
@@ -406,7 +406,7 @@ async def test_a_break_and_the_loop(
         if series is held:
             session.unfold(series)
             assert series.turn is not None
-            given.append(session.give_up(series.turn, "too late"))
+            given.append(session.turns.give_up(series.turn, "too late"))
         return met(series)
 
     with monkeypatch.context() as patch:

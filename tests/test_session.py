@@ -148,20 +148,20 @@ async def test_nobody_reports_a_phase_that_is_over(memory: World) -> None:
     turn = session.take_turn("x")
     assert turn is not None
     await ranks[1].abort("no", "x")
-    session.enter(turn)
+    session.turns.enter(turn)
 
     async def departed() -> bool:
         return turn._departed
 
     await until(departed)
-    future = session.survey(turn)
+    future = session.turns.survey(turn)
 
     async def done() -> bool:
         return future.done()
 
     await until(done)
     assert future.result() is None
-    session.forget(turn)
+    session.turns.forget(turn)
 
 
 @pytest.mark.anyio

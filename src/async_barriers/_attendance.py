@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 
-from ._connection import Connection, connect_to
+from ._connecting import connect_to
+from ._connection import Connection
 from ._errors import BarrierConnectionError
 from ._lane import Lane
 from ._meeting import Meeting

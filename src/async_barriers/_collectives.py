@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ._connection import Connection, connect_to
+from ._connecting import connect_to
+from ._connection import Connection
 from ._errors import BarrierConnectionError
 from ._meeting import Meeting
 from ._worker import Promise, Worker, end_at_exit, wait_for_ends

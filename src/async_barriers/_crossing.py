@@ -82,8 +82,8 @@ class Crossing:
         """
         self.turn = turn
         session = self._session
-        promise = session.promised(turn)
-        start = None if turn.entered else functools.partial(session.enter, turn, payload)
+        promise = session.turns.promised(turn)
+        start = None if turn.entered else functools.partial(session.turns.enter, turn, payload)
         verdict: Verdict | Gathered | None = None
         try:
             try:
@@ -94,11 +94,11 @@ class Crossing:
             if verdict is None:
                 verdict = await self._wait_on(promise)
         except BaseException:
-            session.forget(turn)
+            session.turns.forget(turn)
             raise
         if isinstance(verdict, Gathered):
             return verdict
-        session.forget(turn)
+        session.turns.forget(turn)
         return self.accept(verdict)
 
     def accept(self, verdict: Verdict | Gathered | None) -> Released:
@@ -151,7 +151,7 @@ class Crossing:
         try:
             await self._stopped(exc)
         finally:
-            self._session.forget(turn)
+            self._session.turns.forget(turn)
 
     async def _stopped(self, exc: BaseException) -> Verdict:
         """Break the phase, since ``exc`` ended the waiting.
@@ -162,7 +162,7 @@ class Crossing:
             return await self._break_after_loss(exc)
         if not isinstance(exc, BarrierError):
             session, turn = self._session, self.turn
-            broken = session.give_up(turn, reason_of(exc))
+            broken = session.turns.give_up(turn, reason_of(exc))
             # A coroutine that is thrown away cannot wait; the break goes on without it.
             if not isinstance(exc, GeneratorExit) and await answer(broken) is None:
                 session.start_afresh(turn)
@@ -171,7 +171,7 @@ class Crossing:
     async def _time_out(self) -> Verdict:
         assert self.timeout_secs is not None
         turn = self.turn
-        verdict = await self._decided(self._session.give_up(turn, "", self.timeout_secs))
+        verdict = await self._decided(self._session.turns.give_up(turn, "", self.timeout_secs))
         if isinstance(verdict, Gathered):
             raise BarrierTimeoutError(
                 turn.name,
@@ -189,7 +189,7 @@ class Crossing:
     ) -> Verdict | Gathered:
         init_secs = self._session.init_secs
         verdict = await self._decided(
-            self._session.give_up(
+            self._session.turns.give_up(
                 self.turn,
                 f"{plural_ranks(absent)} did not join again after a restart; start them again, or "
                 "allow a longer timeout_barrier_init_secs",
@@ -207,7 +207,7 @@ class Crossing:
         session, turn = self._session, self.turn
         # The store itself may be well; then the others need not wait for their deadlines.
         verdict = await self._decided(
-            session.give_up_lost(turn, "it lost its connection to the store"), exc
+            session.turns.give_up_lost(turn, "it lost its connection to the store"), exc
         )
         if isinstance(verdict, Gathered):
             session.lost(turn)
@@ -245,7 +245,7 @@ class Crossing:
 
     async def _report(self) -> None:
         turn = self.turn
-        surveyed = await self._ask(self._session.survey(turn))
+        surveyed = await self._ask(self._session.turns.survey(turn))
         if surveyed is None:
             return
         arrived, missing = surveyed

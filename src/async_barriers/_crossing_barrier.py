@@ -166,7 +166,7 @@ class CrossingBarrier(Barrier):
         if turn is None:
             return await self._break(await self._take_turn(name), reason, self._init_secs)
         if turn not in self._publishing:
-            await _require(self._session.give_up(turn, reason), self._init_secs, turn)
+            await _require(self._session.turns.give_up(turn, reason), self._init_secs, turn)
         # Also where it began to publish in the same instant.
         if (publication := self._publishing.get(turn)) is not None:
             publication.stop(reason)
@@ -178,8 +178,8 @@ class CrossingBarrier(Barrier):
         Where that takes joining (again) first, nobody is told.
         """
         if (turn := self._session.take_turn(name)) is not None:
-            await answer(self._session.give_up(turn, "it closed its barrier"), shield=False)
-            self._session.forget(turn)
+            await answer(self._session.turns.give_up(turn, "it closed its barrier"), shield=False)
+            self._session.turns.forget(turn)
 
     async def aclose(self) -> None:
         if self._closed:
@@ -321,13 +321,13 @@ class CrossingBarrier(Barrier):
 
     async def _break(self, turn: Turn, reason: str, within_secs: float) -> None:
         try:
-            await _require(self._session.give_up(turn, reason), within_secs, turn)
+            await _require(self._session.turns.give_up(turn, reason), within_secs, turn)
         except BarrierConnectionError:
             # The turn is used up; peers may wait in its phase.
             self._session.start_afresh(turn, reason)
             raise
         finally:
-            self._session.forget(turn)
+            self._session.turns.forget(turn)
 
     # -- the leader's part -------------------------------------------------------------
 
@@ -339,16 +339,16 @@ class CrossingBarrier(Barrier):
         if not turn.claim():
             # Another task of ours broke it in the same instant: hear what came of that.
             try:
-                told = await answer(self._session.hear(turn))
+                told = await answer(self._session.turns.hear(turn))
                 return crossing.accept(told).result
             finally:
-                self._session.forget(turn)
+                self._session.turns.forget(turn)
         publication = self._publishing[turn] = Publication(self._session, crossing)
         try:
             return await publication.run(publish, gathered)
         finally:
             del self._publishing[turn]
-            self._session.forget(turn)
+            self._session.turns.forget(turn)
             publication.settled.set()
 
 

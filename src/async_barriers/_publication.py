@@ -42,12 +42,12 @@ class Publication:
         verdict: Verdict
         try:
             with self._scope:
-                payloads = await outcome(session.payloads(turn))
+                payloads = await outcome(session.turns.payloads(turn))
                 returned = await publish(payloads)
                 published = True
         except BaseException as exc:
             verdict = Broken(rank, f"publish failed: {reason_of(exc)}")
-            settled = session.settle(turn, verdict)
+            settled = session.turns.settle(turn, verdict)
             if isinstance(exc, GeneratorExit):
                 raise
             if await answer(settled, within_secs=patience_secs(session)) is None:
@@ -64,7 +64,7 @@ class Publication:
             verdict = Broken(rank, reason, crossing.timeout_secs)
         else:
             verdict = Broken(rank, self._stopped_for)
-        told = await answer(session.settle(turn, verdict), within_secs=patience_secs(session))
+        told = await answer(session.turns.settle(turn, verdict), within_secs=patience_secs(session))
         if told is None:
             session.owe(turn, verdict)
             raise BarrierConnectionError(

@@ -1,4 +1,4 @@
-"""One rank's presence at one store: its connections, its membership, its open turns.
+"""One rank's presence at one store: its connections, its membership, and whose turn is next.
 
 Nothing here knows of event loops; callers await the promises, which worker threads settle (see
 `Lanes`), or follow a series, which needs none as long as nothing else happens (see `Series`).
@@ -6,7 +6,6 @@ Nothing here knows of event loops; callers await the promises, which worker thre
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
@@ -16,13 +15,13 @@ from typing import TypeVar
 
 from . import _membership
 from ._connection import Connection
-from ._dialogue import Dialogue
-from ._errors import BarrierClosedError, BarrierConnectionError, BrokenBarrierError
+from ._errors import BarrierConnectionError, BrokenBarrierError
 from ._keys import Keys
 from ._lane import Lane, Open
 from ._lanes import HANGS_SECS, Lanes
 from ._life import Life
 from ._membership import Membership
+from ._open_turns import OpenTurns, break_phase, closed, settle_commit
 from ._protocol import Forgotten, Turn
 from ._series import Listener, Series
 from ._verdict import Gathered, Verdict
@@ -30,9 +29,7 @@ from ._worker import Promise, end_at_exit, wait_for_all, wait_for_ends
 
 T = TypeVar("T")
 
-_OpenTurns = list[tuple[Turn, Promise[Verdict | Gathered]]]
-# What a lane needs to know to enter a phase.
-_Entry = tuple[Turn, bytes, Lane, Promise[Verdict | Gathered]]
+_Turns = list[tuple[Turn, Promise[Verdict | Gathered]]]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +40,10 @@ _FAREWELL_AT_EXIT_SECS = 0.5
 
 
 class Session:
-    """All that a connected barrier has; thread-safe."""
+    """All that a connected barrier has; thread-safe.
+
+    :ivar turns: those that were taken, and are awaited
+    """
 
     def __init__(
         self,
@@ -70,12 +70,9 @@ class Session:
         self._left: Membership | None = None
         self._standing = False
         self._replaced = False
-        self._closing = False
         self._silent = False
         self._joining: Promise[None] | None = None
         self._joining_since = 0.0
-        self._turns: dict[Turn, Promise[Verdict | Gathered]] = {}
-        self._entered_on: dict[Turn, Lane] = {}
         self._series: dict[str, Series] = {}
         # Who has it finds either a series, or turns and a thread that was told to go on. Held over
         # nothing that waits; taken before the other lock.
@@ -83,6 +80,7 @@ class Session:
         self._owed: list[Callable[[Connection], object]] = []
         self._owed_turns: list[tuple[str, str]] = []
         self._lanes = Lanes(open_connection, init_secs)
+        self.turns = OpenTurns(self._lanes, keys.prefix)
         end_at_exit(self)
 
     # -- joining ---------------------------------------------------------------------
@@ -105,12 +103,12 @@ class Session:
     @property
     def has_a_say(self) -> bool:
         """Whether `farewell` would tell anybody anything, and not just open a connection."""
-        return self._watched is not None or bool(self._turns) or bool(self._series)
+        return self._watched is not None or bool(self.turns) or bool(self._series)
 
     @property
     def closing(self) -> bool:
         """Whether it is taking leave."""
-        return self._closing
+        return self.turns.closing
 
     @property
     def silent(self) -> bool:
@@ -144,8 +142,8 @@ class Session:
     def _join(self, store: Connection) -> None:
         if self._standing or self._replaced:
             return
-        if self._closing:
-            raise _closed(self._keys.prefix)
+        if self.closing:
+            raise closed(self._keys.prefix)
         before = life = self._life
         previous = None if life is None else life.membership
         if previous is not None and previous.is_over(store):
@@ -172,7 +170,7 @@ class Session:
             del self._owed[0]
         while self._owed_turns:
             name, reason = self._owed_turns[0]
-            self._break(store, life.next_turn(name), reason)
+            break_phase(store, life.next_turn(name), reason)
             del self._owed_turns[0]
         with self._lock:
             # Not this one if it hung, was given up and comes to its end after another one.
@@ -185,7 +183,7 @@ class Session:
         if not takes_effect:
             if membership is not previous:
                 membership.leave(store)
-            raise _closed(self._keys.prefix)
+            raise closed(self._keys.prefix)
         if watched is not membership:
             watcher = self._lanes.watcher
             watcher.submit(lambda store: self._watch(store, membership, watcher))
@@ -226,13 +224,13 @@ class Session:
             # Something else wrote it, or somebody asks whether we live; this is the answer.
             store.delete(membership.mail)
             # A letter that came just before that is gone with it.
-            if self._closing:
+            if self.closing:
                 return _membership.CLOSED
             if membership.is_over(store):
                 return _membership.OVER
         return mail
 
-    def _cease(self, membership: Membership, watcher: Lane) -> _OpenTurns:
+    def _cease(self, membership: Membership, watcher: Lane) -> _Turns:
         """Take no more turns in a generation; those that are open in it.
 
         :param watcher: who heard of its end; not one that was left behind, and has been replaced
@@ -243,19 +241,19 @@ class Session:
                 self._standing = False
         return self._turns_in(membership)
 
-    def _turns_in(self, membership: Membership) -> _OpenTurns:
+    def _turns_in(self, membership: Membership) -> _Turns:
         self.unfold()
-        turns = list(self._turns.items())
+        turns = self.turns.items()
         return [item for item in turns if item[0].keys.generation == membership.generation]
 
-    def _outlive(self, store: Connection, membership: Membership, turns: _OpenTurns) -> None:
+    def _outlive(self, store: Connection, membership: Membership, turns: _Turns) -> None:
         rank = membership.successor(store)
         who = "another rank" if rank is None else f"rank {rank}"
         reason = f"{who} joined again: it was restarted, or two processes share its number"
         logger.info("barrier %r: %s", self._keys.prefix, reason)
         for turn, promise in turns:
             try:
-                judged = self._break(store, turn, reason, by=rank)
+                judged = break_phase(store, turn, reason, by=rank)
             except Forgotten as exc:
                 exc.in_doubt = turn.entered
                 promise.settle(error=exc)
@@ -266,25 +264,19 @@ class Session:
                     error=BrokenBarrierError(turn.name, turn.sequence, rank, reason, in_doubt=True),
                 )
 
-    def _lose_host(self, store: Connection, turns: _OpenTurns) -> None:
+    def _lose_host(self, store: Connection, turns: _Turns) -> None:
         reason = "rank 0 closed its barrier, and with it the store that it hosts"
         for turn, promise in turns:
-            if isinstance(self._break(store, turn, reason, by=0), Gathered):
+            if isinstance(break_phase(store, turn, reason, by=0), Gathered):
                 promise.settle(
                     error=BrokenBarrierError(turn.name, turn.sequence, 0, reason, in_doubt=True),
                 )
-        self._stop_doubting()
+        self.turns.stop_doubting()
         # Those that read verdicts, and the one that may be clearing up.
         readers = set(self._lanes.all) - {self._lanes.watcher}
         drained = [lane.drained() for lane in readers]
         wait_for_all(drained, time.monotonic() + _DRAIN_SECS)
         self._lanes.renew()
-
-    def _stop_doubting(self) -> None:
-        """End the waits for commits that their leader has not settled, and may be dead."""
-        for turn, lane in list(self._entered_on.items()):
-            if turn.verdict is None:
-                lane.stop_waiting()
 
     @property
     def _membership(self) -> Membership:
@@ -309,7 +301,7 @@ class Session:
             if life is None or not self._standing:
                 return None
             turn = life.next_turn(name, leader)
-            self._turns[turn] = Promise()
+            self.turns.open(turn)
             return turn
 
     def next_sequence(self, name: str) -> int:
@@ -324,21 +316,7 @@ class Session:
     def open_turn(self, name: str) -> Turn | None:
         """The oldest turn of ``name`` that is awaited now."""
         self._unfold_name(name)
-        return next((turn for turn in list(self._turns) if turn.name == name), None)
-
-    def forget(self, turn: Turn) -> None:
-        """Nobody on this rank waits for ``turn`` any more."""
-        self._turns.pop(turn, None)
-
-    def promised(self, turn: Turn) -> Promise[Verdict | Gathered]:
-        """What `enter` will be settled by."""
-        return self._turns[turn]
-
-    def enter(self, turn: Turn, payload: bytes = b"") -> None:
-        """Enter the phase on a lane that is free."""
-        promise = self._turns[turn]
-        lane = self._entered_on[turn] = self._free_lane()
-        lane.post(self._enter, self._not_entered, (turn, payload, lane, promise))
+        return self.turns.named(name)
 
     def series(self, name: str, listen: Callable[[Connection], Listener | None]) -> Series | None:
         """What a crossing of ``name`` may follow; None where it needs a turn.
@@ -349,7 +327,7 @@ class Session:
             return series  # or it is over by now, and will say so
         with self._unfolding:
             life = self._life
-            if life is None or not self._standing or self._closing:
+            if life is None or not self._standing or self.closing:
                 return None
             latest = life.latest(name)
             if latest is None or not latest.rests or (lane := self._lanes.take_idle()) is None:
@@ -390,140 +368,14 @@ class Session:
             turn = series.turn = series.life.next_turn(series.name, goes_on=True)
             # Before anyone else can find it.
             turn.said()
-            promise = self._turns[turn] = Promise()
-            self._entered_on[turn] = lane
-        promise.when_settled(series.caller.tell)
-        finish = functools.partial(self._finish, series.dialogue)
-        entry = turn, b"", lane, promise
-        lane.post(finish, self._not_entered, entry, series.connection)
-
-    def _not_entered(self, error: BaseException, entry: _Entry) -> None:
-        turn, _, lane, promise = entry
-        # Not where the verdict was told, and only what follows it failed.
-        if self._entered_on.pop(turn, None) is lane:
-            self._lanes.discard(lane)
-            promise.settle(error=error)
-
-    def _enter(self, store: Connection, entry: _Entry) -> Callable[[], object] | None:
-        turn, payload, lane, promise = entry
-        # A turn that was given up before its lane could open is not entered any more.
-        if not turn.hold():
-            self._free(turn, lane, promise, turn.parting_word)
-            return promise.wake
-        return self._decide(store, entry, lambda: turn.enter(store, payload))
-
-    def _finish(
-        self, meeting: Dialogue, store: Connection, entry: _Entry
-    ) -> Callable[[], object] | None:
-        turn = entry[0]
-        return self._decide(store, entry, lambda: turn.judge_meeting(store, store.finish(meeting)))
-
-    def _decide(
-        self, store: Connection, entry: _Entry, decide: Callable[[], Verdict | Gathered]
-    ) -> Callable[[], object] | None:
-        turn, _, lane, promise = entry
-        try:
-            outcome = decide()
-        except BaseException:
-            turn.release(store)
-            raise
-        departs = turn.let_go(if_last=True)
-        # The caller goes on now, and may use this lane again.
-        self._free(turn, lane, promise, outcome)
-        if departs is False:
-            return promise.wake
-        # Off the caller's path, and short.
-        promise.wake()
-        _part(store, turn, departs)
-        return None
-
-    def _free(self, turn: Turn, lane: Lane, promise: Promise[T], outcome: T) -> None:
-        # If the lane was given up meanwhile, it is nobody's any more.
-        if self._entered_on.pop(turn, None) is lane:
-            self._lanes.put_back(lane)
-        promise.tell(outcome)
-
-    def give_up(
-        self,
-        turn: Turn,
-        reason: str,
-        timeout_secs: float | None = None,
-        missing: tuple[int, ...] | None = None,
-    ) -> Promise[Verdict | Gathered]:
-        """Break the phase of ``turn`` unless it is decided; settled by what was decided."""
-        return self._lanes.control.submit(
-            lambda store: self._break(store, turn, reason, timeout_secs, missing)
-        )
-
-    def give_up_lost(self, turn: Turn, reason: str) -> Promise[Verdict | Gathered]:
-        """As `give_up`, after the connection was lost on which this rank had entered."""
-        return self._lanes.control.submit(
-            lambda store: turn.during(
-                store,
-                lambda store: turn.give_up_lost(store, reason),
-                lambda: turn.parting_word,
-            )
-        )
-
-    def _break(
-        self,
-        store: Connection,
-        turn: Turn,
-        reason: str,
-        timeout_secs: float | None = None,
-        missing: tuple[int, ...] | None = None,
-        by: int | None = None,
-    ) -> Verdict | Gathered:
-        return turn.during(
-            store,
-            lambda store: turn.give_up(store, reason, timeout_secs, missing, by),
-            lambda: turn.parting_word,
-        )
-
-    def payloads(self, turn: Turn) -> Promise[dict[int, bytes]]:
-        """What all brought, for the leader of a commit in which everyone has arrived."""
-        return self._on_free_lane(turn, lambda store: turn.during(store, turn.payloads, dict))
-
-    def settle(self, turn: Turn, verdict: Verdict) -> Promise[Verdict | Gathered]:
-        """The leader's word on such a commit; settled by the first word it gave."""
-        try:
-            return self._on_free_lane(turn, lambda store: _settle(store, turn, verdict))
-        except BarrierClosedError as exc:
-            refused: Promise[Verdict | Gathered] = Promise()
-            refused.settle(error=BarrierConnectionError(str(exc)))
-            return refused
+            self.turns.open(turn, lane)
+        self.turns.promised(turn).when_settled(series.caller.tell)
+        self.turns.finish(turn, lane, series.dialogue, series.connection)
 
     def owe(self, turn: Turn, verdict: Verdict) -> None:
         """The store did not take the leader's word: as `start_afresh`, but for that."""
-        lane = self._entered_on.pop(turn, None)
-        self._owe(lane, lambda store: _settle(store, turn, verdict))
-
-    def hear(self, turn: Turn) -> Promise[Verdict | Gathered]:
-        """Wait for the verdict, without entering."""
-        return self._on_free_lane(
-            turn, lambda store: turn.during(store, turn.await_verdict, lambda: turn.parting_word)
-        )
-
-    def _on_free_lane(self, turn: Turn, call: Callable[[Connection], T]) -> Promise[T]:
-        lane = self._entered_on[turn] = self._free_lane()
-
-        def ended() -> None:
-            if self._entered_on.get(turn) is lane:
-                del self._entered_on[turn]
-                self._lanes.put_back(lane)
-            else:
-                # It was given up, or another call for this turn did not wait for it.
-                self._lanes.discard(lane)
-
-        promise = lane.submit(call)
-        promise.when_settled(ended)
-        return promise
-
-    def survey(self, turn: Turn) -> Promise[tuple[int, tuple[int, ...]] | None]:
-        """Who has arrived; None where the phase is over."""
-        return self._lanes.control.submit(
-            lambda store: turn.during(store, turn.survey, lambda: None)
-        )
+        lane = self.turns.give_lane_up(turn)
+        self._owe(lane, lambda store: settle_commit(store, turn, verdict))
 
     def start_afresh(self, turn: Turn, reason: str = _LOST) -> None:
         """The store did not answer in time: leave the connections that hang behind.
@@ -531,13 +383,13 @@ class Session:
         The break of ``turn`` that it did not take is made up for when this rank joins again,
         which it tries at once: peers may still wait in the phase.
         """
-        lane = self._entered_on.pop(turn, None)
+        lane = self.turns.give_lane_up(turn)
         self._owe(lane, lambda store: self._make_up_for(store, turn, lane, reason))
 
     def _owe(self, lane: Lane | None, debt: Callable[[Connection], object]) -> None:
         self._owed.append(debt)
         self._start_afresh(lane)
-        if not self._closing:
+        if not self.closing:
             self.join()
 
     def doubt(self) -> None:
@@ -555,7 +407,7 @@ class Session:
         self._silent = True
         self._joining = None
         hung = [] if lane is None else [lane]
-        if self._closing:
+        if self.closing:
             # Nothing is begun any more, so nobody would end it.
             for each in (*hung, self._lanes.control):
                 each.abandon()
@@ -572,7 +424,7 @@ class Session:
         self, store: Connection, turn: Turn, lane: Lane | None, reason: str = _LOST
     ) -> None:
         try:
-            judged = self._break(store, turn, reason)
+            judged = break_phase(store, turn, reason)
         except Forgotten:
             # Nobody is left who could wait for it, and this rank must not fail to join for it.
             return
@@ -584,11 +436,6 @@ class Session:
         if judged.leader != self.rank and (lane is None or lane.interruptible):
             turn.forsake(store, judged)
 
-    def _free_lane(self) -> Lane:
-        if self._closing:
-            raise _closed(self._keys.prefix)
-        return self._lanes.take()
-
     # -- leaving ---------------------------------------------------------------------
 
     def farewell(self) -> Promise[None]:
@@ -596,20 +443,20 @@ class Session:
 
         A host itself waits in it until its peers have left.
         """
-        self._closing = True
+        self.turns.closing = True
         self.unfold()
         return self._lanes.control.submit(self._say_farewell)
 
     def _say_farewell(self, store: Connection) -> None:
-        for turn, promise in list(self._turns.items()):
-            judged = self._break(store, turn, "it closed its barrier")
+        for turn, promise in self.turns.items():
+            judged = break_phase(store, turn, "it closed its barrier")
             if isinstance(judged, Gathered):
-                promise.settle(error=_closed(self._keys.prefix, in_doubt=True))
-                self._forsake(store, turn, judged, self._entered_on.get(turn))
+                promise.settle(error=closed(self._keys.prefix, in_doubt=True))
+                self._forsake(store, turn, judged, self.turns.lane_of(turn))
             else:
                 # Known now, while the thread that waits for it may not have read it yet.
                 promise.settle(judged)
-        self._stop_doubting()
+        self.turns.stop_doubting()
         for turn in self._life.kept if self._life is not None else ():
             turn.leave(store)
         # Not `_standing`: one lost connection ends that, and the watcher may be well.
@@ -623,10 +470,10 @@ class Session:
 
     def retire(self) -> list[Lane]:
         """End all lanes after what they are doing; their `ended` is settled then."""
-        self._closing = True
+        self.turns.closing = True
         self.unfold()
-        for turn, promise in list(self._turns.items()):
-            promise.settle(error=_closed(self._keys.prefix, in_doubt=turn.entered))
+        for turn, promise in self.turns.items():
+            promise.settle(error=closed(self._keys.prefix, in_doubt=turn.entered))
         if self.hosts and self._life is not None:
             self._lanes.watcher.submit(self._membership.wait_no_longer)
         return self._lanes.retire()
@@ -641,27 +488,10 @@ class Session:
 
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does, blocking until ``deadline`` (monotonic) at most."""
-        if self.has_a_say and not self._closing:
+        if self.has_a_say and not self.closing:
             said = self.farewell()
             said.wait(min(_FAREWELL_AT_EXIT_SECS, deadline - time.monotonic()))
             self._silent = not said.done()
         ended = [lane.ended for lane in self.retire()]
         self.stop_connecting()
         wait_for_ends(ended, deadline, self.abandon, patient=not self._silent)
-
-
-def _part(store: Connection, turn: Turn, departs: bool | None) -> None:
-    if departs:
-        turn.depart(store)
-    else:
-        turn.release(store, spoke=True)
-
-
-def _settle(store: Connection, turn: Turn, verdict: Verdict) -> Verdict | Gathered:
-    return turn.during(store, lambda store: turn.settle(store, verdict), lambda: turn.parting_word)
-
-
-def _closed(prefix: str, *, in_doubt: bool = False) -> BarrierClosedError:
-    error = BarrierClosedError(f"barrier {prefix!r}")
-    error.in_doubt = in_doubt
-    return error

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch.distributed import Store, TCPStore
 
-from . import _connection
+from . import _connecting
 from ._connection import Connection
 
 
@@ -19,7 +19,7 @@ class Source(Protocol):
     """Whether the store ends with this process."""
 
     def open(self, deadline: float, stop: threading.Event) -> Connection:
-        """A new connection; see `_connection.connect_to`."""
+        """A new connection; see `_connecting.connect_to`."""
         ...
 
     def let_go(self) -> None:
@@ -36,7 +36,7 @@ class PassedIn:
         self._store = store
 
     def open(self, deadline: float, stop: threading.Event) -> Connection:
-        return _connection.connect_to(self._store, deadline, stop)
+        return _connecting.connect_to(self._store, deadline, stop)
 
     def let_go(self) -> None:
         """It is the caller's."""
@@ -69,12 +69,12 @@ class StoreAt:
 
     def open(self, deadline: float, stop: threading.Event) -> Connection:
         if not self.hosts:
-            return _connection.connect_to_port(*self._address, deadline, stop)
+            return _connecting.connect_to_port(*self._address, deadline, stop)
         with self._lock:
             if self._server is None:
-                self._server = _connection.host_store(*self._address, shared=self._shared)
+                self._server = _connecting.host_store(*self._address, shared=self._shared)
             server = self._server
-        return _connection.clone_tcp(server, deadline, stop)
+        return _connecting.clone_tcp(server, deadline, stop)
 
     def let_go(self) -> None:
         self._server = None
