@@ -64,18 +64,17 @@ class Dialogue:
             return True
         try:
             heard = connection.recv(_MOST, _NOW)
+            if heard and not self._asked:
+                # The count is full, or somebody wrote to it.
+                self._asked = True
+                self._unsaid = self._asking
+                self._unsaid = self._asking[connection.send(self._asking, SAID_NOW) :]
+                return bool(self._unsaid)
         except BlockingIOError:
-            return False  # called for nothing
+            return bool(self._unsaid)  # if there is nothing to be said: called for nothing
         except OSError:
             return True
-        if self._asked:
-            return not heard or self._read(heard)
-        if not heard:
-            return True
-        # The count is full, or somebody wrote to it.
-        self._asked = True
-        self._unsaid = self._asking
-        return not self.begin(connection)
+        return not heard or self._read(heard)
 
     def finish(self, connection: socket.socket) -> bytes:
         """Go on, and block until the log is there.

@@ -19,38 +19,36 @@ class Ear:
 
     :ivar copy: of the connection's socket, closed as it goes or is dropped, so that what the loop
         listens on is never another's
-    :ivar series: the one that it listens for; None if it has gone
+    :ivar listens: whether it has come, and not gone
     """
 
     copy: socket.socket
-    series: Series | None = None
+    listens: bool = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
         self._loop = loop
         self._connection = connection
 
     def come(self, series: Series) -> bool:
-        """Hear what comes in a series; False if the loop cannot listen."""
-        if self.series is None:
-            try:
-                copy = self._connection.overhear()
-            except OSError:
-                return False  # No more files can be opened, or it is closed.
-            try:
-                self._loop.add_reader(copy.fileno(), self._hear)
-            except (OSError, ValueError, NotImplementedError):
-                # The other side hung up, or the loop is one that knows no descriptors.
-                copy.close()
-                return False
-            # uvloop makes it non-blocking, and with it all its copies, c10d's own among them.
-            os.set_blocking(copy.fileno(), True)
-            self.copy = copy
-        self.series = series
+        """Hear what comes in ``series``; False if the loop cannot listen."""
+        try:
+            copy = self._connection.overhear()
+        except OSError:
+            return False  # No more files can be opened, or it is closed.
+        try:
+            # Without a function of ours in between.
+            self._loop.add_reader(copy.fileno(), series.hear, self)
+        except (OSError, ValueError, NotImplementedError):
+            # The other side hung up, or the loop is one that knows no descriptors.
+            copy.close()
+            return False
+        # uvloop makes it non-blocking, and with it all its copies, c10d's own among them.
+        os.set_blocking(copy.fileno(), True)
+        self.copy, self.listens = copy, True
         return True
 
-    def _hear(self) -> None:
-        series = self.series
-        if series is None or not series.hear(self.copy):
-            self.series = None
-            self._loop.remove_reader(self.copy.fileno())
-            self.copy.close()
+    def go(self) -> None:
+        """Hear no more."""
+        self.listens = False
+        self._loop.remove_reader(self.copy.fileno())
+        self.copy.close()

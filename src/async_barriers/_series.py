@@ -24,10 +24,13 @@ class Listener(Protocol):
     """How an event loop listens to one connection."""
 
     copy: socket.socket
-    series: Series | None
+    listens: bool
 
     def come(self, series: Series) -> bool:
-        """Hear what comes in a series; False if the loop cannot listen."""
+        """Have `Series.hear` called when something comes; False if the loop cannot listen."""
+
+    def go(self) -> None:
+        """On the event loop: listen no more."""
 
 
 class Caller(Protocol):
@@ -112,7 +115,7 @@ class Series:
                 or self.waits
                 or index > LONGEST_SERIES
                 or self.lane.idle_connection is not self.connection
-                or not (listener.series is self or listener.come(self))
+                or not (listener.listens or listener.come(self))
             ):
                 return False
             said = self._said[index % LOGS]
@@ -127,15 +130,15 @@ class Series:
                 caller.tell()
             return True
 
-    def hear(self, connection: socket.socket) -> bool:
-        """On the event loop, as something came: go on. False if it came for a thread."""
+    def hear(self, listener: Listener) -> None:
+        """On the event loop, as something came: go on. If it came for a thread, the loop goes."""
         with self._lock:
-            if self.over or not self.waits or self._heard:
-                return False
-            if self.dialogue.hear(connection):
-                self._heard = True
-                self.caller.wake()
-            return True
+            if self.waits and not self._heard and not self.over:
+                if self.dialogue.hear(listener.copy):
+                    self._heard = True
+                    self.caller.wake()
+                return
+        listener.go()
 
     def met(self) -> bool:
         """Whether the phase that was entered is released, as far as the event loop has heard."""
