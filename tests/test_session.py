@@ -12,20 +12,9 @@ from typing import Any
 
 import anyio
 import pytest
-from cuttable import Ways
 from processes import NO_HOST_NAME
 from stores import MemoryStore
-from torch.distributed import TCPStore
-from worlds import (
-    AnyBarrier,
-    Outcome,
-    Tasks,
-    World,
-    gather,
-    library_threads,
-    library_threads_gone,
-    until,
-)
+from worlds import AnyBarrier, Outcome, Tasks, World, gather, library_threads, until
 
 from async_barriers import (
     BarrierClosedError,
@@ -370,28 +359,6 @@ async def test_who_came_back_is_asked_once(memory: World) -> None:
     await lone.connect()
     for rank in first:
         await rank.aclose()
-
-
-@pytest.mark.anyio
-async def test_closing_while_the_store_is_silent(
-    tcp: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once its farewell goes unanswered, it does not wait for the threads that hang (law 8)."""
-    monkeypatch.setattr("async_barriers._crossing_barrier._THREADS_SECS", 15.0)
-    ways = Ways()
-    way = ways.to(tcp.store.port)  # type: ignore[attr-defined]
-    far = TCPStore("127.0.0.1", way.port, wait_for_workers=False)
-    barrier = StoreBarrier(far, rank=1, world_size=2, prefix="tests")
-    async with Tasks() as tasks:
-        waiting = tasks.start(partial(barrier.execute_barrier, "x"))
-        await tcp.entered(1, name="x")
-        way.cut("hold")
-        closing = tasks.start(barrier.aclose)
-        await closing.returned()
-        assert closing.secs < 10
-        assert (await waiting.raised(BarrierClosedError)).in_doubt
-    await library_threads_gone()
-    ways.close()
 
 
 @pytest.mark.anyio

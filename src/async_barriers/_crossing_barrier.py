@@ -200,11 +200,8 @@ class CrossingBarrier(Barrier):
                 # Said even where the waiting is cancelled.
                 said = session.farewell() if session.has_a_say else None
             if said is not None:
-                patience = _PEERS_SECS if session.hosts else patience_secs(session)
-                with anyio.move_on_after(patience) as scope:
+                with anyio.move_on_after(_PEERS_SECS if session.hosts else patience_secs(session)):
                     await outcome(said)
-                if scope.cancelled_caught and not session.hosts:
-                    session.went_unanswered()
         except BarrierConnectionError as exc:
             logger.debug("%s closed without its store: %s", describe(self._keys.prefix), exc)
         finally:

@@ -115,10 +115,6 @@ class Session:
         """Whether the store has left a call unanswered, and none was answered since."""
         return self._silent
 
-    def went_unanswered(self) -> None:
-        """The store has left a call unanswered: what is left of the time is not for waiting."""
-        self._silent = True
-
     @property
     def replaced(self) -> bool:
         """Whether another life of this rank took its place for good."""
