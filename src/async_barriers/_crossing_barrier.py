@@ -102,14 +102,8 @@ class CrossingBarrier(Barrier):
     async def execute_barrier(
         self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
-        # Most often the call is like the one before, and on the same event loop.
-        if name is self._checked_name and timeout_secs is CONFIGURED and not self._closed:
-            timeout = self._timeout_secs
-        else:
-            timeout = self._check_call(name, timeout_secs)
-        waiting = self._waiting
-        if waiting is None or not waiting.here():
-            waiting = self._waiting_here()
+        timeout = self._check_call(name, timeout_secs)
+        waiting = self._waiting_here()
         session, started = self._session, waiting.now()
         turn = None
         if (series := session.series(name, waiting.listen)) is not None:

@@ -139,7 +139,7 @@ class AsyncioWaiting(Waiting):
         self._timer: asyncio.TimerHandle | None = None
 
     def here(self) -> bool:
-        return _get_running_loop() is self.loop and asyncio.current_task(self.loop) is not None
+        return _asyncio_loop() is self.loop
 
     async def settled(
         self,
