@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -131,6 +132,26 @@ def test_no_room_for_what_is_asked(
         asked = 0
         while asked < 1_000_000:
             asked += theirs.recv(1 << 16).count(b"x")
+        theirs.send(b"\x03\0\0\0\0\0\0\0me\n")
+        assert finished.result() == b"me\n"
+
+
+def test_no_room_for_any_of_it(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Nothing at all can be asked at once: the loop waits for no room, but leaves it to a thread."""
+    ours, theirs = pair
+    dialogue = alone()
+    assert dialogue.begin(ours)
+    theirs.recv(4096)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+    theirs.send(b"\0")
+    assert dialogue.hear(ours)
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(dialogue.finish, ours)
+        asked = b""
+        while asked.count(dialogues.ABSENT) < 2:
+            asked = asked[-100:] + theirs.recv(1 << 16)
         theirs.send(b"\x03\0\0\0\0\0\0\0me\n")
         assert finished.result() == b"me\n"
 
