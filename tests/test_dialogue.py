@@ -137,7 +137,7 @@ def test_no_room_for_what_is_asked(
 
 
 def test_no_room_for_any_of_it(pair: tuple[socket.socket, socket.socket]) -> None:
-    """Nothing at all can be asked at once: the loop waits for no room, but leaves it to a thread."""
+    """Nothing at all can be asked at once: the loop does not wait, but leaves it to a thread."""
     ours, theirs = pair
     dialogue = alone()
     assert dialogue.begin(ours)
