@@ -1,8 +1,12 @@
-"""Many ranks in one process, each with its own barrier and connections, on one event loop."""
+"""Many ranks in one process, each with its own barrier and connections, on one event loop.
+
+Each crossing of ours has a new name, as a program that gives the step has.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -58,16 +62,20 @@ class ManyRanks:
         for rank, port in ports.items():
             barrier = StoreBarrier(stores[port], rank=rank, world_size=self._size, **options)
             self._barriers.append(barrier)
-            self._crosses[rank] = barrier.execute_barrier
+            self._crosses[rank] = self._of_steps(barrier)
         self._runner.run(self._connect())
 
     def _make_blocking(self, kind: str, ports: Mapping[int, int]) -> None:
         def make(rank: int) -> tuple[int, Callable[[], object]]:
-            return rank, BLOCKING[kind](rank, self._size, ports[rank], False)
+            return rank, BLOCKING[kind](rank, self._size, ports[rank])
 
         with ThreadPoolExecutor(len(ports)) as makers:
             for rank, cross in makers.map(make, ports):
                 self._crosses[rank] = self._in_thread(cross)
+
+    def _of_steps(self, barrier: StoreBarrier) -> Callable[[], Awaitable[object]]:
+        steps = itertools.count()
+        return lambda: barrier.execute_barrier(f"step-{next(steps)}")
 
     def _in_thread(self, cross: Callable[[], object]) -> Callable[[], Awaitable[object]]:
         return lambda: asyncio.get_running_loop().run_in_executor(self._threads, cross)

@@ -41,8 +41,7 @@ class Pending:
         """Once, so that nothing but waiting is measured."""
         self._runner.run(self._ours.connect())
         self._torch = [
-            make_torch(self._rank, 2, self._port, False, f"benchmark{number}-")
-            for number in range(phases)
+            make_torch(self._rank, 2, self._port, f"benchmark{number}-") for number in range(phases)
         ]
 
     def enter(self, kind: str, phases: int, after_secs: float) -> None:

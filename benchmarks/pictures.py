@@ -49,13 +49,18 @@ def main() -> None:
 
 def draw_crossing(data: dict[str, Any]) -> Figure:
     sizes = data["sizes"]
-    figure, panels = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 5), squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(4.6 * len(sizes), 7), squeeze=False, sharey=True
+    )
     for axes, (size, found) in zip(panels[0], sizes.items(), strict=True):
-        names = list(found["variants"])[::-1]
-        walls = [found["variants"][name]["wall_secs"] for name in names]
-        bars(axes, names, walls, 1e-6)
+        ratios = found["ratios"][::-1]
+        names = [f"ours: {ratio['use']}, {ratio['store']}, {ratio['loop']}" for ratio in ratios]
+        bars(axes, names, ratios, 1)
+        axes.plot([ratio["goal"] for ratio in ratios], names, "k|", markersize=8, label="goal")
+        axes.axvline(1, color="red", alpha=0.4)
         axes.set_title(f"{size} processes")
-        axes.set_xlabel("us per crossing (median, quartiles)")
+        axes.set_xlabel("of the best alternative's time (median, quartiles)")
+        axes.legend()
     figure.tight_layout()
     return figure
 

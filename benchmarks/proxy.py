@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -52,6 +53,11 @@ class Server:
     def cpu_secs(self) -> float:
         """Of all threads of this process so far, as in /proc/<pid>/stat, but finer."""
         return time.process_time()
+
+    def bytes_sent(self) -> int:
+        """To all ranks so far, and a few to the driver."""
+        fields = Path("/proc/self/io").read_text().split()
+        return int(fields[fields.index("wchar:") + 1])
 
 
 class Traffic:

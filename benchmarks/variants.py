@@ -1,7 +1,6 @@
-"""Everything that is measured: our barriers and what a user would pick instead.
+"""Everything that is measured: our barriers, and what a user would write instead.
 
-Each variant is one rank's way to cross one barrier. Rank 0 hosts the store, unless it is said
-that it is hosted elsewhere.
+All of one world talk to one server, which is in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,92 +8,157 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import anyio.to_thread
 import torch.distributed as dist
 import trio
 import uvloop
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.checkpoint._experimental.barriers import TCPStoreBarrier as TorchBarrier
+from torch.distributed.elastic.utils import store as store_util
 
-from async_barriers import TCPStoreBarrier
+from async_barriers import Barrier, StoreBarrier
 
 HOST = "127.0.0.1"
 TIMEOUT_SECS = 60
 _TIMEOUT = timedelta(seconds=TIMEOUT_SECS)
 WARM_UP = 3
+PAYLOAD = b"m" * 200
+PUBLISHED = b"checkpoint"
 
 Cross = Callable[[], object]
 
 
+async def _publish(payloads: Mapping[int, bytes]) -> bytes:
+    return PUBLISHED
+
+
+async def _phase(barrier: Barrier, number: int) -> None:
+    async with barrier.phase(f"phase-{number}"):
+        pass
+
+
+# What a program does with a barrier, each time it comes to it.
+USES: dict[str, Callable[[Barrier, int], Awaitable[object]]] = {
+    "same name": lambda barrier, number: barrier.execute_barrier("checkpoint"),
+    "new name": lambda barrier, number: barrier.execute_barrier(f"step-{number}"),
+    "two names": lambda barrier, number: barrier.execute_barrier(("model", "state")[number % 2]),
+    "phase": _phase,
+    "commit": lambda barrier, number: barrier.commit(
+        _publish, payload=PAYLOAD, name=f"commit-{number}"
+    ),
+}
+LOOPS = ["asyncio", "uvloop", "trio"]
+STORES = ["bare", "prefix"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to cross; alternatives know the uses "barrier" and "commit", and no other loop."""
+
+    who: str
+    use: str
+    store: str = "bare"
+    loop: str = "blocking"
+
+    def __str__(self) -> str:
+        return f"{self.who} {self.use}, {self.store}, {self.loop}"
+
+
 @dataclass(frozen=True)
 class Burst:
-    """Sequential crossings of one barrier on one rank."""
+    """Sequential crossings on one rank."""
 
     secs: float
     cpu_secs: float
 
 
-def make_torch(rank: int, size: int, port: int, hosted: bool, prefix: str = "benchmark") -> Cross:
+def make_torch(rank: int, size: int, port: int, prefix: str = "benchmark") -> Cross:
     """torch's own TCPStoreBarrier."""
     # Its rank makes its key, and rank 0 would host.
-    number = rank if hosted else rank + 1
     return TorchBarrier(
-        number, size, prefix, TIMEOUT_SECS, True, port, HOST, TIMEOUT_SECS
+        rank + 1, size, prefix, TIMEOUT_SECS, True, port, HOST, TIMEOUT_SECS
     ).execute_barrier
 
 
-def make_tc(rank: int, size: int, port: int, hosted: bool) -> Cross:
+def make_tc(rank: int, size: int, port: int) -> Cross:
     """torch_checkpointing's TCPStoreBarrier."""
     from torch_checkpointing.barriers import TCPStoreBarrier, TCPStoreBarrierConfig
     from torch_checkpointing.types import RankInfo
 
-    number = rank if hosted else rank + 1
     barrier = TCPStoreBarrier(
         TCPStoreBarrierConfig(TIMEOUT_SECS, True, port, HOST),
-        RankInfo(number, size, number, size),
+        RankInfo(rank + 1, size, rank + 1, size),
     )
     return lambda: barrier.execute_barrier(TIMEOUT_SECS)
 
 
-def make_linear(rank: int, size: int, port: int, hosted: bool) -> Cross:
+def make_linear(rank: int, size: int, port: int) -> Cross:
     """torchsnapshot's LinearBarrier: arrive and depart."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchsnapshot.dist_store import LinearBarrier
-    store = _store(rank, size, port, hosted)
+    store = make_store(port)
     sequence = itertools.count()
 
     def cross() -> None:
         # A used prefix passes at once, so each crossing has its own.
-        barrier = LinearBarrier(f"benchmark{next(sequence)}", store, rank, size, 0)
+        barrier = LinearBarrier(f"linear{next(sequence)}", store, rank, size, 0)
         barrier.arrive(_TIMEOUT)
         barrier.depart(_TIMEOUT)
 
     return cross
 
 
-def make_gloo(rank: int, size: int, port: int, hosted: bool) -> Cross:
+def make_gloo(rank: int, size: int, port: int) -> Cross:
     """A process group's barrier."""
-    store = _store(rank, size, port, hosted)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group("gloo", store=make_store(port), rank=rank, world_size=size)
     return dist.barrier
 
 
-def make_floor(rank: int, size: int, port: int, hosted: bool) -> Cross:
+def make_floor(rank: int, size: int, port: int) -> Cross:
     """One server-side round trip, and no safety: the least that a store can do."""
     # torch's stubs lack half of the stores' methods.
-    store: Any = _store(rank, size, port, hosted)
+    store: Any = make_store(port)
     sequence = itertools.count()
-    return lambda: store.barrier(f"benchmark{next(sequence)}", size, _TIMEOUT)
+    return lambda: store.barrier(f"floor{next(sequence)}", size, _TIMEOUT)
 
 
-BLOCKING: dict[str, Callable[[int, int, int, bool], Cross]] = {
+def make_elastic(size: int, store: Any) -> Cross:
+    """torch's barrier over a store that it is given: a process group's, say."""
+    sequence = itertools.count()
+    return lambda: store_util.barrier(store, size, f"elastic{next(sequence)}")
+
+
+def make_commit(rank: int, size: int, store: Any, barrier: Cross) -> Cross:
+    """An atomic publish as a user would write it.
+
+    It leaves its keys in the store, as torch's barrier does; to delete them would take longer.
+    """
+    sequence = itertools.count()
+
+    def commit() -> bytes:
+        step = next(sequence)
+        store.set(f"payload-{step}-{rank}", PAYLOAD)
+        barrier()
+        if rank == 0:
+            store.multi_get([f"payload-{step}-{peer}" for peer in range(size)])
+            store.set(f"result-{step}", PUBLISHED)
+        published: bytes = store.get(f"result-{step}")
+        return published
+
+    return commit
+
+
+BLOCKING: dict[str, Callable[[int, int, int], Cross]] = {
     "torch": make_torch,
     "tc": make_tc,
     "linear": make_linear,
@@ -103,42 +167,59 @@ BLOCKING: dict[str, Callable[[int, int, int, bool], Cross]] = {
 }
 
 
-def _store(rank: int, size: int, port: int, hosted: bool) -> TCPStore:
-    return TCPStore(HOST, port, size, is_master=hosted and rank == 0, timeout=_TIMEOUT)
+def make_store(port: int) -> TCPStore:
+    return TCPStore(HOST, port, wait_for_workers=False, timeout=_TIMEOUT)
 
 
 class Loops:
-    """The event loops of one process, which outlive the bursts."""
+    """The event loops of one process, which outlive the bursts, as what is connected does."""
 
     def __init__(self) -> None:
         self._runners: dict[str, asyncio.Runner] = {}
+        self._trio: trio.lowlevel.TrioToken | None = None
 
     def run(self, kind: str, function: Callable[[], Awaitable[Any]]) -> Any:
-        if kind == "trio":
-            return trio.run(function)
-        if kind not in self._runners:
-            factory = uvloop.new_event_loop if kind == "uvloop" else None
-            self._runners[kind] = asyncio.Runner(loop_factory=factory)
-
         async def call() -> Any:
             return await function()
 
+        if kind == "trio":
+            return trio.from_thread.run(call, trio_token=self._trio or self._start_trio())
+        if kind not in self._runners:
+            factory = uvloop.new_event_loop if kind == "uvloop" else None
+            self._runners[kind] = asyncio.Runner(loop_factory=factory)
         return self._runners[kind].run(call())
+
+    def _start_trio(self) -> trio.lowlevel.TrioToken:
+        """Run trio in a thread: it cannot be left and entered again."""
+        started = threading.Event()
+
+        async def live() -> None:
+            self._trio = trio.lowlevel.current_trio_token()
+            started.set()
+            await trio.sleep_forever()
+
+        threading.Thread(target=trio.run, args=(live,), daemon=True).start()
+        started.wait()
+        assert self._trio is not None
+        return self._trio
 
 
 class Crossers:
-    """One rank's barriers of one world, made as they are asked for; see `fleet.Fleet`."""
+    """One rank of one world, and all its ways to cross; see `fleet.Fleet`."""
 
-    def __init__(self, rank: int, size: int, ports: dict[str, int]) -> None:
+    def __init__(self, rank: int, size: int, port: int) -> None:
         logging.disable(logging.INFO)
         self._rank = rank
         self._size = size
-        self._ports = ports
+        self._port = port
+        bare = make_store(port)
+        self._stores: dict[str, Any] = {"bare": bare, "prefix": PrefixStore("job", bare)}
         self._loops = Loops()
-        self._blocking: dict[str, Cross] = {}
-        self._ours: dict[str, TCPStoreBarrier] = {}
+        self._ours: dict[tuple[str, str], StoreBarrier] = {}
+        self._alternatives: dict[tuple[str, str, str], Cross] = {}
+        self._numbers: dict[Variant, Iterator[int]] = defaultdict(itertools.count)
 
-    def make(self, variant: str) -> str | None:
+    def make(self, variant: Variant) -> str | None:
         """Connect; why not, if it cannot be had."""
         try:
             self.burst(variant, 1)
@@ -146,45 +227,53 @@ class Crossers:
             return f"{type(exc).__name__}: {exc}"
         return None
 
-    def burst(self, variant: str, crossings: int) -> Burst:
+    def burst(self, variant: Variant, crossings: int) -> Burst:
         """Cross so often, after a few crossings that do not count."""
-        product, _, how = variant.partition("-")
-        if product == "ours":
-            burst: Burst = self._loops.run(how, lambda: self._burst_of_ours(how, crossings))
-            return burst
-        if product not in self._blocking:
-            make = BLOCKING[product]
-            self._blocking[product] = make(self._rank, self._size, self._ports[product], True)
-        cross = self._blocking[product]
-        if how == "blocking":
-            return _burst_of_blocking(cross, crossings)
-        kind = "uvloop" if how == "thread-uvloop" else "asyncio"
-        in_thread: Burst = self._loops.run(kind, lambda: _burst_in_thread(cross, crossings))
-        return in_thread
+        if variant.who == "ours":
+            cross = self._cross_ours(variant)
+        else:
+            alternative = self._alternative(variant.who, variant.use, variant.store)
+            if variant.loop == "blocking":
+                return _burst_of_blocking(alternative, crossings)
+            # As one would on that loop.
+            to_thread = anyio.to_thread.run_sync if variant.loop == "trio" else asyncio.to_thread
+
+            def cross() -> Awaitable[object]:
+                return to_thread(alternative)
+
+        burst: Burst = self._loops.run(variant.loop, lambda: _burst(cross, crossings))
+        return burst
 
     def close(self) -> None:
-        for how, barrier in self._ours.items():
-            self._loops.run(how, barrier.aclose)
+        for (_, loop), barrier in self._ours.items():
+            self._loops.run(loop, barrier.aclose)
 
-    async def _burst_of_ours(self, how: str, crossings: int) -> Burst:
-        if how not in self._ours:
-            self._ours[how] = TCPStoreBarrier(
-                self._rank,
-                self._size,
-                "benchmark",
-                TIMEOUT_SECS,
-                True,
-                self._ports[how],
-                HOST,
-                TIMEOUT_SECS,
+    def _cross_ours(self, variant: Variant) -> Callable[[], Awaitable[object]]:
+        # One barrier for all uses, as a program has one.
+        key = variant.store, variant.loop
+        if key not in self._ours:
+            self._ours[key] = StoreBarrier(
+                self._stores[variant.store],
+                rank=self._rank,
+                world_size=self._size,
+                prefix=variant.loop,
+                timeout_secs=TIMEOUT_SECS,
             )
-        cross = self._ours[how].execute_barrier
-        for _ in range(WARM_UP):
-            await cross()
-        clock = _Clock()
-        for _ in range(crossings):
-            await cross()
-        return clock.read()
+        barrier, use, numbers = self._ours[key], USES[variant.use], self._numbers[variant]
+        return lambda: use(barrier, next(numbers))
+
+    def _alternative(self, who: str, use: str, store: str) -> Cross:
+        key = who, use, store
+        if key not in self._alternatives:
+            if use == "commit":
+                barrier = self._alternative(who, "barrier", store)
+                cross = make_commit(self._rank, self._size, self._stores[store], barrier)
+            elif store == "prefix":
+                cross = make_elastic(self._size, self._stores[store])
+            else:
+                cross = BLOCKING[who](self._rank, self._size, self._port)
+            self._alternatives[key] = cross
+        return self._alternatives[key]
 
 
 class _Clock:
@@ -195,19 +284,19 @@ class _Clock:
         return Burst(time.perf_counter() - self._began[0], time.process_time() - self._began[1])
 
 
+async def _burst(cross: Callable[[], Awaitable[object]], crossings: int) -> Burst:
+    for _ in range(WARM_UP):
+        await cross()
+    clock = _Clock()
+    for _ in range(crossings):
+        await cross()
+    return clock.read()
+
+
 def _burst_of_blocking(cross: Cross, crossings: int) -> Burst:
     for _ in range(WARM_UP):
         cross()
     clock = _Clock()
     for _ in range(crossings):
         cross()
-    return clock.read()
-
-
-async def _burst_in_thread(cross: Cross, crossings: int) -> Burst:
-    for _ in range(WARM_UP):
-        await asyncio.to_thread(cross)
-    clock = _Clock()
-    for _ in range(crossings):
-        await asyncio.to_thread(cross)
     return clock.read()

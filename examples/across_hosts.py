@@ -3,16 +3,16 @@
     torchrun --standalone --nproc-per-node 6 examples/across_hosts.py
     torchrun --standalone --nproc-per-node 6 examples/across_hosts.py --missing-rank 4
 
-The server of a store is one thread, and each rank costs it some hundred microseconds per
-crossing: a second for 10,000 ranks. Here it sees the ranks of one host only, and the one between
-hosts sees one rank of each, the host's *leader*. It pays from thousands of ranks on; below that,
-one barrier is simpler, and names all missing ranks at once.
+The server of a store is one thread, and all ranks ask it. Here it sees the ranks of one host only,
+and the one between hosts sees one rank of each, the host's *leader*. This is for thousands of
+ranks; below that, one barrier is simpler, and names all missing ranks at once.
 
 What makes one verdict of several is `commit`: what a leader publishes on its host is that the
 leaders have crossed. So a rank is released when, and only when, the leaders were; and these enter
 only when all ranks of their hosts have. Where a host's ranks do not come together, its leader
 breaks the phase of the leaders, with the reason. A leader that dies after that leaves its own
-host's ranks in doubt, as any commit's leader does, and no rank believes what is not so.
+host's ranks in doubt, as any commit's leader does. One that is cancelled in the very instant in
+which the leaders are released may tell its host that it was; only there two hosts may differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ TELLS_SECS = 1.0
 
 
 async def cross_hosts(
-    host: int, local: Barrier, between: Barrier | None, name: str, *, timeout_secs: float
+    host: int,
+    local: Barrier,
+    between: Barrier | None,
+    name: str,
+    *,
+    step: int | None = None,
+    timeout_secs: float,
 ) -> None:
     """Cross with all ranks of all hosts.
 
@@ -42,10 +48,13 @@ async def cross_hosts(
     :param host: the number of this host
     :param local: of the ranks of this host; its rank 0 is the leader
     :param between: of the leaders, who have their hosts' numbers there; None on all other ranks
+    :param step: as for `Barrier.execute_barrier`
     :param timeout_secs: for the ranks of this host; it may take three seconds more to be told
     :raises BarrierError: nobody is released, and who is to blame stands in it
     """
     here = f"{name} on host {host}"
+    # The ranks of a host cross twice, and no step of a name is crossed twice.
+    twice = (None, None) if step is None else (2 * step, 2 * step + 1)
     deadline = anyio.current_time() + timeout_secs
     gathered = False
 
@@ -54,21 +63,21 @@ async def cross_hosts(
         gathered = True
         assert between is not None
         secs = deadline + TELLS_SECS - anyio.current_time()
-        await between.execute_barrier(name, timeout_secs=secs)
+        await between.execute_barrier(name, step=step, timeout_secs=secs)
         return b""
 
     try:
         # First without the other hosts, whose leaders must not give up before this one can say
         # who is missing here.
-        await local.execute_barrier(here, timeout_secs=timeout_secs)
+        await local.execute_barrier(here, step=twice[0], timeout_secs=timeout_secs)
         secs = deadline + 2 * TELLS_SECS - anyio.current_time()
-        await local.commit(cross_between, name=here, timeout_secs=secs)
+        await local.commit(cross_between, name=here, step=twice[1], timeout_secs=secs)
     except BaseException as exc:
         if between is not None and not gathered:
             failed = isinstance(exc, Exception)
             reason = str(exc) if failed else "its leader was cancelled or interrupted"
             with anyio.move_on_after(TELLS_SECS, shield=True), contextlib.suppress(BarrierError):
-                await between.abort(reason, name)
+                await between.abort(reason, name, step=step)
         raise
 
 
@@ -98,10 +107,10 @@ async def main() -> None:
             if rank == args.missing_rank and step == 1:
                 await anyio.sleep(5)
             try:
-                await cross_hosts(host, local, between, f"step-{step}", timeout_secs=3)
-                print(f"rank {rank}: step-{step} is done everywhere\n", end="", flush=True)
+                await cross_hosts(host, local, between, "done", step=step, timeout_secs=3)
+                print(f"rank {rank}: step {step} is done everywhere\n", end="", flush=True)
             except BarrierError as exc:
-                print(f"rank {rank}: step-{step} is not: {exc}\n", end="", flush=True)
+                print(f"rank {rank}: step {step} is not: {exc}\n", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Sharded checkpoints, saved while training goes on and published on all ranks or on none.
 
 Every rank stages its shard (copies it out of the way of the optimizer), uploads it, and enters
-`barrier.commit` with the shard's hash. When all ranks are in, rank 0 writes the manifest and
-renames the directory; only then does a checkpoint of that name exist. If any rank fails or never
-comes, no rank publishes, and every rank learns why.
+`barrier.commit` with the shard's hash and the training step. When all ranks are in for the same
+step, rank 0 writes the manifest and renames the directory; only then does a checkpoint of that name
+exist. If any rank fails or never comes, no rank publishes, and every rank learns why.
 
     saver = Saver(portal, CheckpointWriter(barrier, rank=rank, ...))
     for step in ...:
@@ -45,6 +45,7 @@ Put: TypeAlias = Callable[[Path, bytes], Awaitable[None]]
 logger = logging.getLogger("checkpointing")
 
 LEADER = 0
+COMMIT = "checkpoint"
 MANIFEST = "manifest.json"
 NOT_UPLOADED = b""
 
@@ -83,9 +84,9 @@ class Saving:
 class CheckpointWriter:
     """One rank's part in saving checkpoints; `root` is a directory that all ranks share.
 
-    `put` stores bytes under a path. It gets `upload_timeout_secs`, which must be longer than the
-    barrier's own timeout: a rank whose storage hangs then finds the phase broken when it comes,
-    and is back in step with its peers for the next one.
+    `put` stores bytes under a path. It gets `upload_timeout_secs`, which should be longer than the
+    barrier's own timeout: a rank whose storage hangs then learns the same verdict as its peers, who
+    have stopped waiting for it when it comes.
     """
 
     def __init__(
@@ -103,8 +104,6 @@ class CheckpointWriter:
         A checkpoint that fails raises nothing: the verdict is in what is returned. Cancelling
         breaks the checkpoint for all ranks.
         """
-        # Named after the training step, so that ranks never pair different checkpoints.
-        name = f"step-{step}"
         saving = Saving(step, self.rank, started=time.time())
         try:
             payload = await self._stage_and_upload(saving, staging)
@@ -115,19 +114,18 @@ class CheckpointWriter:
             # Tell the peers now: they would wait for a shard that will not come. If even that
             # fails, their own deadlines tell them.
             with anyio.move_on_after(1, shield=True), contextlib.suppress(BarrierError):
-                await self.barrier.abort(reason, name)
+                await self.barrier.abort(reason, COMMIT, step=step)
             if not isinstance(exc, Exception):
                 raise
         else:
             saving.entered = time.time()
             if payload == NOT_UPLOADED:
                 saving.failed = saving.entered
-            saving.verdict = await self._commit(step, name, payload)
+            saving.verdict = await self._commit(step, payload)
         saving.settled = time.time()
         level = logging.INFO if saving.verdict.published else logging.WARNING
-        logger.log(level, "%s %s", name, saving.verdict)
-        if saving.verdict.published is False:
-            await anyio.to_thread.run_sync(self._discard, step)
+        logger.log(level, "step-%d %s", step, saving.verdict)
+        await anyio.to_thread.run_sync(self._clear_up, step, saving.verdict.published)
         return saving
 
     async def _stage_and_upload(self, saving: Saving, staging: Future[Shard]) -> bytes:
@@ -142,9 +140,13 @@ class CheckpointWriter:
             return json.dumps({"file": path.name, "bytes": len(data), "sha256": digest}).encode()
         return NOT_UPLOADED
 
-    async def _commit(self, step: int, name: str, payload: bytes) -> Verdict:
+    async def _commit(self, step: int, payload: bytes) -> Verdict:
         try:
-            await self.barrier.commit(partial(self._publish, step), payload=payload, name=name)
+            # With the step, shards of different steps are never published together, whatever a rank
+            # has missed, aborted or tried again before.
+            await self.barrier.commit(
+                partial(self._publish, step), payload=payload, name=COMMIT, step=step
+            )
         except BarrierTimeoutError as exc:
             missing = exc.missing_ranks
             reason = f"missing after {exc.timeout_secs:g} s" if missing else str(exc)
@@ -167,12 +169,21 @@ class CheckpointWriter:
         shards = [json.loads(payloads[rank]) for rank in sorted(payloads)]
         manifest = json.dumps({"step": step, "shards": shards}, indent=2).encode()
         await anyio.to_thread.run_sync(write_durably, self._partial(step) / MANIFEST, manifest)
-        # Until here nobody can see it and cancellation undoes it; the rename is all or nothing.
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(
-                _rename_durably, self._partial(step), self.root / f"step-{step}"
-            )
+        await anyio.to_thread.run_sync(_sync_directory, self._partial(step))
+        # Until here nobody can see it. The rename is all or nothing, takes microseconds, and is the
+        # last that happens: with no await behind it, no deadline and no cancellation comes between
+        # it and the verdict. A thread would go on when this is cancelled, and could rename after
+        # the peers were told that the checkpoint is broken.
+        self._partial(step).rename(self.root / f"step-{step}")
         return b""
+
+    def _clear_up(self, step: int, published: bool | None) -> None:
+        if published and self.rank == LEADER:
+            # If the machine fails before this, the checkpoint before this one may be the newest.
+            with contextlib.suppress(OSError):
+                _sync_directory(self.root)
+        elif published is False:
+            self._discard(step)
 
     def _discard(self, step: int) -> None:
         """Remove this rank's part of a broken checkpoint; whoever is last removes the directory."""
@@ -260,17 +271,6 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _rename_durably(source: Path, target: Path) -> None:
-    _sync_directory(source)
-    source.rename(target)
-    try:
-        _sync_directory(target.parent)
-    except OSError:
-        # Not safely on disk, so not published: nobody may find it there.
-        target.rename(source)
-        raise
 
 
 def _sync_directory(path: Path) -> None:

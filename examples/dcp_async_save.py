@@ -15,7 +15,7 @@ the checkpoint. What that adds to DCP:
   is named when this checkpoint's own deadline is over. DCP waits in collectives of a process group,
   whose timeout is minutes and names nobody.
 - Nothing blocks: no thread of a pool waits for the other ranks, the process group is not touched,
-  and the next checkpoint may begin while this one is being committed.
+  and the next checkpoint may begin while this one is being committed. The step keeps them apart.
 """
 
 from __future__ import annotations
@@ -77,42 +77,45 @@ async def train(args: argparse.Namespace) -> None:
             await asyncio.wrap_future(saving.staging_completion)
             reader_state = None if fails(args, step) else {"samples": 32 * step}
             uploaded = saving.upload_completion
-            tasks.start_soon(finish, barrier, directory, uploaded, reader_state)
+            tasks.start_soon(finish, barrier, step, directory, uploaded, reader_state)
             await asyncio.sleep(args.step_secs)
     stager.close()
     check(args, weights)
 
 
 async def finish(
-    barrier: StoreBarrier, directory: Path, uploaded: Future[Any], reader_state: Any
+    barrier: StoreBarrier, step: int, directory: Path, uploaded: Future[Any], reader_state: Any
 ) -> None:
     """See one checkpoint through, on this rank; how it ended is in the log."""
     rank = dist.get_rank()
+    side = directory / f"reader-{rank}.json"
     try:
-        try:
+        # The others shall not wait for a rank that will not come.
+        async with barrier.phase("written", step=step, timeout_secs=60):
             await asyncio.wrap_future(uploaded)
-            side = directory / f"reader-{rank}.json"
-            side.write_text(json.dumps(reader_of(reader_state)))
-        except Exception as exc:
-            # The others shall not wait for a rank that will not come.
-            await barrier.abort(f"{type(exc).__name__}: {exc}", directory.name)
-            raise
+            await asyncio.to_thread(write_json, side, reader_of(reader_state))
 
         async def publish(manifests: Mapping[int, bytes]) -> None:
             files = {rank: manifest.decode() for rank, manifest in manifests.items()}
-            (directory / "commit.json").write_text(json.dumps(files))
-            pointer = directory.with_name("latest.new")
-            pointer.write_text(directory.name)
+            pointer = directory / "latest"
+            await asyncio.to_thread(write_json, directory / "commit.json", files)
+            await asyncio.to_thread(pointer.write_text, directory.name)
+            # Atomic, and the last that happens. With no await behind it, nothing comes between it
+            # and the verdict; a thread would go on if this were cancelled.
             os.replace(pointer, directory.with_name("latest"))
 
         await barrier.commit(
-            publish, payload=side.name.encode(), name=directory.name, timeout_secs=60
+            publish, payload=side.name.encode(), name="published", step=step, timeout_secs=60
         )
     except (BarrierError, OSError) as exc:
         # Training goes on; the checkpoint before this one stays the latest.
         logger.warning("rank %d: %s does not count: %s", rank, directory.name, exc)
     else:
         logger.info("rank %d: %s is committed", rank, directory.name)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
 
 
 def reader_of(reader_state: Any) -> Any:

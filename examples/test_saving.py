@@ -20,29 +20,27 @@ from async_barriers.testing import FaultyStore, local_barriers
 pytestmark = pytest.mark.anyio
 
 
-async def save(barrier: Barrier, shards: dict[int, bytes], rank: int, *, disk_is_full: bool) -> str:
-    """What is tested: upload a shard, then publish the checkpoint with all others."""
+async def save(barrier: Barrier, step: int, shard: bytes | None) -> str:
+    """What is tested: write a shard, or fail at it; then publish the checkpoint with all others."""
 
-    async def publish(manifests: Mapping[int, bytes]) -> bytes:
-        return b"+".join(manifests[rank] for rank in sorted(manifests))
+    async def publish(shards: Mapping[int, bytes]) -> bytes:
+        return b"+".join(shards[rank] for rank in sorted(shards))
 
-    async with barrier.phase("upload"):
-        if disk_is_full:
+    async with barrier.phase("written", step=step):
+        if shard is None:
             raise OSError("no space left")
-        shards[rank] = b"weights"
-    return (await barrier.commit(publish, payload=b"shard %d" % rank)).decode()
+    return (await barrier.commit(publish, payload=shard, name="published", step=step)).decode()
 
 
 async def save_on_all(
-    barriers: list[Barrier], *, full: int | None = None
+    barriers: list[Barrier], step: int, *, full: int | None = None
 ) -> dict[int, str | Exception]:
     """Run it on every rank; what came of each."""
     ended: dict[int, str | Exception] = {}
-    shards: dict[int, bytes] = {}
 
     async def run(rank: int, barrier: Barrier) -> None:
         try:
-            ended[rank] = await save(barrier, shards, rank, disk_is_full=rank == full)
+            ended[rank] = await save(barrier, step, None if rank == full else b"shard %d" % rank)
         except (OSError, BarrierError) as exc:
             ended[rank] = exc
 
@@ -54,13 +52,13 @@ async def save_on_all(
 
 async def test_a_checkpoint_is_published_once() -> None:
     async with local_barriers(3, timeout_secs=10) as barriers:
-        ended = await save_on_all(list(barriers))
+        ended = await save_on_all(list(barriers), step=1)
     assert ended == dict.fromkeys(range(3), "shard 0+shard 1+shard 2")
 
 
 async def test_a_full_disk_is_everybodys() -> None:
     async with local_barriers(3, timeout_secs=10) as barriers:
-        ended = await save_on_all(list(barriers), full=1)
+        ended = await save_on_all(list(barriers), step=1, full=1)
     assert isinstance(ended[1], OSError)
     for rank in (0, 2):
         error = ended[rank]
@@ -73,8 +71,9 @@ async def test_a_store_that_hangs_is_survived() -> None:
     async with local_barriers(2, store=store, timeout_secs=0.2) as barriers:
         store.hang("add")
         with anyio.fail_after(2):  # a deadline is kept, whatever the store does
-            ended = await save_on_all(list(barriers))
+            ended = await save_on_all(list(barriers), step=1)
         assert all(isinstance(error, BarrierError) for error in ended.values())
         store.heal()
-        ended = await save_on_all(list(barriers))
+        # Step 1 is decided, and broken; the next one works.
+        ended = await save_on_all(list(barriers), step=2)
         assert ended == dict.fromkeys(range(2), "shard 0+shard 1")

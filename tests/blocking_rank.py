@@ -15,7 +15,7 @@ from typing import Any
 from rank_process import PREFIX, say
 from torch.distributed import TCPStore
 
-from async_barriers import BarrierClosedError, BarrierConfig
+from async_barriers import BarrierConfig, BarrierError
 from async_barriers.blocking import BlockingBarrier
 
 HOST = "127.0.0.1"
@@ -60,9 +60,9 @@ class Doings:
         self.options = options
 
     def cross(self, name: str = "", **given: Any) -> dict[str, Any]:
-        """Enter the next phase; ``name`` is what those who can await give."""
+        """Enter the next phase of a name."""
         entered = time.monotonic()
-        result = self.barrier.execute_barrier(**given)
+        result = self.barrier.execute_barrier(name=name, **given)
         return {**asdict(result), "entered": entered, "released": time.monotonic()}
 
     def here_cross(self) -> dict[str, Any]:
@@ -80,20 +80,38 @@ class Doings:
     def here_close(self) -> None:
         self.barrier.close()
 
-    def here_fork(self) -> str:
-        """What a forked child is told that uses the barrier of its parent."""
+    def here_fork(self) -> dict[str, Any]:
+        """What a forked child is told that uses the barrier of its parent, and how soon."""
         reader, writer = os.pipe()
-        if os.fork():
+        if child := os.fork():
             os.close(writer)
-            os.wait()
+            os.waitpid(child, 0)
             with open(reader) as said:
-                return said.read()
-        try:
-            self.barrier.execute_barrier()
-        except BarrierClosedError as exc:
-            os.write(writer, str(exc).encode())
-        self.barrier.close()
+                told: dict[str, Any] = json.load(said)
+            return {**told, "parent": os.getpid(), "child": child}
+        barrier = self.barrier
+        calls: list[Callable[[], object]] = [
+            barrier.connect,
+            barrier.execute_barrier,
+            lambda: barrier.all_gather(b""),
+            lambda: barrier.commit(lambda payloads: b""),
+            lambda: barrier.abort("a child's whim"),
+            lambda: barrier.start(barrier.barrier.connect),
+        ]
+        began = time.monotonic()
+        told = {"errors": [error_of(call) for call in calls]}
+        barrier.close()
+        told["secs"] = time.monotonic() - began
+        os.write(writer, json.dumps(told).encode())
+        # As any other program: its end does not reach the parent either.
         sys.exit()
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        return f"nothing, but returned {call()!r}"
+    except BarrierError as exc:
+        return str(exc)
 
 
 def answer(number: int, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

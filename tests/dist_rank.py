@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -102,26 +107,78 @@ class DistDoings(Doings):
         return {}
 
     async def abort(  # type: ignore[override]
-        self, reason: str, name: str = "", barrier: str = ""
+        self, reason: str, name: str = "", barrier: str = "", **given: Any
     ) -> dict[str, Any]:
-        await self.barriers[barrier].abort(reason, name)
-        return {}
+        return {"broke": await self.barriers[barrier].abort(reason, name, **given)}
 
-    async def fail(self, name: str = "", barrier: str = "") -> dict[str, Any]:
+    async def fail(self, name: str = "", barrier: str = "", **given: Any) -> dict[str, Any]:
         """A phase whose body fails."""
-        async with self.barriers[barrier].phase(name):
+        async with self.barriers[barrier].phase(name, **given):
             raise OSError("disk full")
 
+    async def gather(self, payload: str, barrier: str = "", **given: Any) -> dict[str, Any]:
+        gathered = await self.barriers[barrier].all_gather(payload.encode(), **given)
+        return {"gathered": [value.decode() for value in gathered]}
+
     async def commit(self, publish: str, payload: str, barrier: str = "", **given: Any) -> bytes:
+        def joined(payloads: Mapping[int, bytes]) -> Any:
+            on_loop = threading.current_thread() is threading.main_thread()
+            say(event="publishing", on_loop=on_loop)
+            if publish == "wrong":
+                return "text"
+            return b",".join(payloads[rank] for rank in sorted(payloads))
+
         async def act(payloads: Mapping[int, bytes]) -> bytes:
             if publish == "fail":
                 raise OSError("disk full")
             if publish == "hang":
-                say(event="publishing")
                 await anyio.sleep_forever()
-            return b",".join(payloads[rank] for rank in sorted(payloads))
+            return bytes(joined(payloads))
 
-        return await self.barriers[barrier].commit(act, payload=payload.encode(), **given)
+        plain = publish in ("plain", "wrong")
+        return await self.barriers[barrier].commit(
+            joined if plain else act, payload=payload.encode(), **given
+        )
+
+    async def leave(self, barrier: str = "") -> dict[str, Any]:
+        """As a program that fails."""
+        with contextlib.suppress(LookupError):
+            async with self.barriers[barrier]:
+                raise LookupError("no such shard")
+        return {}
+
+    async def fork(self, does: str, barrier: str = "") -> dict[str, Any]:
+        """A child uses what it inherited, or drops it; what it says."""
+        here, there = os.pipe()
+        pid = os.fork()
+        if not pid:
+            signal.alarm(8)
+            os.write(there, self._in_child(does, barrier).encode())
+            os._exit(0)
+        os.close(there)
+        _, status = await anyio.to_thread.run_sync(os.waitpid, pid, 0)
+        said = os.read(here, 1 << 16).decode()
+        os.close(here)
+        return {"said": said, "status": status}
+
+    def _in_child(self, does: str, barrier: str) -> str:
+        used = self.barriers[barrier]
+        calls: dict[str, Callable[[], Any]] = {
+            "cross": used.execute_barrier,
+            "abort": lambda: used.abort("a child's whim"),
+            "connect": used.connect,
+            "close": used.aclose,
+        }
+        try:
+            if does == "drop":
+                del used, calls
+                self.barriers.clear()
+                gc.collect()
+            else:
+                asyncio.run(calls[does]())
+            return "no error"
+        except BaseException as exc:
+            return f"{type(exc).__name__}: {exc}"
 
     async def cross_its_store(self) -> dict[str, Any]:
         async with StoreBarrier.from_process_group(timeout_secs=10.0) as barrier:

@@ -1,75 +1,108 @@
-"""Every order of the operations of a few activities that share a store and some memory.
+"""Every order in which messages of a few processes can reach a store, and answers can reach them.
 
-A state of the system is a value: what is in store and memory (`modelled`), where each activity
-stands (`replayed`), and what each connection has sent without an answer (c10d's client waits for
-none to `set` and `append`, so these arrive at any time before the connection's next answer, in
-order). `explore` visits every state that can be reached, breadth first, so that a violation is
-told with the fewest steps. Not explored are
+A state is a value: what the store holds, what is under way on each connection, how far each
+process has come (`replayed`), and what the laws remember. `explore` visits every state that can be
+reached, depth first; a violation is told by its schedule. Steps are
 
-* ways to a state seen before, since what follows is the same; they are counted only;
-* orders of what nobody else can tell: sending (arriving is a step), and notes for the laws;
-* what others do between an operation and the use of memory that follows it, unless a lock is
-  taken for it: that is a step of its own, with all that happens under the lock;
-* steps of others where all that share a memory are about to take a lock: nobody else can
-  interfere with them (a persistent set, Godefroid 1996);
-* crashes as steps. A process that stops for ever cannot be told from one that is not scheduled
-  any more, nor what it had sent from what never arrives. So where only one process can still
-  move, that is an end in which it crashed, after any of its operations.
+* a message reaches the store, which applies it as a whole (a TCPStore) or request by request;
+* an answer, or the news that an awaited key was written, reaches the process, which goes on until
+  it has nothing left but to wait;
+* a process begins a task, a task is cancelled, its deadline passes, a connection breaks, another
+  process takes the place of one that is dead: whenever that is possible;
+* the timer rings that does so first, when no message is under way.
+
+Not explored are
+
+* ways to a state seen before, since what follows is the same;
+* what others do before an answer reaches a process that can be told nothing else;
+* crashes as steps of their own. A process that stops for ever cannot be told from one that is not
+  scheduled any more, nor what it had sent from what never arrives. So where only one process can
+  still move, that is an end in which it crashed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import re
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any, NamedTuple, Protocol
 
-import modelled
-from modelled import Op, Values
-from replayed import Node, System
+from modelled import Contents, Message, answered
+from replayed import Effect, Event, Node, Process, Spec
 
-_PRIVATE = {"load", "save", "note"}
-_UNANSWERED = {"append", "set"}
+from async_barriers._protocol.store import SILENT, CompareSet, Request
+
 # Far more than any scenario needs; what goes round for ever stops here.
-_MAX_STEPS = 300
+_MAX_STEPS = 1000
+_MAX_STATES = 5_000_000
 
 
 class Violation(AssertionError):
-    """A law is broken; with the shortest schedule that does it."""
+    """A law is broken; with a schedule that does it."""
+
+
+class Link(NamedTuple):
+    """A connection, as far as something is under way on it.
+
+    :ivar queue: messages that have not reached the store, with how far the first one has come
+    :ivar replies: what has not reached the process
+    :ivar waits: the key that the server watches for it, and for which message
+    """
+
+    process: int
+    number: int
+    queue: tuple[int, ...] = ()
+    begun: tuple[Any, ...] = ()
+    replies: tuple[int, ...] = ()
+    waits: tuple[str, int] | None = None
+    closed: bool = False
 
 
 class State(NamedTuple):
-    values: tuple[int, ...]
-    nodes: tuple[Node, ...]
-    sent: tuple[tuple[Op, ...], ...]
+    """All there is; the numbers are those of values in the `System`'s table."""
+
+    store: int
+    links: tuple[Link, ...]
+    nodes: tuple[int, ...]
+    # Of each process: whether it has yet to come, lives or is dead.
+    lives: tuple[str, ...]
+    remembered: int
 
 
 class Move(NamedTuple):
-    """One step: an activity's next operation, or the arrival of what it sent first."""
+    """One step: of which process, and what."""
 
-    activity: int
-    arrives: bool
+    kind: str
+    process: int
+    link: int = 0
+    event: Event = ()
 
 
 class View(NamedTuple):
     """A state, as the laws see it."""
 
-    values: Values
-    waiting: list[str]
-    crashed: str | None
-
-    def notes(self, kind: str) -> dict[str, Any]:
-        """What was noted as ``kind``, by whom it is about."""
-        return {key[2]: value for key, value in self.values.items() if key[:2] == ("note", kind)}
+    specs: Sequence[Spec]
+    store: Contents
+    nodes: Sequence[Node]
+    lives: Sequence[str]
+    remembered: Any
+    crashed: Collection[str] = ()
 
 
 class Laws(Protocol):
     """What has to be so: an `AssertionError` where it is not."""
 
-    def noted(self, view: View, kind: str, about: str, value: Any) -> None:
-        """Judge what was noted in the last step."""
+    def served(self, remembered: Any, spec: Spec, request: Request, store: Contents) -> Any:
+        """Judge what a request did to the store; what is to be remembered from then on."""
+
+    def noted(self, view: View, spec: Spec, note: Event) -> None:
+        """Judge what a process did in the last step."""
 
     def at_end(self, view: View) -> None:
-        """Judge a state that nothing follows."""
+        """Judge a state that nothing need follow."""
 
 
 @dataclass
@@ -78,147 +111,388 @@ class Report:
 
     states: int = 0
     steps: int = 0
-    schedules: int = 0
     ends: int = 0
     crashes: int = 0
+    longest: int = 0
+    nodes: int = 0
+    replays: int = 0
 
     def __str__(self) -> str:
         return (
-            f"{self.states} states, {self.steps} steps, {self.schedules:.3g} schedules, "
-            f"{self.ends} ends, {self.crashes} ends with a crash"
+            f"{self.states} states, {self.steps} steps, {self.ends} ends, {self.crashes} ends with "
+            f"a crash, at most {self.longest} steps long, {self.nodes} local states, "
+            f"{self.replays} replays"
         )
 
 
-def explore(system: System, laws: Laws, may_crash: Collection[str] = ()) -> Report:
+class System:
+    """Processes that share a store.
+
+    :param whole: whether the store applies a message as one
+    :param wakes: whether a `CompareSet` wakes those who wait, as in a server with libuv
+    :param may_crash: the processes of which one may stop for ever
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        laws: Laws,
+        *,
+        whole: bool = True,
+        wakes: bool = True,
+        may_crash: Collection[str] = (),
+        hasty: bool = False,
+    ) -> None:
+        self.specs = list(specs)
+        self.processes = [Process(spec) for spec in specs]
+        self.laws = laws
+        self._whole = whole
+        self._wakes = wakes
+        self._hasty = hasty
+        self._may_crash = [i for i, spec in enumerate(specs) if spec.name in may_crash]
+        self._index = {spec.name: index for index, spec in enumerate(specs)}
+        self._things: list[Any] = []
+        self._numbers: dict[Any, int] = {}
+        self._served: dict[Any, tuple[int, tuple[Any, ...], tuple[str, ...], int]] = {}
+
+    # -- values ----------------------------------------------------------------------------
+
+    def _number(self, thing: Any) -> int:
+        number = self._numbers.setdefault(thing, len(self._things))
+        if number == len(self._things):
+            self._things.append(thing)
+        return number
+
+    def _store(self, state: State) -> Contents:
+        return dict(self._things[state.store])
+
+    def view(self, state: State, crashed: Collection[str] = ()) -> View:
+        nodes = [p.nodes[n] for p, n in zip(self.processes, state.nodes, strict=True)]
+        return View(
+            self.specs, self._store(state), nodes, state.lives, self._things[state.remembered],
+            crashed,
+        )  # fmt: skip
+
+    # -- the beginning ---------------------------------------------------------------------
+
+    def begin(self) -> State:
+        """All that happens before the scenario begins, in one order."""
+        count = len(self.specs)
+        lives = tuple("comes" if spec.replaces else "lives" for spec in self.specs)
+        state = State(self._number(()), (), (0,) * count, lives, self._number(None))
+        for index, spec in enumerate(self.specs):
+            if not spec.replaces:
+                state = self._tell(state, index, ("first",))
+                state = self._settle(state)
+        for index, spec in enumerate(self.specs):
+            if not spec.replaces:
+                state = self._begin_jobs(state, index)
+        return state
+
+    def _settle(self, state: State) -> State:
+        while moves := [m for m in self.moves(state) if m.kind in ("serve", "deliver", "late")]:
+            state = self.step(state, moves[0])
+        return state
+
+    def _begin_jobs(self, state: State, index: int) -> State:
+        for job in self.specs[index].jobs:
+            if job.at_once:
+                state = self._tell(state, index, ("begin", job.name))
+        return state
+
+    # -- moves -----------------------------------------------------------------------------
+
+    def moves(self, state: State) -> list[Move]:
+        """All steps that are possible; of those that commute with all others, one is enough."""
+        found: list[Move] = []
+        late: list[Move] = []
+        earliest = math.inf
+        busy = [0] * len(self.specs)
+        for at, link in enumerate(state.links):
+            if link.queue:
+                found.append(Move("serve", link.process, at))
+            busy[link.process] += bool(link.queue) or bool(link.replies) or link.waits is not None
+            if link.replies and state.lives[link.process] == "lives":
+                found.append(Move("deliver", link.process, at))
+        for index, (process, node) in enumerate(zip(self.processes, state.nodes, strict=True)):
+            spec = process.spec  # noqa: F841
+            if state.lives[index] == "comes":
+                found.append(Move("comes", index))
+            if state.lives[index] != "lives":
+                continue
+            options = process.nodes[node].options
+            if not options and busy[index] == 1:
+                alone = [m for m in found if m.kind == "deliver" and m.process == index]
+                if alone:
+                    return alone
+            for how, event in options:
+                move = Move(how, index, event=event)
+                if how != "late":
+                    found.append(move)
+                elif self._hasty:
+                    late.append(move)
+                elif event[1] < earliest:
+                    earliest, late = event[1], [move]
+        quiet = not any(
+            m.kind in ("serve", "deliver") and state.lives[m.process] == "lives" for m in found
+        )
+        return found + late if quiet or self._hasty else found
+
+    def place(self, state: State, move: Move) -> tuple[int, int]:
+        """The connection on which a step is; 0 for what is on none."""
+        on = move.kind in ("serve", "deliver")
+        return move.process, state.links[move.link].number if on else 0
+
+    def crashed(self, state: State, moves: list[Move]) -> list[tuple[str, ...]]:
+        """Who may have crashed if this is an end; () stands for nobody."""
+        movers = {m.process for m in moves if m.kind != "may" and state.lives[m.process] != "dead"}
+        if not movers:
+            return [()]
+        if len(movers) == 1 and not movers.isdisjoint(self._may_crash):
+            return [tuple(self.specs[index].name for index in movers)]
+        return []
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def step(self, state: State, move: Move) -> State:
+        """The state after ``move``."""
+        if move.kind == "serve":
+            return self._serve(state, move.link)
+        if move.kind == "deliver":
+            link = state.links[move.link]
+            event = self._things[link.replies[0]]
+            links = _with(state.links, link, link._replace(replies=link.replies[1:]))
+            return self._tell(state._replace(links=links), move.process, event)
+        if move.kind == "comes":
+            lives = list(state.lives)
+            lives[move.process] = "lives"
+            lives[self._index[str(self.specs[move.process].replaces)]] = "dead"
+            state = self._tell(state._replace(lives=tuple(lives)), move.process, ("first",))
+            return self._begin_jobs(state, move.process)
+        return self._tell(state, move.process, move.event)
+
+    def _serve(self, state: State, at: int) -> State:
+        link = state.links[at]
+        key = (state.store, link.queue[0], link.begun, state.remembered, link.process)
+        known = self._served.get(key)
+        if known is None:
+            known = self._served[key] = self._apply(*key)
+        store, answers, written, remembered = known
+        message: Message = self._things[link.queue[0]]
+        if len(answers) < len(message.requests):
+            served = link._replace(begun=answers, waits=None)
+        else:
+            served = link._replace(queue=link.queue[1:], begun=(), waits=None)
+            if message.answered and not link.closed:
+                replies = tuple(
+                    a for a, r in zip(answers, message.requests, strict=True)
+                    if not isinstance(r, SILENT)
+                )  # fmt: skip
+                event = ("hears", link.number, message.number, replies)
+                served = served._replace(replies=(*served.replies, self._number(event)))
+            if message.wait is not None and not link.closed:
+                served = served._replace(waits=(message.wait, message.number))
+                written = (*written, message.wait)
+        links = _with(state.links, link, served)
+        contents: Any = None
+        for key_written in written:
+            for other in links:
+                if other.waits is not None and other.waits[0] == key_written:
+                    if contents is None:
+                        contents = dict(self._things[store])
+                    if key_written in contents:
+                        event = ("wakes", other.number, other.waits[1])  # type: ignore[assignment]
+                        replies = (*other.replies, self._number(event))
+                        links = _with(links, other, other._replace(waits=None, replies=replies))
+        return State(store, links, state.nodes, state.lives, remembered)
+
+    def _apply(
+        self, store: int, message: int, begun: tuple[Any, ...], remembered: int, process: int
+    ) -> tuple[int, tuple[Any, ...], tuple[str, ...], int]:
+        """Apply a message, or the next request of it."""
+        contents: Contents = dict(self._things[store])
+        memory = self._things[remembered]
+        requests = self._things[message].requests[len(begun) :]
+        answers, written = list(begun), list[str]()
+        for request in requests if self._whole else requests[:1]:
+            answer, keys = answered(contents, request)
+            answers.append(answer)
+            if self._wakes or not isinstance(request, CompareSet):
+                written += keys
+            memory = self.laws.served(memory, self.specs[process], request, contents)
+        number = self._number(tuple(sorted(contents.items())))
+        return number, tuple(answers), tuple(written), self._number(memory)
+
+    def told(self, state: State, move: Move) -> str:
+        """A step in words."""
+        if move.kind == "deliver":
+            return _in_words(self._things[state.links[move.link].replies[0]])
+        if move.kind != "serve":
+            return " ".join(map(str, move.event)) or move.kind
+        link = state.links[move.link]
+        message: Message = self._things[link.queue[0]]
+        key = (state.store, link.queue[0], link.begun, state.remembered, link.process)
+        answers = self._served[key][1] if key in self._served else ()
+        said = []
+        for request, answer in list(zip(message.requests, answers, strict=False))[
+            len(link.begun) :
+        ]:
+            fields = " ".join(str(field) for field in request)
+            reply = "" if isinstance(request, SILENT) else f" -> {answer}"
+            said.append(f"{type(request).__name__} {fields}{reply}")
+        wait = f"; waits for {message.wait}" if message.wait is not None else ""
+        return _short(f"@{link.number} {'; '.join(said)}{wait}")
+
+    def _tell(self, state: State, index: int, event: Event) -> State:
+        process = self.processes[index]
+        before = state.nodes[index]
+        after, effects = process.after(before, event)
+        nodes = (*state.nodes[:index], after, *state.nodes[index + 1 :])
+        links = self._carried_out(state.links, index, effects)
+        if event[0] == "lose":
+            links = tuple(x for x in links if x[:2] != (index, event[1]))
+        state = state._replace(nodes=nodes, links=links)
+        old, new = process.nodes[before].notes, process.nodes[after].notes
+        if len(old) < len(new):
+            view = self.view(state)
+            for note in new:
+                if note not in old:
+                    self.laws.noted(view, process.spec, note)
+        return state
+
+    def _carried_out(
+        self, links: tuple[Link, ...], index: int, effects: tuple[Effect, ...]
+    ) -> tuple[Link, ...]:
+        for kind, number, *rest in effects:
+            link = next((x for x in links if x[:2] == (index, number)), Link(index, number))
+            if kind == "sends":
+                changed = link._replace(queue=(*link.queue, self._number(rest[0])))
+            elif kind == "opens":
+                changed = link._replace(replies=(self._number(("open", number)),))
+            else:
+                changed = Link(index, number, closed=True)
+                if not rest[0]:
+                    changed = changed._replace(queue=link.queue, begun=link.begun)
+                links = tuple(x for x in links if x[:2] != (index, -number))
+            links = _with(links, link, changed)
+        return links
+
+
+def _with(links: tuple[Link, ...], old: Link, new: Link) -> tuple[Link, ...]:
+    """``new`` in the place of ``old``, as far as there is something to say of it."""
+    if new.queue or new.replies or new.waits is not None:
+        if old in links:
+            at = links.index(old)
+            return (*links[:at], new, *links[at + 1 :])
+        return tuple(sorted((*links, new), key=lambda link: link[:2]))
+    return tuple(link for link in links if link is not old and link != old)
+
+
+def _in_words(event: Event) -> str:
+    kind, connection, *rest = event
+    return _short(f"@{connection} {kind} {' '.join(map(str, rest))}")
+
+
+def _short(told: str) -> str:
+    told = re.sub(r"async_barriers/\d+:\w+/", "", told)
+    told = re.sub(r'{"number": [^{]*"identity": "(.+?)".*?("life": null|{.*?})}', r"state \1", told)
+    return re.sub(
+        r'{"life": {"token": "(.+?)".*?}, "generation": "(.+?)", "left": (.+?)}',
+        r"member \1 in \2, left: \3",
+        told,
+    )
+
+
+Path = tuple[Any, Move] | None
+
+
+def explore(system: System, *, shortest: bool = False, switches: int | None = None) -> Report:
     """Visit all states.
 
-    :raises Violation: a law does not hold, or an activity raised
+    :param shortest: breadth first, so that a violation is told with the fewest steps
+    :param switches: how often a connection may be left on which something is under way, for another
+        one or another process; as often as is possible if None (Musuvathi and Qadeer 2007)
+    :raises Violation: a law does not hold, or a process raised
     """
     report = Report()
-    none: tuple[Op, ...] = ()
-    start = State(system.initial.numbers(), system.begin(), (none,) * len(system.activities))
-    # How many ways lead to each state that is as many steps from the start.
-    level = {start: 1}
-    came: dict[State, tuple[State, Move]] = {}
-    for _ in range(_MAX_STEPS):
-        following: dict[State, int] = {}
-        for state, ways in level.items():
-            values = Values(system.table, state.values)
-            moves = _moves(system, state, values)
-            last: Move | None = None
-            try:
-                movers = {system.activities[move.activity].process for move in moves}
-                if not moves:
-                    report.ends += 1
-                    report.schedules += ways
-                    laws.at_end(_view(system, state, values))
-                elif len(movers) == 1 and not movers.isdisjoint(may_crash):
-                    report.crashes += 1
-                    laws.at_end(_view(system, state, values, *movers))
-                for last in _persistent(system, state, moves):
-                    new, after, done = _step(system, state, last)
-                    report.steps += 1
-                    if new not in following:
-                        came.setdefault(new, (state, last))
-                        for op, _ in done:
-                            if op.kind == "note":
-                                view = _view(system, new, after)
-                                laws.noted(view, op.key[1], op.key[2], op.args[0])
-                    following[new] = following.get(new, 0) + ways
-                    last = None
-            except AssertionError as exc:
-                raise Violation("\n".join([str(exc), *_story(system, came, state, last)])) from exc
-        report.states += len(level)
-        level = following
-        if not level:
-            return report
-    raise Violation(f"law 5: after {_MAX_STEPS} steps there is no end")
-
-
-def _moves(system: System, state: State, values: Values) -> list[Move]:
-    """All steps that are possible."""
-    found = []
-    for index, (node, sent) in enumerate(zip(state.nodes, state.sent, strict=True)):
-        if sent:
-            found.append(Move(index, True))
-        op = node.pending
-        # An answer comes after what was sent before.
-        if op is None or (sent and op.in_store and not _sends(system, op)):
-            continue
-        if modelled.can(values, op, index):
-            found.append(Move(index, False))
-    return found
-
-
-def _persistent(system: System, state: State, moves: list[Move]) -> list[Move]:
-    """As many of ``moves`` as will do."""
-    pending: dict[str, list[tuple[int, str]]] = {}
-    for index, (activity, node) in enumerate(zip(system.activities, state.nodes, strict=True)):
-        if node.pending is not None:
-            pending.setdefault(activity.memory, []).append((index, node.pending.kind))
-    for sharing in pending.values():
-        if all(kind == "lock" for _, kind in sharing):
-            return [Move(index, False) for index, _ in sharing]
-    return moves
-
-
-def _step(system: System, state: State, move: Move) -> tuple[State, Values, list[tuple[Op, Any]]]:
-    """The state after ``move``, and what was done."""
-    index = move.activity
-    values = Values(system.table, state.values)
-    node, sent = state.nodes[index], list(state.sent[index])
-    done: list[tuple[Op, Any]] = []
-    late = system.activities[index].stray
-    if move.arrives:
-        first = sent.pop(0)
-        done.append((first, modelled.apply(values, first, index, late)))
-    while not move.arrives and (op := node.pending) is not None:
-        sends = _sends(system, op)
-        if done and not sends and op.kind not in _PRIVATE:
-            break
-        if sends:
-            sent.append(op)
-        result = None if sends else modelled.apply(values, op, index, late)
-        done.append((op, result))
-        node = system.after(index, node, result)
-    assert not node.error, f"{system.activities[index].name} raised {node.error}"
-    nodes = (*state.nodes[:index], node, *state.nodes[index + 1 :])
-    all_sent = (*state.sent[:index], tuple(sent), *state.sent[index + 1 :])
-    return State(values.numbers(), nodes, all_sent), values, done
-
-
-def _sends(system: System, op: Op) -> bool:
-    return system.in_flight and op.kind in _UNANSWERED
-
-
-def _view(system: System, state: State, values: Values, crashed: str | None = None) -> View:
-    waiting = [
-        activity.name
-        for activity, node in zip(system.activities, state.nodes, strict=True)
-        if node.pending is not None and activity.process != crashed
-    ]
-    return View(values, waiting, crashed)
-
-
-def _story(
-    system: System, came: dict[State, tuple[State, Move]], state: State, last: Move | None
-) -> list[str]:
-    """What happened up to ``state`` and in ``last``; memory is left out."""
-    path = [] if last is None else [(state, last)]
-    while state in came:
-        state, move = came[state]
-        path.append((state, move))
-    lines = []
-    for before, move in reversed(path):
-        index = move.activity
+    bounded = switches is not None
+    left = switches or 0
+    frontier: deque[tuple[State, Path, int, tuple[int, int], int]] = deque()
+    frontier.append((system.begin(), None, 0, (0, 0), left))
+    # With how many switches left each was met.
+    seen: dict[int, int] = {}
+    while frontier:
+        state, path, depth, at, left = frontier.popleft() if shortest else frontier.pop()
+        report.states += 1
+        report.longest = max(report.longest, depth)
+        moves = system.moves(state)
+        last: Move | None = None
         try:
-            _, _, done = _step(system, before, move)
-        except AssertionError:
-            op = before.sent[index][0] if move.arrives else before.nodes[index].pending
-            done = [(op, "?")] if op else []
-        for op, result in done:
-            if op.in_store or op.kind == "note":
-                what = "arrives" if move.arrives else "" if result is None else f"-> {result}"
-                who = system.activities[index].name.partition(" in ")[0]
-                lines.append(f"  {who:16} {op}  {what}".rstrip())
-    return lines
+            for crashed in system.crashed(state, moves):
+                report.ends += not crashed
+                report.crashes += bool(crashed)
+                system.laws.at_end(system.view(state, crashed))
+            stays = bounded and any(system.place(state, move) == at for move in moves)
+            for last in moves:
+                place = system.place(state, last) if bounded else at
+                rest = left - (stays and place != at)
+                if rest < 0:
+                    continue
+                report.steps += 1
+                after = system.step(state, last)
+                mark = hash((after, place))
+                if seen.get(mark, -1) < rest:
+                    seen[mark] = rest
+                    frontier.append((after, (path, last), depth + 1, place, rest))
+        except Exception as exc:
+            told = [str(exc) or type(exc).__name__, *_story(system, path, last)]
+            raise Violation("\n".join(told)) from exc
+        assert depth < _MAX_STEPS, f"law 5: after {depth} steps there is no end"
+        assert report.states < _MAX_STATES
+    report.nodes = sum(len(process.nodes) for process in system.processes)
+    report.replays = sum(process.replays for process in system.processes)
+    return report
+
+
+def wander(system: System, *, runs: int, seed: int) -> Report:
+    """Go one way at random, again and again, where there are too many states to visit all.
+
+    :raises Violation: as `explore`
+    """
+    report = Report()
+    random = Random(seed)
+    for _ in range(runs):
+        state, path, depth = system.begin(), None, 0
+        last: Move | None = None
+        try:
+            while moves := system.moves(state):
+                for crashed in system.crashed(state, moves):
+                    report.crashes += bool(crashed)
+                    system.laws.at_end(system.view(state, crashed))
+                last = random.choice(moves)
+                state = system.step(state, last)
+                path, last, depth = (path, last), None, depth + 1  # type: ignore[assignment]
+                assert depth < _MAX_STEPS, f"law 5: after {depth} steps there is no end"
+            report.ends += 1
+            system.laws.at_end(system.view(state))
+        except Exception as exc:
+            told = [str(exc) or type(exc).__name__, *_story(system, path, last)]
+            raise Violation("\n".join(told)) from exc
+        report.steps += depth
+        report.longest = max(report.longest, depth)
+    report.nodes = sum(len(process.nodes) for process in system.processes)
+    report.replays = sum(process.replays for process in system.processes)
+    return report
+
+
+def _story(system: System, path: Path, last: Move | None) -> Iterator[str]:
+    """What happened up to the end of ``path`` and in ``last``."""
+    moves = [] if last is None else [last]
+    while path is not None:
+        path, move = path
+        moves.append(move)
+    state = system.begin()
+    for move in reversed(moves):
+        yield f"  {system.specs[move.process].name:10} {system.told(state, move)}"
+        if move is not last:
+            state = system.step(state, move)

@@ -4,8 +4,9 @@ A log is a line of JSON per event; lines may come in any order, and the last one
 that was killed may be cut. ``t`` is the monotonic clock, which is one for all processes.
 
 The driver says ``soak`` (size, init_secs), and what it did to ``rank``: ``stop`` and
-``continue``, ``cut`` and ``healed`` (its way to the store), ``kill``; and ``late`` where the
-machine itself stood still from ``since`` on. ``rank`` is None where it was done to all.
+``continue``, ``cut`` and ``healed`` (its way to the store), ``kill``, ``usurp`` (it started another
+``life`` for a rank whose process lives); and ``late`` where the machine itself stood still from
+``since`` on. ``rank`` is None where it was done to all.
 
 A rank (``rank``, and ``life``, one per process) says
 
@@ -13,11 +14,12 @@ A rank (``rank``, and ``life``, one per process) says
 * ``call``, before: a number, what it will ``do``, the ``name``, and ``within`` how many seconds
   (None: no deadline) it has to return;
 * ``enter`` or ``forgo``, before the store hears of it: in which ``generation`` and ``sequence``
-  the call takes part, and whether it enters or only breaks the phase;
+  the call takes part, and whether it enters or only breaks the phase. What is tried before all
+  have joined again has numbers below 0; it is said again where it then counts;
 * ``cancel`` and ``fail``, before that is done to a call; ``publishing`` before its publish runs;
 * ``exit``: how the call ended, as ``outcome``: released (with ``detail``), broken (``detail``;
   ``blamed``, or ``missing`` and ``timeout_secs``), done (of what has no verdict), cancelled,
-  failed, closed, lost, or foreign, what should never escape; with ``in_doubt``.
+  failed, closed, lost, refused, or foreign, what should never escape; with ``in_doubt``.
 """
 
 from __future__ import annotations
@@ -106,10 +108,16 @@ class Record:
         self.joining: dict[int | None, list[float]] = defaultdict(list)
         self.joined: list[tuple[int, float, int]] = []
         """Generation, when, and who."""
+        self.lives: set[tuple[int, int]] = set()
+        """All that joined."""
+        self.usurpers: set[tuple[int, int]] = set()
         self.stopped: dict[int | None, list[Call]] = defaultdict(list)
         self.left: dict[int | None, list[Call]] = defaultdict(list)
         """Calls that were cancelled or failed, or only broke a phase; and those that may
         break phases that other calls await."""
+        self.leavings: list[tuple[int, float, int]] = []
+        """In which generation, when, and who."""
+        self._generations: dict[tuple[int, int], int] = {}
         self.ends: dict[tuple[int, int], float] = {}
         self.stops: dict[int | None, list[Window]] = defaultdict(list)
         self.cuts: dict[int | None, list[Window]] = defaultdict(list)
@@ -150,6 +158,10 @@ class Record:
             self.joining[rank].append(t)
         elif what == "joined":
             self.joined.append((event["generation"], t, event["rank"]))
+            self.lives.add((event["rank"], event["life"]))
+            self._generations[event["rank"], event["life"]] = event["generation"]
+        elif what == "usurp":
+            self.usurpers.add((event["rank"], event["life"]))
 
     def _rank_says(self, event: Event) -> None:
         what, t = event["event"], event["t"]
@@ -160,6 +172,7 @@ class Record:
         call = self.calls[key]
         if what in ("enter", "forgo"):
             call.phase = (call.name, event["generation"], event["sequence"])
+            self._generations[call.rank, call.life] = event["generation"]
             call.entered = t if what == "enter" else None
         elif what in ("cancel", "fail"):
             call.stopped = call.stopped or t
@@ -167,6 +180,9 @@ class Record:
             call.published = t
         elif what == "exit":
             call.ended, call.exit = t, event
+            generation = self._generations.get((call.rank, call.life))
+            if call.do == "close" and generation is not None:
+                self.leavings.append((generation, t, call.rank))
 
     def end_of(self, call: Call) -> float:
         """When it returned; or, where it never did, until when it could have."""
@@ -211,7 +227,15 @@ def judge(lines: Iterable[str]) -> list[Violation]:
 
 
 def judge_record(record: Record) -> list[Violation]:
-    laws = (safety, one_verdict, who_gives_up_breaks, fail_fast, bounded, nothing_foreign)
+    laws = (
+        safety,
+        one_process_of_a_rank,
+        one_verdict,
+        who_gives_up_breaks,
+        fail_fast,
+        bounded,
+        nothing_foreign,
+    )
     return [violation for law in laws for violation in law(record)]
 
 
@@ -234,9 +258,18 @@ def safety(record: Record) -> Iterator[Violation]:
                 yield Violation(1, f"{call} was released before ranks {early} had entered")
 
 
+def one_process_of_a_rank(record: Record) -> Iterator[Violation]:
+    """Law 1: of two that live the second one is refused; and (law 11) nobody else ever is."""
+    for rank, life in sorted(record.usurpers & record.lives):
+        yield Violation(1, f"rank {rank} (life {life}) joined, though another process has its rank")
+    for call in record.calls.values():
+        if call.outcome == "refused" and (call.rank, call.life) not in record.usurpers:
+            yield Violation(11, f"{call} was refused: {call.exit['error']}")
+
+
 def one_verdict(record: Record) -> Iterator[Violation]:
     """Law 2: all who learn a verdict learn the same one."""
-    for calls in record.phases.values():
+    for phase, calls in record.phases.items():
         told: dict[str, Call] = {}
         for call in calls:
             if call.learned is not None:
@@ -248,7 +281,8 @@ def one_verdict(record: Record) -> Iterator[Violation]:
         for call in calls:
             if call.learned is not None and call.exit.get("detail") is not None:
                 details.setdefault(str(call.exit["detail"]), call)
-        if len(details) > 1:
+        # What was tried too early is deleted when all have joined, and may be broken again after.
+        if len(details) > 1 and phase[2] >= 0:
             yield Violation(2, " but ".join(f"{c} was told {w!r}" for w, c in details.items()))
 
 
@@ -295,8 +329,15 @@ def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation
             for c in record.stopped[blamed]
         )
         or any(c.began <= learned and record.end_of(c) >= began for c in record.left[blamed])
+        # Who left cannot be waited for again in that generation.
+        or any(
+            call.phase and (g, who) == (call.phase[1], blamed) and t <= learned
+            for g, t, who in record.leavings
+        )
         or any(t <= learned for t in record.joining[blamed][1:])
         or record.cut_off(blamed, began, learned)
+        # All that had joined again have left again, so that nobody knows which it was.
+        or (blamed is None and any(t <= learned for g, t, _ in record.joined if g))
     )
     if not excused:
         yield Violation(3, f"{call} blames a rank that did nothing: {call.exit['detail']}")
@@ -310,6 +351,12 @@ def fail_fast(record: Record) -> Iterator[Violation]:
             for call in calls:
                 yield from _heard(record, call, min(known), "the phase was broken")
     yield from _restarts(record)
+    for generation, t, rank in record.leavings:
+        if not record.hampered(rank, t - RECOVERY_SECS, t):
+            for phase, calls in record.phases.items():
+                for call in calls:
+                    if phase[1] == generation and call.do != "commit":
+                        yield from _heard(record, call, t, f"rank {rank} had left")
 
 
 def _break_known(record: Record, call: Call) -> float | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -21,14 +20,14 @@ import torch
 import torch.distributed as dist
 
 from async_barriers import StoreBarrier
-from async_barriers._keys import Keys
+from async_barriers._protocol.keys import Keys
 
 OPTIONS: dict[str, Any] = {"timeout_secs": 20.0, "timeout_barrier_init_secs": 20.0}
 
 
 async def main(order: str) -> None:
     """Cross barriers of the job, of its default group and of a subgroup, of one prefix."""
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    attempt = attempt_now()
     job = StoreBarrier.from_env(**OPTIONS)
     if order == "barrier first":
         await job.execute_barrier("early")
@@ -40,7 +39,7 @@ async def main(order: str) -> None:
             await anyio.to_thread.run_sync(await_arrival, "cut short", attempt)
             if attempt == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-        last_rank = (await job.execute_barrier("cut short")).last_rank
+        last_rank = (await job.execute_barrier("cut short")).last_rank  # type: ignore[assignment]
     group_timeout = timedelta(seconds=77)
     dist.init_process_group("gloo", timeout=group_timeout)
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -71,7 +70,7 @@ async def main(order: str) -> None:
             await cross(world)
             if rank == 0:
                 await cross(job)
-        facts["results"] = sorted((r["name"], r["sequence"], r["last_rank"]) for r in results)
+        facts["results"] = sorted((r["name"], r["sequence"]) for r in results)
         facts["group_timeout"] = store.timeout / group_timeout
         facts["committed"] = (
             await job.commit(publish, payload=b"%d" % rank) == b"0 1 2"[: 2 * size - 1]
@@ -80,14 +79,26 @@ async def main(order: str) -> None:
     os.write(1, json.dumps(facts).encode() + b"\n")
 
 
+def attempt_now() -> int:
+    """How often torchrun has started this program anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def await_arrival(name: str, rank: int) -> None:
     """Block until ``rank`` has entered the first phase of ``name`` in this attempt."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store: Any = dist.TCPStore(address, port, wait_for_workers=False)
-    # Whoever comes back begins another generation; both may do that.
-    logs = [Keys("barrier").phase(generation, name, 0).logs[0] for generation in (rank, 2 * rank)]
-    arrived = re.compile(rb"^[amk]%d$" % rank, re.MULTILINE)
-    while not any(store.check([log]) and arrived.search(store.get(log)) for log in logs):
+    keys = Keys("barrier")
+    while True:
+        state = json.loads(store.get(keys.state))
+        # Whoever comes back begins another generation; both may do that.
+        if state["number"] >= attempt_now():
+            own = keys.generation(state["identity"])
+            # Before all have joined again, phases are numbered apart.
+            for label in ("0", "e0"):
+                log = own.phase(name, label).log
+                if store.check([log]) and b"%d" % rank in store.get(log).splitlines():
+                    return
         time.sleep(0.01)
 
 

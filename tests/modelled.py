@@ -1,299 +1,270 @@
-"""A c10d store and the memory of processes, as values that a scheduler changes op by op.
+"""A store and an event loop as a scheduler moves them: what the library takes for its own.
 
-What each operation does and when it can happen; a `Wire`, which the library's own connections
-take for a store; and `shared`, which makes an object of the library whose fields are explored.
+`answered` is what a store does with one request. `Connection`, `Loop` and `Waiter` stand where the
+library has sockets or threads, and an event loop. What is sent leaves through a `Host` (see
+`replayed`), which is one process of the job; what comes back comes when the scheduler says so.
 """
 
 from __future__ import annotations
 
-import inspect
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
-T = TypeVar("T")
-# A key of the store, or a place in memory.
-Key = str | tuple[str, ...]
+from async_barriers._errors import BarrierConnectionError
+from async_barriers._protocol.store import (
+    SILENT,
+    Add,
+    Append,
+    CompareSet,
+    Delete,
+    DeleteMany,
+    Read,
+    Request,
+    SetMany,
+)
+from async_barriers._store.future import Future
 
-
-class Table:
-    """Numbers for all keys and for all that they ever hold, so that states compare quickly."""
-
-    def __init__(self) -> None:
-        self.slots: dict[Key, int] = {}
-        # None is absence.
-        self.things: list[Any] = [None]
-        self.numbers: dict[Any, int] = {(type(None), None): 0}
-
-
-class Values:
-    """What is in store and memory."""
-
-    def __init__(self, table: Table, numbers: Iterable[int] = ()) -> None:
-        self._table = table
-        self._numbers = list(numbers)
-
-    def numbers(self) -> tuple[int, ...]:
-        """The same for the same values, and no other."""
-        while self._numbers and not self._numbers[-1]:
-            del self._numbers[-1]
-        return tuple(self._numbers)
-
-    def __getitem__(self, key: Key) -> Any:
-        """What ``key`` holds; None where it is absent."""
-        slot = self._table.slots.get(key, len(self._numbers))
-        return self._table.things[self._numbers[slot]] if slot < len(self._numbers) else None
-
-    def __setitem__(self, key: Key, value: Any) -> None:
-        table = self._table
-        slot = table.slots.setdefault(key, len(table.slots))
-        self._numbers += [0] * (slot + 1 - len(self._numbers))
-        number = table.numbers.setdefault((type(value), value), len(table.things))
-        if number == len(table.things):
-            table.things.append(value)
-        self._numbers[slot] = number
-
-    def items(self) -> Iterator[tuple[Key, Any]]:
-        for key, number in zip(self._table.slots, self._numbers, strict=False):
-            if number:
-                yield key, self._table.things[number]
+Contents = dict[str, bytes]
 
 
-class Op(NamedTuple):
-    """What an activity asks for; the scheduler says when it happens."""
+class Message(NamedTuple):
+    """What goes out in one piece.
 
-    kind: str
-    key: Key
-    args: tuple[Any, ...] = ()
+    :ivar wait: a key to wait for from then on; what the connection waited for before is forgotten
+    :ivar answered: whether something comes back
+    """
+
+    number: int
+    requests: tuple[Request, ...]
+    wait: str | None
+    answered: bool
+
+
+def answered(contents: Contents, request: Request) -> tuple[Any, list[str]]:
+    """Apply a request; what it is answered by, and the keys at which it wakes who waits."""
+    if isinstance(request, SetMany):
+        for key in request.keys:
+            contents[key] = request.value
+        return None, request.keys
+    if isinstance(request, DeleteMany):
+        for key in request.keys:
+            contents.pop(key, None)
+        return None, []
+    key = request.key
+    old = contents.get(key)
+    if isinstance(request, Read):
+        return old, []
+    if isinstance(request, Delete):
+        contents.pop(key, None)
+        return None, []
+    if isinstance(request, CompareSet):
+        if (old or b"") == request.expected:
+            contents[key] = request.desired
+        elif old is None:
+            return request.expected, []
+        return contents[key], [key]
+    if isinstance(request, Add):
+        total = int(old or b"0") + request.amount
+        contents[key] = b"%d" % total
+        return total, [key]
+    contents[key] = (old or b"") + request.value if isinstance(request, Append) else request.value
+    return None, [key]
+
+
+class Host(Protocol):
+    """The process that connections and loops belong to."""
+
+    now: float
+
+    def sends(self, connection: int, message: Message) -> None: ...
+    def closes(self, connection: int, reset: bool) -> None: ...
+    def ready(self, task: Any) -> None: ...
+
+
+class Connection:
+    """As `SocketConnection`; where it does not wait, as `ThreadedConnection`."""
+
+    def __init__(self, host: Host, number: int, *, waits: bool) -> None:
+        self.number = number
+        self.waits = waits
+        self.on_wake: Callable[[], object] | None = None
+        self.on_lost: Callable[[BarrierConnectionError], object] | None = None
+        self.outbox: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
+        self.lost: BarrierConnectionError | None = None
+        self._host = host
+        self._awaited: str | None = None
+        # Messages, counted; and those that are not answered yet.
+        self._sent = 0
+        self._due: dict[int, tuple[Any, Future[list[Any]], str | None]] = {}
+        # A thread that waits, on a connection of its own.
+        self._thread_waits = False
+
+    def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
+        said: Future[list[Any]] = Future()
+        if self.lost is not None:
+            said.fail(BarrierConnectionError(str(self.lost)))
+            return said
+        late, self.outbox = self.outbox, []
+        if wait is not None:
+            self._awaited = wait
+        every = [*(request for earlier, _ in late for request in earlier), *requests]
+        replies = any(not isinstance(request, SILENT) for request in every)
+        number, self._sent = self._sent, self._sent + 1
+        if replies or not self.waits:
+            sizes = [(_answers(earlier), heard) for earlier, heard in late]
+            self._due[number] = (sizes, said, self._awaited)
+        awaited = self._awaited if self.waits else None
+        message = Message(number, tuple(map(_frozen, every)), awaited, replies or not self.waits)
+        self._host.sends(self.number, message)
+        if not message.answered:
+            for _, heard in late:
+                heard([])
+            said.resolve([])
+        return said
+
+    def hears(self, number: int, answers: tuple[Any, ...]) -> None:
+        """The answers to a message."""
+        late, said, awaited = self._due.pop(number)
+        rest = list(answers)
+        for size, heard in late:
+            heard(rest[:size])
+            del rest[:size]
+        said.resolve(rest)
+        if not self.waits and awaited is not None and awaited == self._awaited and not self.lost:
+            self._awaited = None
+            if not self._thread_waits:
+                self._thread_waits = True
+                self._host.sends(-self.number, Message(number, (), awaited, False))
+
+    def wakes(self, number: int) -> None:
+        """What a message waits for was written; what came after that one has cancelled it."""
+        if not self.waits:
+            self._thread_waits = False
+            if self.on_wake is not None:
+                self.on_wake()
+        elif number == self._sent - 1 and self._awaited is not None:
+            self._awaited = None
+            if self.on_wake is not None:
+                self.on_wake()
+
+    def fulfil(self, *requests: Request) -> None:
+        self.stop_waiting()
+        self.call(*requests)
+
+    def stop_waiting(self) -> None:
+        self._awaited = None
+        self.on_wake = None
+
+    def move(self, loop: object) -> None:
+        """There is one loop."""
 
     @property
-    def in_store(self) -> bool:
-        return isinstance(self.key, str)
+    def unsaid(self) -> bool:
+        return bool(self._due)
 
-    def __str__(self) -> str:
-        key = self.key if isinstance(self.key, str) else " ".join(self.key[1:])
-        return f"{self.kind} {key} {' '.join(map(str, self.args))}".rstrip()
+    def close(self, *, reset: bool = False) -> None:
+        self.on_lost = None
+        self._end(BarrierConnectionError("this connection to the store was closed"), reset)
 
+    def lose(self) -> None:
+        """It breaks."""
+        self._end(BarrierConnectionError("the connection to the store was lost"), True)
 
-Do = Callable[[Op], Any]
-
-
-class Gone(NamedTuple):
-    """What a deleted key of a phase held last; nobody may touch it again."""
-
-    value: bytes
-
-
-def can(values: Values, op: Op, who: int) -> bool:
-    """Whether ``op`` can happen now, or has to wait."""
-    if op.kind in ("wait", "get", "hear"):
-        return values[op.key] is not None
-    if op.kind == "woken":
-        return who not in (values[_sleepers(op.key)] or ())
-    return True
+    def _end(self, error: BarrierConnectionError, reset: bool) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        due, self._due = self._due, {}
+        on_lost, self.on_lost, self.on_wake = self.on_lost, None, None
+        self._host.closes(self.number, reset)
+        for _, said, _ in due.values():
+            said.fail(BarrierConnectionError(str(error)))
+        if on_lost is not None:
+            on_lost(error)
 
 
-def apply(values: Values, op: Op, who: int, late: bool = False) -> Any:
-    """Make ``op`` happen to ``values``; its result. ``late``: what is gone may be touched."""
-    kind, key, args = op
-    old = values[key]
-    if type(old) is Gone:
-        assert late, f"{op}: this key was deleted"
-        return None
-    if kind in ("load", "hear", "get"):
-        return old
-    if kind in ("save", "note"):
-        values[key] = args[0]
-        return None
-    if kind == "add":
-        return int(_write(values, key, b"%d" % (int(old or b"0") + args[0])))
-    if kind == "append":
-        _write(values, key, (old or b"") + args[0])
-    elif kind == "set":
-        _write(values, key, args[0])
-    elif kind == "compare_set":
-        expected, desired = args
-        if old == expected or (old is None and not expected):
-            return _write(values, key, desired)
-        return expected if old is None else old
-    elif kind == "check":
-        return old is not None
-    elif kind == "barrier":
-        # Whoever is not the last one sleeps until the key is written again.
-        total = int(old or b"0") + 1
-        values[key] = b"%d" % total
-        sleepers = values[_sleepers(key)] or frozenset()
-        values[_sleepers(key)] = sleepers | {who} if total < args[0] else None
-    elif kind == "delete" and old is not None:
-        values[key] = Gone(old) if "/phase/" in str(key) else None
-    elif kind == "list":
-        return tuple(sorted(stored(values)))
-    return None
+def _answers(requests: list[Request]) -> int:
+    return sum(not isinstance(request, SILENT) for request in requests)
 
 
-def _write(values: Values, key: Key, value: bytes) -> bytes:
-    values[key] = value
-    values[_sleepers(key)] = None
-    return value
+def _frozen(request: Request) -> Request:
+    if isinstance(request, SetMany | DeleteMany):
+        keys: Any = tuple(request.keys)
+        return request._replace(keys=keys)
+    return request
 
 
-def _sleepers(key: Key) -> Key:
-    return ("sleepers", *([key] if isinstance(key, str) else key))
+class Timer:
+    """Something that will be called."""
+
+    def __init__(self, when: float, callback: Callable[[], object]) -> None:
+        self.when = when
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
 
 
-def stored(values: Values) -> list[str]:
-    """The keys that the store holds."""
-    return [key for key, v in values.items() if isinstance(key, str) and type(v) is not Gone]
+class Loop:
+    """The event loop of a process; its clock goes on where the scheduler says so."""
+
+    ended = False
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self.timers: list[Timer] = []
+
+    def now(self) -> float:
+        return self._host.now
+
+    def here(self) -> bool:
+        return True
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        timer = Timer(when, callback)
+        self.timers.append(timer)
+        return timer
+
+    def next_timer(self) -> Timer | None:
+        """The one that rings first."""
+        self.timers = [timer for timer in self.timers if timer.callback is not None]
+        return min(self.timers, key=lambda timer: timer.when, default=None)
+
+    def post(self, callback: Callable[[], object]) -> None:
+        callback()
+
+    def waiter(self) -> Waiter:
+        return Waiter(self._host)
+
+    def at_end(self, callback: Callable[[], object]) -> Callable[[], object]:
+        return lambda: None
 
 
-def ever(values: Values, key: str) -> bytes:
-    """What ``key`` holds, or held when it was deleted."""
-    value = values[key]
-    return bytes(value.value if isinstance(value, Gone) else value or b"")
+class Waiter:
+    """A task that waits to be woken."""
 
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._woken = False
+        self.until = 0.0
+        self.task: Any = None
 
-class Wire:
-    """A store, as far as the library's connections call it."""
-
-    def __init__(self, do: Do) -> None:
-        self._do = do
-
-    def set_timeout(self, timeout: object) -> None: ...
-
-    def set(self, key: str, value: str | bytes) -> None:
-        self._do(Op("set", key, (_bytes(value),)))
-
-    def append(self, key: str, value: str | bytes) -> None:
-        self._do(Op("append", key, (_bytes(value),)))
-
-    def multi_set(self, keys: list[str], values: list[str]) -> None:
-        for key, value in zip(keys, values, strict=True):
-            self.set(key, value)
-
-    def add(self, key: str, amount: int) -> Any:
-        return self._do(Op("add", key, (amount,)))
-
-    def compare_set(self, key: str, expected: bytes, desired: bytes) -> Any:
-        return self._do(Op("compare_set", key, (_bytes(expected), _bytes(desired))))
-
-    def check(self, keys: list[str]) -> Any:
-        return self._do(Op("check", keys[0]))
-
-    def wait(self, keys: list[str], timeout: object = None) -> None:
-        self._do(Op("wait", keys[0]))
-
-    def get(self, key: str) -> Any:
-        # A TCPStore's client waits first, and then asks for the value, which is deleted meanwhile
-        # only where a wait that began later would find it gone as well.
-        return self._do(Op("get", key))
-
-    def barrier(self, key: str, world_size: int, timeout: object = None) -> None:
-        self._do(Op("barrier", key, (world_size,)))
-        self._do(Op("woken", key))
-
-    def delete_key(self, key: str) -> None:
-        self._do(Op("delete", key))
-
-    def list_keys(self) -> Any:
-        return self._do(Op("list", ""))
-
-
-def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
-
-
-def is_value(thing: object) -> bool:
-    """Whether it can be compared and cannot change."""
-    try:
-        hash(thing)
-    except TypeError:
-        return False
-    return True
-
-
-def calling(kind: Callable[..., T], call: Callable[..., Any]) -> Callable[..., T]:
-    """``kind``, whose methods are called by ``call``."""
-    methods = {
-        name: called(function, call)
-        for name, function in inspect.getmembers(kind, inspect.isfunction)
-        if not name.startswith(("__", "_do"))
-    }
-    return type(kind.__name__, (kind,), methods)  # type: ignore[arg-type]
-
-
-def called(function: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, called by ``call``."""
-
-    def method(*args: Any, **options: Any) -> Any:
-        return call(function, args, options)
-
-    return method
-
-
-def shared(
-    do: Do,
-    name: str,
-    kind: Callable[..., T],
-    *args: Any,
-    changing: Collection[str] = (),
-    **options: Any,
-) -> T:
-    """A ``kind(*args, **options)`` whose fields are places in memory.
-
-    What it was given are constants, but for those ``changing``.
-    """
-    plain = kind(*args, **options)
-    constants = set(inspect.signature(kind).parameters).difference(changing)
-    fields = {**_beginnings(type(plain)), **vars(plain)}
-    cells = {field: _Cell(field) for field in fields if field not in constants}
-    made: Any = object.__new__(type(kind.__name__, (type(plain),), cells))
-    vars(made).update({field: value for field, value in fields.items() if field in constants})
-    vars(made).update(__do=do, __name=name)
-    for field in cells:
-        value = fields[field]
-        if isinstance(value, type(threading.Lock())):
-            vars(made)[field] = _Section(do, ("lock", name, field))
+    def wake(self) -> None:
+        if self.task is None:
+            self._woken = True
         else:
-            setattr(made, field, value)
-    result: T = made
-    return result
+            self._host.ready(self.task)
+
+    async def wait(self, until: float) -> None:
+        if not self._woken:
+            self.until = until
+            await _Pause(self)
+        self._woken = False
 
 
-def _beginnings(kind: type) -> dict[str, Any]:
-    """What the fields of all instances begin with, where that stands in their class."""
-    return {
-        field: value
-        for base in reversed(kind.__mro__[:-1])
-        for field, value in vars(base).items()
-        if not (field.startswith("__") or callable(value) or hasattr(value, "__get__"))
-    }
+class _Pause:
+    def __init__(self, waiter: Waiter) -> None:
+        self._waiter = waiter
 
-
-class _Cell:
-    """A field of a shared object."""
-
-    def __init__(self, field: str) -> None:
-        self._field = field
-
-    def __get__(self, instance: Any, owner: object) -> Any:
-        inner = vars(instance)
-        if self._field in inner:
-            return inner[self._field]
-        return inner["__do"](Op("load", ("memory", inner["__name"], self._field)))
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        inner = vars(instance)
-        inner["__do"](Op("save", ("memory", inner["__name"], self._field), (value,)))
-
-
-class _Section:
-    """A lock of a shared object. Nothing else happens while it is held, so it is never busy."""
-
-    def __init__(self, do: Do, key: Key) -> None:
-        self._do = do
-        self._key = key
-
-    def __enter__(self) -> None:
-        self._do(Op("lock", self._key))
-
-    def __exit__(self, *_: object) -> None: ...
+    def __await__(self) -> Any:
+        yield self._waiter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import select
 import signal
 import socket
@@ -25,7 +24,7 @@ from rank_process import PREFIX
 from torch.distributed import TCPStore
 from worlds import free_port
 
-from async_barriers._keys import LOGS, Keys
+from async_barriers._protocol.keys import GenerationKeys, Keys
 
 T = TypeVar("T")
 
@@ -173,6 +172,16 @@ class Rank:
                 raise AssertionError(f"rank {self.number} did not exit in time\n{last_words}")
             self.exit_code = self._forge.reap(self.pid)
         return self.exit_code
+
+    def is_refused(self, first: Rank) -> None:
+        """It ends with an error that names it, and the process that has its rank."""
+        assert self.exit(time.monotonic() + EXIT_SECS + GRACE_SECS) == 1
+        host = socket.gethostname()
+        for said in (
+            f"is held by process {first.pid} on {host}",
+            f"process {self.pid} on {host} is refused",
+        ):
+            assert said in self.stderr, self.stderr
 
     def _ended(self, by: float) -> bool:
         process = os.pidfd_open(self.pid)
@@ -322,10 +331,16 @@ class Job:
             call.released()
         return self
 
-    def _fork(self, number: int) -> Rank:
+    def _fork(self, number: int, **options: Any) -> Rank:
         backend = self._backends[number % len(self._backends)]
         who = {"rank": number, "backend": backend, "home": self._homes[number]}
-        return Rank(self._forge, {**who, **self._options})
+        return Rank(self._forge, {**who, **self._options, **options})
+
+    def another(self, number: int, **options: Any) -> Rank:
+        """A process with the number of a rank that has one already."""
+        rank = self._fork(number, **options)
+        self._former.append(rank)
+        return rank
 
     def _by_the_store(self, call: Callable[[], T]) -> T:
         home = self._homes[0]
@@ -346,22 +361,36 @@ class Job:
         """Have several ranks start the same."""
         return [self.ranks[number].start(do, **arguments) for number in ranks]
 
-    def entered(self, *ranks: int, name: str = "", sequence: int = 0, generation: int = 0) -> None:
-        """Wait until ``ranks`` have arrived in a phase that is not over."""
-        # It may share its keys with any of those before it.
-        logs = []
-        for first in range(sequence + 1):
-            keys = Keys(PREFIX).phase(generation, name, first)
-            logs.append(keys.logs[(sequence - first) % LOGS])
+    def state(self) -> dict[str, Any]:
+        """The generation in force."""
+        found: dict[str, Any] = json.loads(self.store.get(Keys(PREFIX).state))
+        return found
+
+    def own(self) -> GenerationKeys:
+        """The keys of the generation in force."""
+        return Keys(PREFIX).generation(self.state()["identity"])
+
+    def entered(
+        self, *ranks: int, name: str = "", sequence: int = 0, generation: int | None = None
+    ) -> None:
+        """Wait until ``ranks`` have arrived in a phase that is not over.
+
+        In a generation that not all have joined yet, phases are numbered apart.
+        """
         store = self.store
 
-        def has_entered(rank: int, log: bytes) -> bool:
-            entering = re.compile(rb"[amk]%d|c%d .*" % (rank, rank))
-            return any(entering.fullmatch(line) for line in log.split(b"\n"))
-
         def they_have() -> bool:
-            found = [store.get(key) for key in logs if store.check([key])]
-            return any(all(has_entered(rank, log) for rank in ranks) for log in found)
+            state = self.state()
+            if generation is not None and state["number"] != generation:
+                return False
+            own = Keys(PREFIX).generation(state["identity"])
+            for label in (f"{sequence}", f"e{sequence}"):
+                log = own.phase(name, label).log
+                value = store.compare_set(log, "?", "?")
+                # Behind the number may stand what kind of call it made.
+                if value != b"?" and {*ranks} <= {int(x.split()[0]) for x in value.splitlines()}:
+                    return True
+            return False
 
         until(they_have)
 
@@ -369,32 +398,41 @@ class Job:
         """Have all cross ``name``; their results, which agree on the phase."""
         calls = self.starts(range(self.size), name=name)
         answers = [call.released() for call in calls]
-        assert len({(a["name"], a["sequence"], a["last_rank"]) for a in answers}) == 1, answers
+        assert len({(a["name"], a["sequence"]) for a in answers}) == 1, answers
+        # Who waited for nobody may not know who came last.
+        assert len({a["last_rank"] for a in answers} - {None}) <= 1, answers
         return answers
 
-    def come_back(self, *numbers: int) -> None:
+    def come_back(self, *numbers: int, **options: Any) -> None:
         """Start ranks' processes anew, all at once; the former ones have ended, or live on."""
         self._former += [self.ranks[number] for number in numbers]
         for number in numbers:
-            self.ranks[number] = self._fork(number)
+            self.ranks[number] = self._fork(number, **options)
         for number in numbers:
             self.ranks[number].connects()
 
-    def all_join(self, generation: int) -> None:
+    def all_join(self, generation: int, *, but: int | None = None) -> None:
         """Have every rank that is not told yet hear of the end of its generation, and join."""
         store = self.store
-        keys = [Keys(PREFIX).member(number) for number in range(self.size)]
+        numbers = [number for number in range(self.size) if number != but]
+        keys = [Keys(PREFIX).member(number) for number in numbers]
 
         def they_have() -> bool:
-            for call in self.starts(range(self.size), "connect"):
-                call.released()
-            return all(json.loads(store.get(key))["generation"] == generation for key in keys)
+            for call in self.starts(numbers, "connect"):
+                call.answer()
+            state = self.state()
+            return state["number"] == generation and all(
+                json.loads(store.get(key))["generation"] == state["identity"] for key in keys
+            )
 
         until(they_have)
 
-    def ends(self, within_secs: float = EXIT_SECS, *, quietly: bool = True) -> None:
+    def ends(self, within_secs: float | None = None, *, quietly: bool = True) -> None:
         """Have all ranks still alive end; each exits with 0 and has printed nothing."""
         left = [rank for rank in self.ranks if rank.exit_code is None]
+        if within_secs is None:
+            # Two processors that end many interpreters at once take their time for that alone.
+            within_secs = EXIT_SECS * max(1, (len(left) + 1) // 2)
         for rank in left:
             rank.start("end")
         by = time.monotonic() + within_secs

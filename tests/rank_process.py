@@ -32,6 +32,7 @@ from torch.distributed import TCPStore
 from worlds import AnyBarrier
 
 from async_barriers import StoreBarrier, TCPStoreBarrier
+from async_barriers._client import process
 
 PREFIX = "processes"
 STORE_TIMEOUT_SECS = 77
@@ -73,6 +74,9 @@ def be_rank(options: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.get("home") is not None:
         enter(options["home"])
+    if "machine" in options:
+        # What tells machines apart is the kernel's to say.
+        process._MACHINE = options["machine"]
     doing = functools.partial(obey, options)
     if "program" in options:
         os.environ.update(options["environment"])

@@ -1,164 +1,430 @@
-"""Activities that are values: what one thread does, run again from its start at each operation.
+"""Processes of a job as values: what each of them does next follows from what it was told so far.
 
-An *activity* is a chain of *stages*: synchronous functions whose operations on store and memory
-(see `modelled`) go through `System.do`. Between two of them a stage computes from what they
-returned, and from nothing else. So its arguments and the *log* of its operations and their
-results are its whole state, and no thread has to hold it: to learn what it does next, it is run
-from its start, the operations in the log answer at once, and the first that is not in the log
-unwinds it. That is done once for each log; a `Node` remembers the answer.
-
-Of a call that has returned (`System.call`) only its result is kept, and of a stage that has ended
-nothing but the next one, so that what comes to the same is the same.
+A coroutine cannot be copied, so a process is built anew and told the same again where the explorer
+goes back. What it does then, it does always: its clock, its tokens and its event loop are the
+model's. All that it was told is a path of `Node`s, and each of these is made once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
-from typing import Any, NamedTuple, TypeVar
+import math
+from collections.abc import Callable, Coroutine
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import modelled
-from modelled import Op
+from fingerprints import Walk
+from modelled import Connection, Loop, Message, Waiter
 
-from async_barriers._connection import Connection
+from async_barriers._store.future import Future
 
-T = TypeVar("T")
-
-# Operations, and calls (function, arguments, options), with their results.
-Log = tuple[tuple[Any, Any], ...]
-# A function of the connection and of the rest of the tuple, which returns the next stage.
-Stage = tuple[Any, ...]
-END: Stage = ()
+# What a process is told: a kind, and what belongs to it.
+Event = tuple[Any, ...]
+# What a process does: sends, opens and closes.
+Effect = tuple[Any, ...]
+Program = Callable[["Host"], Coroutine[Any, Any, object]]
 
 
-class Activity(NamedTuple):
-    """What one thread does; ``memory`` is what it shares with others, ``stray`` that it is none
-    of the library's."""
+class Cancelled(BaseException):
+    """As an event loop's own."""
+
+    def __init__(self, scope: CancelScope | None = None) -> None:
+        super().__init__()
+        self.scope = scope
+
+
+class CancelScope:
+    """As anyio's, in the task that runs."""
+
+    def __init__(self, *, deadline: float = math.inf, shield: bool = False) -> None:
+        self.deadline = deadline
+        self.shield = shield
+        self._called = False
+        self._task: Task | None = None
+
+    def __enter__(self) -> CancelScope:
+        self._task = Host.running.task
+        assert self._task is not None
+        self._task.scopes.append(self)
+        if self._called:
+            self._task.interrupt(Cancelled(self))
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> bool:
+        assert self._task is not None
+        self._task.scopes.remove(self)
+        return isinstance(exc, Cancelled) and exc.scope is self
+
+    def cancel(self) -> None:
+        if not self._called:
+            self._called = True
+            if self._task is not None and self in self._task.scopes:
+                self._task.interrupt(Cancelled(self))
+
+
+def get_cancelled_exc_class() -> type[BaseException]:
+    return Cancelled
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one task of a process does.
+
+    :ivar at_once: it is under way from the beginning, and does not begin at any time
+    :ivar cancels: how often it may be cancelled
+    :ivar passes: how often time may pass until a moment that it waits for
+    """
 
     name: str
-    process: str
-    memory: str
-    stray: bool
-    store: Connection
-    first: Stage
+    program: Program
+    at_once: bool = False
+    cancels: int = 0
+    passes: int = 0
 
 
-class Node:
-    """Where an activity stands; without a ``pending`` operation, it has ended."""
+@dataclass(frozen=True)
+class Spec:
+    """A process.
 
-    __slots__ = ("after", "error", "log", "pending", "stage")
+    :ivar waits: as its connections do
+    :ivar replaces: the process that is dead when this one comes
+    :ivar first: what it does before the scenario begins
+    :ivar losses: how many of its connections may break
+    :ivar slow: whether it takes time to open one
+    :ivar lives: whether another process does, as far as this one can tell
+    """
 
-    def __init__(self, stage: Stage, log: Log, pending: Op | None, error: str) -> None:
-        self.stage = stage
-        self.log = log
-        self.pending = pending
-        self.error = error
-        self.after: dict[Any, Node] = {}
+    name: str
+    rank: int
+    jobs: tuple[Job, ...]
+    first: Program | None = None
+    waits: bool = True
+    hosts: bool = False
+    replaces: str | None = None
+    losses: int = 0
+    slow: bool = False
+    lives: Callable[[str], bool | None] = lambda name: False
 
 
-class System:
-    """Activities, and the store and memory they share."""
+class Task:
+    """A coroutine on the event loop of a process."""
 
-    def __init__(self, connect: Callable[..., Connection], *, in_flight: bool) -> None:
-        """``in_flight``: connections do not wait for what needs no answer."""
-        self.in_flight = in_flight
-        self.table = modelled.Table()
-        # What is there before all activities.
-        self.initial = modelled.Values(self.table)
-        self.activities: list[Activity] = []
-        self._connect = modelled.calling(connect, self.call)
-        # What is being run: its log, how far it is in it, and what it asks for then.
-        self._log: Log | None = None
-        self._position = 0
-        self._pending: Op | None = None
-        self._nodes: dict[tuple[int, Stage, Log], Node] = {}
+    def __init__(self, host: Host, job: Job) -> None:
+        self.job = job
+        self.scopes: list[CancelScope] = []
+        self.ended = False
+        self.cancels, self.passes = job.cancels, job.passes
+        self.awaited: Any = None
+        self._host = host
+        self._thrown: Cancelled | None = None
+        self._coroutine = job.program(host)
 
-    def connection(self) -> Connection:
-        return self._connect(modelled.Wire(self.do))
-
-    def shared(self, name: str, kind: Callable[..., T], *args: Any, **options: Any) -> T:
-        """A ``kind`` that activities share; see `modelled.shared`."""
-        made = modelled.calling(kind, self.call)
-        return modelled.shared(self.do, name, made, *args, **options)
-
-    def activity(
-        self,
-        name: str,
-        process: str,
-        first: Stage,
-        *,
-        memory: str | None = None,
-        stray: bool = False,
-    ) -> None:
-        """Something that ``process`` does on a connection of its own."""
-        made = Activity(name, process, memory or process, stray, self.connection(), first)
-        self.activities.append(made)
-
-    def note(self, kind: str, about: str, value: Any = True) -> None:
-        """Remember something for the laws, and for `await_note`."""
-        self.do(Op("note", ("note", kind, about), (value,)))
-
-    def await_note(self, kind: str, about: str) -> Any:
-        return self.do(Op("hear", ("note", kind, about)))
-
-    def begin(self) -> tuple[Node, ...]:
-        """Where all activities stand at first."""
-        return tuple(self._run(i, each.first, ()) for i, each in enumerate(self.activities))
-
-    def after(self, index: int, node: Node, result: Any) -> Node:
-        """Where an activity comes to when its pending operation has returned ``result``."""
-        if result not in node.after:
-            log = (*node.log, (node.pending, result))
-            node.after[result] = self._run(index, node.stage, log)
-        return node.after[result]
-
-    def do(self, op: Op) -> Any:
-        """Every operation of every activity."""
-        if self._log is None:
-            return modelled.apply(self.initial, op, -1)
-        if self._pending is None and self._position < len(self._log):
-            made, result = self._log[self._position]
-            assert made == op, f"not the same twice: {made}, now {op}"
-            self._position += 1
-            return result
-        # Whatever asks for more while it is unwound does not get it.
-        self._pending = self._pending or op
-        raise _Pause
-
-    def call(self, function: Callable[..., T], args: tuple[Any, ...], options: Any) -> T:
-        """``function(*args, **options)``, which has no effects and no memory but by operations."""
-        if self._log is None or any(isinstance(arg, FunctionType) for arg in args):
-            # A function that is made anew in each run cannot be told to be the same.
-            return function(*args, **options)
-        began, call = self._position, (function, args, tuple(options.items()))
-        if self._pending is None and began < len(self._log) and self._log[began][0] == call:
-            self._position += 1
-            known: T = self._log[began][1]
-            return known
-        result = function(*args, **options)
-        if modelled.is_value((call, result)):
-            self._log = (*self._log[:began], (call, result), *self._log[self._position :])
-            self._position = began + 1
-        return result
-
-    def _run(self, index: int, stage: Stage, log: Log) -> Node:
-        """Where ``stage`` comes to from ``log``."""
-        self._log, self._position, self._pending = log, 0, None
-        error = ""
+    def run(self) -> None:
+        self._host.task = self
+        awaited, self.awaited = self.awaited, None
+        if isinstance(awaited, Waiter):
+            awaited.task = None
         try:
-            if stage:
-                call, *args = stage
-                following = call(self.activities[index].store, *args)
-                return self._run(index, following, ())
-        except _Pause:
-            log = self._log
-        except Exception as exc:
-            error = f"{type(exc).__name__}: {exc}"
+            while self.awaited is None:
+                thrown, self._thrown = self._thrown, None
+                if thrown is None:
+                    self.awaited = self._coroutine.send(None)
+                else:
+                    self.awaited = self._coroutine.throw(thrown)
+                if self._interrupted:
+                    self.awaited = None
+        except StopIteration:
+            self.ended = True
         finally:
-            self._log = None
-        node = Node(stage, log, self._pending, error)
-        return self._nodes.setdefault((index, stage, log), node)
+            self._host.task = None
+        if isinstance(self.awaited, Waiter):
+            self.awaited.task = self
+        elif self.awaited is not None:
+            self.awaited.when_done(lambda: self._host.ready(self))
+
+    @property
+    def _interrupted(self) -> bool:
+        thrown = self._thrown
+        if thrown is None:
+            return False
+        inner = self.scopes
+        if thrown.scope is not None and thrown.scope in inner:
+            inner = inner[inner.index(thrown.scope) + 1 :]
+        return not any(scope.shield for scope in inner)
+
+    def interrupt(self, thrown: Cancelled) -> None:
+        """Throw into it, when nothing shields it from that."""
+        if not self.ended:
+            self._thrown = thrown
+            if self._host.task is not self and self._interrupted:
+                self._host.ready(self)
+
+    @property
+    def until(self) -> float:
+        """When it goes on by itself."""
+        until = min((scope.deadline for scope in self.scopes), default=math.inf)
+        return min(until, self.awaited.until) if isinstance(self.awaited, Waiter) else until
+
+    def time_out(self) -> None:
+        """It is that late."""
+        self.passes -= 1
+        for scope in self.scopes:
+            if scope.deadline <= self._host.now:
+                scope.cancel()
+        if isinstance(self.awaited, Waiter) and self.awaited.until <= self._host.now:
+            self._host.ready(self)
+
+    def cancel(self) -> None:
+        self.cancels -= 1
+        self.interrupt(Cancelled())
+
+    def close(self) -> None:
+        self._coroutine.close()
 
 
-class _Pause(BaseException):
-    """Unwinds an activity whose next operation has not been made."""
+class Host:
+    """One process; tells the explorer what it does.
+
+    :ivar running: the one whose code runs
+    :ivar barrier: of its program
+    """
+
+    running: Host
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.rank = spec.rank
+        self.now = 0.0
+        self.loop = Loop(self)
+        self.task: Task | None = None
+        self.barrier: Any = None
+        self.effects: list[Effect] = []
+        self.notes: dict[Event, None] = {}
+        self.ended = False
+        self._losses = spec.losses
+        self._tokens = 0
+        self._connections: dict[int, Connection] = {}
+        self._opening: dict[int, Future[Connection]] = {}
+        self._tasks: dict[str, Task] = {}
+        self._ready: list[Task] = []
+        self._paused: dict[str, Future[None]] = {}
+
+    # -- for its programs ----------------------------------------------------------------
+
+    def note(self, *note: Any) -> None:
+        """Something that a law is about."""
+        self.notes[note] = None
+
+    def token(self) -> str:
+        """What no other process says."""
+        self._tokens += 1
+        return f"{self.name}.{self._tokens}"
+
+    def pause(self, what: str) -> Future[None]:
+        """Done when the scheduler says so."""
+        self._paused[what] = Future()
+        return self._paused[what]
+
+    def open(self) -> Future[Connection]:
+        """A connection to the store."""
+        number = 1 + len(self._connections) + len(self._opening)
+        opened = self._opening[number] = Future()
+        if self.spec.slow:
+            self.effects.append(("opens", number))
+        else:
+            self._open(number)
+        return opened
+
+    # -- what its connections and tasks do -----------------------------------------------
+
+    def sends(self, connection: int, message: Message) -> None:
+        self.effects.append(("sends", connection, message))
+
+    def closes(self, connection: int, reset: bool) -> None:
+        self.effects.append(("closes", connection, reset))
+
+    def ready(self, task: Task) -> None:
+        if task not in self._ready and not task.ended:
+            self._ready.append(task)
+
+    # -- what happens to it --------------------------------------------------------------
+
+    def take(self, event: Event) -> tuple[Effect, ...]:
+        """What it does when it is told that."""
+        Host.running = self
+        self.effects = []
+        kind, *args = event
+        getattr(self, f"_{kind}")(*args)
+        while self._ready:
+            self._ready.pop(0).run()
+        return tuple(self.effects)
+
+    def _hears(self, connection: int, number: int, answers: tuple[Any, ...]) -> None:
+        self._connections[connection].hears(number, answers)
+
+    def _wakes(self, connection: int, number: int) -> None:
+        self._connections[abs(connection)].wakes(number)
+
+    def _open(self, connection: int) -> None:
+        opened = Connection(self, connection, waits=self.spec.waits)
+        self._connections[connection] = opened
+        self._opening.pop(connection).resolve(opened)
+
+    def _lose(self, connection: int) -> None:
+        self._losses -= 1
+        self._connections[connection].lose()
+
+    def _ring(self, when: float) -> None:
+        timer = self.loop.next_timer()
+        assert timer is not None
+        assert timer.callback is not None
+        self.now = max(self.now, timer.when)
+        callback, timer.callback = timer.callback, None
+        callback()
+
+    def _begin(self, name: str) -> None:
+        job = next(job for job in self.spec.jobs if job.name == name)
+        self._start(job)
+
+    def _first(self) -> None:
+        if self.spec.first is not None:
+            self._start(Job("first", self.spec.first))
+
+    def _start(self, job: Job) -> None:
+        self._tasks[job.name] = Task(self, job)
+        self.ready(self._tasks[job.name])
+
+    def _cancel(self, name: str) -> None:
+        self._tasks[name].cancel()
+
+    def _pass(self, name: str) -> None:
+        task = self._tasks[name]
+        self.now = max(self.now, task.until)
+        task.time_out()
+
+    def _go_on(self, what: str) -> None:
+        self._paused.pop(what).resolve(None)
+
+    # -- what can happen to it -----------------------------------------------------------
+
+    def options(self) -> tuple[tuple[str, Event], ...]:
+        """Each with whether it has to happen, may, or does when nothing else can."""
+        found: list[tuple[str, Event]] = []
+        for job in self.spec.jobs:
+            task = self._tasks.get(job.name)
+            if task is None:
+                found.append(("must", ("begin", job.name)))
+            elif not task.ended:
+                if task.cancels:
+                    found.append(("may", ("cancel", job.name)))
+                if task.passes and self.now <= task.until < math.inf:
+                    found.append(("may", ("pass", job.name)))
+        found += [("must", ("go_on", what)) for what in self._paused]
+        if self._losses:
+            open_ones = [c.number for c in self._connections.values() if c.lost is None]
+            found += [("may", ("lose", number)) for number in open_ones]
+        if (timer := self.loop.next_timer()) is not None:
+            found.append(("late", ("ring", timer.when)))
+        return tuple(found)
+
+    def waiting(self) -> tuple[str, ...]:
+        """The tasks that have not ended."""
+        return tuple(name for name, task in self._tasks.items() if not task.ended)
+
+    def fingerprint(self) -> Any:
+        """The same where it will do the same from now on, and no other."""
+        self.loop.next_timer()
+        self.loop.timers.sort(key=lambda timer: timer.when)
+        # What effort is under way is known from what it waits for.
+        walk = Walk([("ObservedSession", "_efforts"), ("Host", "notes"), ("Host", "effects")])
+        return walk.value(self), frozenset(self.notes)
+
+    def end(self) -> None:
+        """It is not needed any more."""
+        self.ended = True
+        if self.barrier is not None:
+            # Or it would leave.
+            self.barrier._session.closing = True
+        for task in self._tasks.values():
+            Host.running, self.task = self, task
+            task.close()
+
+
+class Node(NamedTuple):
+    """A process that was told something."""
+
+    parent: int
+    event: Event
+    notes: tuple[Event, ...]
+    options: tuple[tuple[str, Event], ...]
+    waiting: tuple[str, ...]
+    stands: str | None
+    open: tuple[str, ...]
+
+
+class Process:
+    """All that may become of one process."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.nodes: list[Node] = []
+        self.replays = 0
+        self._after: dict[tuple[int, Event], tuple[int, tuple[Effect, ...]]] = {}
+        self._live: dict[int, Host] = {}
+        self._known: dict[int, int] = {}
+        self._live[0] = Host(spec)
+        self._add(-1, (), self._live[0])
+
+    def after(self, node: int, event: Event) -> tuple[int, tuple[Effect, ...]]:
+        """What becomes of it when it is told ``event``, and what it does then."""
+        known = self._after.get((node, event))
+        if known is None:
+            host = self._host_at(node)
+            effects = host.take(event)
+            mark = hash(host.fingerprint())
+            child = self._known.get(mark)
+            if child is None:
+                child = self._known[mark] = self._add(node, event, host)
+            known = self._after[node, event] = child, effects
+            self._live[child] = host
+        return known
+
+    def _add(self, parent: int, event: Event, host: Host) -> int:
+        session = getattr(host.barrier, "_session", None)
+        membership = None if session is None else session.membership
+        stands = None if membership is None else membership.state.identity
+        awaited = () if session is None else [p for p in session.open if not p.decided]
+        paths = tuple(phase.entry.keys.path for phase in awaited)
+        notes, options, waiting = tuple(host.notes), host.options(), host.waiting()
+        self.nodes.append(Node(parent, event, notes, options, waiting, stands, paths))
+        return len(self.nodes) - 1
+
+    def _host_at(self, node: int) -> Host:
+        host = self._live.pop(node, None)
+        if host is not None:
+            return host
+        while len(self._live) > 8:
+            self._live.pop(next(iter(self._live))).end()
+        self.replays += 1
+        path: list[int] = []
+        at = node
+        while at:
+            path.append(at)
+            at = self.nodes[at].parent
+        host = Host(self.spec)
+        for step in reversed(path):
+            told = self.nodes[step]
+            effects = host.take(told.event)
+            assert self._after[told.parent, told.event] == (step, effects), "not the same again"
+        return host
+
+    def end(self) -> None:
+        """Let go of what is kept to go on from."""
+        for host in self._live.values():
+            host.end()
+        self._live.clear()
+
+
+__all__ = ["Cancelled", "Host", "Job", "Process", "Spec", "contextmanager", "modelled"]

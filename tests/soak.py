@@ -35,6 +35,8 @@ EPISODE_SECS = 45.0
 HOSTED_SECS = 8.0
 # A rank whose host is gone is told to end when it has had the time to find out.
 AFTER_HOST_SECS = 2.0
+# Who comes second has been refused, and its interpreter has ended.
+REFUSED_SECS = 4.0
 HOST_EXIT_SECS = 3.0 + EXIT_SECS
 # The driver that wakes up later than this by itself knows that the machine is overloaded.
 LATE_SECS = 0.2
@@ -166,7 +168,7 @@ class Episode:
         return rank
 
     def _tell(self, number: int, do: str, **arguments: object) -> None:
-        # One that was replaced ends by itself.
+        # What has ended by itself is found out later.
         try:
             self._ranks[number].start(do, **arguments)
         except BrokenPipeError:
@@ -194,9 +196,9 @@ class Episode:
             if any(crash in rank.stderr for crash in CRASHES):
                 self._complain(rank, _last_words(rank))
 
-    def _complain(self, rank: Rank, what: str) -> None:
+    def _complain(self, rank: Rank, what: str, law: int = 8) -> None:
         life = self._life_of.get(rank)
-        self.violations.append(Violation(8, f"rank {rank.number} (life {life}) {what}"))
+        self.violations.append(Violation(law, f"rank {rank.number} (life {life}) {what}"))
 
     # -- faults ------------------------------------------------------------------------
 
@@ -236,6 +238,10 @@ class Episode:
         self._tell(number, "fail", name=self._random.choice(NAMES[2:]))
 
     def _rebuild(self, number: int) -> None:
+        # Until it is built, nobody holds the rank.
+        self._ready.discard(number)
+        self._starting.add(number)
+        self._ranks[number].events.clear()
         self._tell(number, "rebuild")
 
     def _stop(self, number: int) -> None:
@@ -288,12 +294,32 @@ class Episode:
         self._say("kill", rank=number, life=self._life_of[rank])
 
     def _leave(self, number: int) -> None:
+        rank = self._ranks[number]
         self._tell(number, "end")
-        self._later([number], self._random.uniform(0.0, 1.5), lambda: self._start(number))
+
+        def start_again() -> None:
+            # While it lives, it may hold its rank.
+            if rank.running:
+                self._later([number], 0.1, start_again)
+            else:
+                self._start(number)
+
+        self._later([number], self._random.uniform(0.0, 1.5), start_again)
 
     def _usurp(self, number: int) -> None:
-        """Give a rank's number to another process as well."""
+        """Give a rank's number to another process as well; it has to be refused."""
+        holder = self._ranks[number]
         self._start(number)
+        usurper, self._ranks[number] = self._ranks[number], holder
+        self._say("usurp", rank=number, life=self._life_of[usurper])
+        self._starting.discard(number)
+
+        def look() -> None:
+            if usurper.running or usurper.has_said("ready"):
+                self._complain(usurper, "shares its number with another process", law=1)
+            self._ready.add(number)
+
+        self._later([number], REFUSED_SECS, look)
 
     def _end_host(self) -> None:
         """Have rank 0 go, and the store that it hosts."""

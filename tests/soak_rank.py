@@ -12,11 +12,13 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anyio
 import rank_process
@@ -31,10 +33,8 @@ from async_barriers import (
     BrokenBarrierError,
     StoreBarrier,
     TCPStoreBarrier,
-    _series,
 )
-from async_barriers._dialogue import Dialogue
-from async_barriers._series import Caller, Series
+from async_barriers._client.phases import Phase, Turns
 
 PREFIX = "soak"
 # What each name is crossed by, on all ranks. Commits are led by the first and the last rank.
@@ -81,7 +81,8 @@ class SoakRank:
         self._numbers = itertools.count()
         self._open: dict[int, Call] = {}
         self._failing: set[str] = set()
-        self._over = False
+        self._calls: WeakKeyDictionary[Phase, Call] = WeakKeyDictionary()
+        self._refused = False
         self._leaving = False
         self._rebuilding = anyio.Lock()
         self._store: TCPStore | None = None
@@ -94,9 +95,10 @@ class SoakRank:
 
     async def run(self) -> None:
         """Cross until told to end."""
-        self._watch_series()
+        self._watch_moves()
         async with anyio.create_task_group() as tasks:
-            await self._build()
+            if not await self._build():
+                return
             rank_process.say(event="ready")
             for name in NAMES:
                 tasks.start_soon(self._cross_on, name)
@@ -112,7 +114,7 @@ class SoakRank:
 
     async def _obey(self, tasks: anyio.abc.TaskGroup) -> None:
         partial = b""
-        while not self._over:
+        while True:
             await anyio.wait_readable(0)
             chunk = os.read(0, 1 << 16)
             *lines, partial = (partial + chunk).split(b"\n")
@@ -140,16 +142,18 @@ class SoakRank:
         await self._call("abort", name, within, lambda _: barrier.abort(reason, name))
 
     async def _rebuild(self) -> None:
-        # Of two at once, either barrier may be the one that joins last, and stays.
+        # The former one has to be closed, or it would hold the rank.
         async with self._rebuilding:
             await self._close()
             await self._build()
+        rank_process.say(event="ready")
 
     async def _close(self) -> None:
         within = CLOSE_HOST_SECS if self.options["own_store"] else CLOSE_SECS
         await self._call("close", "", within, lambda _: self.barrier.aclose())
 
-    async def _build(self) -> None:
+    async def _build(self) -> bool:
+        """Build the barrier, and connect it; False where it was refused."""
         init_secs, port = self.options["init_secs"], self.options["port"]
         given = {"timeout_secs": None, "timeout_barrier_init_secs": init_secs}
         if self.options["own_store"]:
@@ -179,62 +183,56 @@ class SoakRank:
         self.say("joining")
         barrier = self.barrier
         connected = await self._call("connect", "", init_secs, lambda _: barrier.connect())
-        if connected:
-            self.say("joined", generation=barrier._session.generation)
+        membership = barrier._session.membership
+        if connected and membership is not None:
+            self.say("joined", generation=membership.state.number)
+        return not self._refused
 
     def _watch_turns(self, barrier: AnyBarrier) -> None:
-        """Log in which generation a call takes part, before the store hears of it."""
+        """Log in which phase a call takes part, before the store hears of it."""
         session = barrier._session
-        take = session.take_turn
+        begin = session.begin
 
-        def logged(name: str, leader: int | None = None) -> Any:
-            turn, call = take(name, leader), _current.get()
-            if turn is not None and call is not None:
-                self.say(
-                    "forgo" if call.breaks_only else "enter",
-                    call=call.number,
-                    generation=turn.keys.generation,
-                    sequence=turn.sequence,
-                )
-            return turn
-
-        session.take_turn = logged  # type: ignore[method-assign]
-
-    def _watch_series(self) -> None:
-        """As `_watch_turns`, for calls that need no turn."""
-        enter = Series.enter
-        entering: list[Series] = []
-
-        def enters(series: Series, caller: Caller) -> bool:
-            entering[:] = [series]
-            return enter(series, caller)
-
-        def says(*said: Any) -> Dialogue:
-            # What it says is made when nothing can keep it from entering any more.
-            (series,), call = entering, _current.get()
+        def logged(name: str, step: int | None = None, *of: Any, **more: Any) -> Phase:
+            # A turn that is owed is nobody's call.
+            owed = [(name, step) for name, step, _ in session._owed[:1]]
+            call = None if (name, step) in owed and not of else _current.get()
+            phase = begin(name, step, *of, **more)
             if call is not None:
-                self.say(
-                    "enter",
-                    call=call.number,
-                    generation=series.life.membership.generation,
-                    sequence=series.sequence + 1,
-                )
-            return Dialogue(*said)
+                self._calls[phase] = call
+                self._takes_part(phase)
+            return phase
 
-        Series.enter = enters  # type: ignore[assignment, method-assign]
-        _series.Dialogue = says  # type: ignore[assignment, attr-defined]
+        session.begin = logged  # type: ignore[method-assign]
+
+    def _watch_moves(self) -> None:
+        """As `_watch_turns`, for what was tried before all had joined, and now counts."""
+        renumber = Turns.renumber
+
+        def logged(turns: Turns, phase: Phase) -> Any:
+            before = renumber(turns, phase)
+            if phase in self._calls:
+                self._takes_part(phase)
+            return before
+
+        Turns.renumber = logged  # type: ignore[method-assign,assignment]
+
+    def _takes_part(self, phase: Phase) -> None:
+        call = self._calls[phase]
+        self.say(
+            "forgo" if call.breaks_only else "enter",
+            call=call.number,
+            generation=phase.membership.state.number,
+            # What is tried too early is numbered apart.
+            sequence=-1 - phase.sequence if phase.early else phase.sequence,
+        )
 
     # -- crossing ----------------------------------------------------------------------
 
     async def _cross_on(self, name: str) -> None:
         while True:
             await anyio.sleep(self._pause())
-            barrier = self.barrier
-            if barrier._session.replaced:
-                # Another process has this rank's number now; it goes on, not this one.
-                self._over = True
-                return
-            await self._cross(barrier, name, self._deadline())
+            await self._cross(self.barrier, name, self._deadline())
 
     def _pause(self) -> float:
         return self._random.uniform(0.0, 0.05 if self._random.random() < 0.98 else 1.0)
@@ -295,6 +293,7 @@ class SoakRank:
             if do not in ("close", "connect"):
                 self._open[call.number] = call
             _current.set(call)
+            facts: dict[str, Any]
             self.say("call", call=call.number, do=do, name=name, within=within)
             if self._leaving and call.number in self._open:
                 # Its task was about to begin it when it was cancelled.
@@ -302,7 +301,9 @@ class SoakRank:
             try:
                 value = await make(call)
             except BarrierError as exc:
-                self.say("exit", call=call.number, in_doubt=exc.in_doubt, **_facts(exc))
+                facts = _facts(exc)
+                self._refused = self._refused or facts["outcome"] == "refused"
+                self.say("exit", call=call.number, in_doubt=exc.in_doubt, **facts)
                 return False
             except Planned:
                 self.say("exit", call=call.number, in_doubt=False, outcome="failed")
@@ -311,16 +312,17 @@ class SoakRank:
                 self.say("exit", call=call.number, in_doubt=False, outcome="cancelled")
                 raise
             except Exception as exc:
-                self.say(
-                    "exit", call=call.number, in_doubt=False, outcome="foreign", detail=repr(exc)
-                )
+                where = "".join(traceback.format_exception(exc))
+                self.say("exit", call=call.number, in_doubt=False, outcome="foreign", detail=where)
                 return False
             finally:
                 self._open.pop(call.number, None)
                 _current.set(None)
-            facts: dict[str, Any] = {"outcome": "done"}
+            facts = {"outcome": "done"}
             if do == "execute":
-                facts = {"outcome": "released", "detail": f"released, last rank {value.last_rank}"}
+                facts = {"outcome": "released"}
+                if value.last_rank is not None:
+                    facts["detail"] = f"released, last rank {value.last_rank}"
             elif do == "phase":
                 facts = {"outcome": "released"}
             elif do == "commit":
@@ -343,9 +345,10 @@ def _facts(exc: BarrierError) -> dict[str, Any]:
             "detail": f"broken by {exc.rank}: {exc.reason}",
             "blamed": exc.rank,
         }
-    assert isinstance(exc, BarrierConnectionError | BarrierClosedError), exc
-    kind = "closed" if isinstance(exc, BarrierClosedError) else "lost"
-    return {"outcome": kind, "error": str(exc)}
+    if isinstance(exc, BarrierConnectionError | BarrierClosedError):
+        kind = "closed" if isinstance(exc, BarrierClosedError) else "lost"
+        return {"outcome": kind, "error": str(exc)}
+    return {"outcome": "refused", "error": str(exc)}
 
 
 async def main(options: dict[str, Any]) -> None:

@@ -30,15 +30,21 @@ def run(benchmark: str, *args: str) -> str:
 
 @pytest.mark.processes
 def test_crossings_are_measured_side_by_side() -> None:
-    """Each variant asked for has its row, and ours is set against the others."""
-    variants = ["ours-asyncio", "ours-uvloop", "ours-trio", "torch-blocking", "torch-thread"]
-    said = run(
-        "crossing.py",
-        *["--sizes", "2", "--rounds", "2", "--burst-secs", "0.01"],
-        "--only",
-        ",".join(variants),
-    )
-    rows = [line.split()[0] for line in said.splitlines() if line]
-    assert [row for row in rows if row in variants][: len(variants)] == variants
-    assert "ours-asyncio of torch-thread: " in said
-    assert "ours-asyncio of torch-blocking: " in said
+    """Every use over every store on every loop has its row, next to what is set against it."""
+    said = run("crossing.py", "--sizes", "2", "--rounds", "2", "--crossings", "8")
+    for store in ("bare", "prefix"):
+        for use in ("same name", "new name", "two names", "phase", "commit"):
+            assert f"\n{use}, {store} " in said
+            for loop in ("asyncio", "uvloop", "trio"):
+                assert f"\n{use}, {store}, {loop} " in said
+    assert "\ntorch barrier, bare, blocking " in said
+    assert "\ntorch commit, prefix, trio " in said
+    assert " of 30 goals MISSED" in said
+
+
+@pytest.mark.processes
+def test_many_ranks_are_set_against_torch() -> None:
+    """What the server spends on each, and what each receives, as the world grows."""
+    said = run("scale.py", "--sizes", "16,32", "--rounds", "1", "--burst-secs", "0.05")
+    assert "server CPU us per rank at 32 ranks, of torch's: " in said
+    assert "\nbytes received per rank: " in said

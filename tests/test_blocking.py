@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -11,17 +12,18 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, cast
 
 import anyio
 import pytest
 import torch.distributed.checkpoint._experimental.barriers as torchs
+from blocking_world import BOUND_SECS, LEFT, World, broken, entered, interrupted, threads
 from processes import CRASHES, EXIT_SECS, GRACE_SECS, StartJob, until
 from stores import MemoryStore
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 from worlds import free_port
 
 from async_barriers import (
@@ -29,66 +31,17 @@ from async_barriers import (
     BarrierClosedError,
     BarrierConfig,
     BarrierConnectionError,
+    BarrierError,
     BarrierResult,
     BarrierTimeoutError,
     BrokenBarrierError,
     StoreBarrier,
 )
+from async_barriers._portal import Portal
 from async_barriers.blocking import BlockingBarrier
 
 # As the interpreter ends it, or as a shell reports it.
 INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
-BOUND_SECS = 15.0
-
-
-class World:
-    """Ranks whose calls wait in threads."""
-
-    def __init__(self, size: int, **options: Any) -> None:
-        store = HashStore()
-        self.ranks = [
-            BlockingBarrier(
-                BarrierConfig(
-                    "store",
-                    {
-                        "store": store,
-                        "rank": rank,
-                        "world_size": size,
-                        "timeout_secs": 20,
-                        **options,
-                    },
-                )
-            )
-            for rank in range(size)
-        ]
-        self._threads = ThreadPoolExecutor(16)
-
-    def start(self, rank: int, *args: Any) -> Future[BarrierResult]:
-        """Have a rank cross, in a thread."""
-        return self._threads.submit(self.ranks[rank].execute_barrier, *args)
-
-    def waiting(self, rank: int, *args: Any) -> Future[BarrierResult]:
-        """The same, when it has entered."""
-        turns = turns_of(self.ranks[rank])
-        before = len(turns)
-        future = self.start(rank, *args)
-        until(lambda: any(turn.entered for turn in list(turns)[before:]))
-        return future
-
-    def cross(self) -> set[int]:
-        """Have all cross; the numbers of the phases, of which there is one."""
-        futures = [self.start(rank) for rank in range(len(self.ranks))]
-        return {future.result(BOUND_SECS).sequence for future in futures}
-
-    def close(self) -> None:
-        for barrier in self.ranks:
-            barrier.close()
-        self._threads.shutdown()
-
-
-def turns_of(barrier: Any) -> dict[Any, Any]:
-    turns: dict[Any, Any] = barrier._barrier._session.turns._promises
-    return turns
 
 
 @pytest.fixture
@@ -106,20 +59,9 @@ def start_world() -> Iterator[Callable[..., World]]:
 StartWorld = Callable[..., World]
 
 
-def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if "async_barriers" in thread.name}
-
-
 def fail_after(call: Callable[[], object], error: Exception) -> None:
     call()
     raise error
-
-
-def broken(future: Future[BarrierResult], rank: int, reason: str) -> None:
-    """``future`` ends within a second, told who broke the phase and why."""
-    with pytest.raises(BrokenBarrierError) as caught:
-        future.result(GRACE_SECS)
-    assert (caught.value.rank, caught.value.reason) == (rank, reason)
 
 
 def test_crossing_from_many_threads_at_once(start_world: StartWorld) -> None:
@@ -135,7 +77,7 @@ def test_deadlines(start_world: StartWorld) -> None:
     """None is the configured one, a number is this call's own; who was missing is named."""
     world = start_world(2, timeout_secs=0.3)
     world.ranks[1].connect()
-    for given, timeout in (((), 0.3), ((None,), 0.3), ((0.1,), 0.1)):
+    for given, timeout in (((), 0.3), ((None,), 0.3), ((0.1,), 0.1), ((0,), 0)):
         began = time.monotonic()
         with pytest.raises(BarrierTimeoutError) as caught:
             world.ranks[0].execute_barrier(*given)
@@ -145,25 +87,56 @@ def test_deadlines(start_world: StartWorld) -> None:
         world.ranks[0].execute_barrier(-1)
 
 
-@contextmanager
-def interrupted(when: Callable[[], bool], exception: type[BaseException]) -> Iterator[None]:
-    """A signal handler of the main thread raises ``exception``, as soon as ``when`` holds."""
+def test_what_is_decided_now_in_a_world_of_one() -> None:
+    """A deadline of 0 is met there, by the first call as by those after it."""
+    with_own_store = {"global_rank": 0, "global_world_size": 1, "tcpstore_port": 0}
+    for barrier in (
+        BlockingBarrier(StoreBarrier(HashStore(), rank=0, world_size=1)),
+        BlockingBarrier(BarrierConfig("tcp_store", with_own_store)),
+    ):
+        assert [barrier.execute_barrier(timeout_secs=0).sequence for _ in range(3)] == [0, 1, 2]
+        barrier.close()
 
-    def interrupt(*_: object) -> None:
-        raise exception
 
-    def kill(main: int) -> None:
-        until(when)
-        signal.pthread_kill(main, signal.SIGUSR1)
+def test_it_has_what_a_barrier_has(start_world: StartWorld) -> None:
+    """Names and steps, payloads that are gathered or published, and their errors."""
+    world = start_world()
+    published: list[Mapping[int, bytes]] = []
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    killer = threading.Thread(target=kill, args=[threading.get_ident()])
-    killer.start()
-    try:
-        yield
-    finally:
-        killer.join()
-        signal.signal(signal.SIGUSR1, before)
+    def publish(payloads: Mapping[int, bytes]) -> bytes:
+        published.append(dict(payloads))
+        return b"published"
+
+    async def publish_later(payloads: Mapping[int, bytes]) -> bytes:
+        await anyio.sleep(0)
+        return publish(payloads)
+
+    def work(rank: int) -> list[Any]:
+        barrier = world.ranks[rank]
+        payload = b"%d" % rank
+        done: list[Any] = [
+            barrier.execute_barrier(name="a").sequence,
+            barrier.execute_barrier(5, name="a", step=7).sequence,
+            barrier.all_gather(payload, name="g", step=7),
+            barrier.commit(publish, payload=payload, name="c", step=7),
+            barrier.commit(publish_later, payload=payload, name="c", leader=1, timeout_secs=5),
+        ]
+        with pytest.raises(BrokenBarrierError) as caught:
+            barrier.commit(publish, name="c", step=6)
+        return [*done, (caught.value.name, caught.value.sequence)]
+
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(work, range(2)))
+    assert done == [[0, 7, (b"0", b"1"), b"published", b"published", ("c", 6)]] * 2
+    assert published == [{0: b"0", 1: b"1"}] * 2
+    with pytest.raises(BarrierTimeoutError, match="'late' #3") as caught:
+        world.ranks[0].execute_barrier(0.1, name="late", step=3)
+    assert (caught.value.name, caught.value.missing_ranks) == ("late", (1,))
+    with pytest.raises(TypeError, match="publish must be"):
+        world.ranks[0].commit(b"no function")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="step must be"):
+        world.ranks[0].execute_barrier(step="3")  # type: ignore[arg-type]
+    assert repr(world.ranks[0]).startswith("<BlockingBarrier of <StoreBarrier 'barrier', rank 0")
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, LookupError])
@@ -173,12 +146,34 @@ def test_an_interrupted_wait_breaks_the_phase(
     """What a signal handler raises goes on, the peers are told, and the next phase works."""
     world = start_world(3)
     waiting = world.waiting(1)
-    turns = turns_of(world.ranks[0])
     with (
         pytest.raises(exception),
-        interrupted(lambda: any(turn.entered for turn in list(turns)), exception),
+        interrupted(lambda: bool(entered(world.ranks[0])), exception),
     ):
         world.ranks[0].execute_barrier()
+    broken(waiting, 0, "its task was cancelled")
+    broken(world.start(2), 0, "its task was cancelled")
+    assert world.cross() == {1}
+
+
+def test_an_interrupt_that_is_interrupted(
+    start_world: StartWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes before the call was cancelled does not keep it from that."""
+    world = start_world(3)
+    waiting = world.waiting(1)
+
+    def interrupt(*_: object) -> None:
+        undo.undo()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as undo:
+        undo.setattr(Portal, "_cancel", interrupt)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            interrupted(lambda: bool(entered(world.ranks[0])), LookupError),
+        ):
+            world.ranks[0].execute_barrier()
     broken(waiting, 0, "its task was cancelled")
     broken(world.start(2), 0, "its task was cancelled")
     assert world.cross() == {1}
@@ -222,15 +217,27 @@ def test_closing(start_world: StartWorld) -> None:
     world.ranks[0].close()
     with pytest.raises(BarrierClosedError):
         mine.result(GRACE_SECS)
-    broken(theirs, 0, "it closed its barrier")
-    broken(world.start(2), 0, "it closed its barrier")
-    # It says so for the phase after that, too, in which it will never be.
-    broken(world.start(1), 0, "it closed its barrier")
+    broken(theirs, 0, LEFT)
+    broken(world.start(2), 0, LEFT)
+    # It says so for every phase after that, too, in which it will never be.
+    broken(world.start(1, name="x", step=3), 0, LEFT)
     world.ranks[0].close()
     with pytest.raises(BarrierClosedError, match=r"this BlockingBarrier .* is closed"):
         world.ranks[0].execute_barrier()
+    with pytest.raises(BarrierClosedError, match="<StoreBarrier 'barrier', rank 0 of 3, closed>"):
+        world.ranks[0].all_gather(b"")
     world.close()
     until(lambda: threads() <= before)
+
+
+def test_closing_between_phases(start_world: StartWorld) -> None:
+    """Whoever waits for this rank, or comes later, is told at once, not at its deadline."""
+    world = start_world()
+    world.cross()
+    waiting = world.waiting(1, name="x")
+    world.ranks[0].close()
+    broken(waiting, 0, LEFT)
+    broken(world.start(1, name="y"), 0, LEFT)
 
 
 def test_one_that_was_never_used_connects_to_nothing() -> None:
@@ -254,8 +261,10 @@ def test_leaving_a_block_by_an_exception(start_world: StartWorld) -> None:
     waiting = world.waiting(1)
     with pytest.raises(OSError, match="disk full"), world.ranks[0]:
         raise OSError("disk full")
-    broken(waiting, 0, "it raised OSError: disk full")
-    with pytest.raises(LookupError), world.ranks[1], world.ranks[1]:
+    broken(waiting, 0, f"{LEFT}: it raised OSError: disk full")
+    broken(world.start(1), 0, f"{LEFT}: it raised OSError: disk full")
+    twice = start_world().ranks[1]
+    with pytest.raises(LookupError), twice, twice:
         raise LookupError
 
 
@@ -292,14 +301,44 @@ def test_a_guard_tells_of_what_failed_before_the_crossing(start_world: StartWorl
     assert world.cross() == {2}
 
 
+def test_a_guard_of_a_name(start_world: StartWorld) -> None:
+    """It tells of its own phase, whatever else the body has crossed or guards."""
+    world = start_world()
+    waiting = world.waiting(1, name="save", step=3)
+    world.start(1)
+    with pytest.raises(OSError, match="disk full"), world.ranks[0].guard("save", step=3):
+        fail_after(world.ranks[0].execute_barrier, OSError("disk full"))
+    broken(waiting, 0, "it raised OSError: disk full")
+    waiting = world.waiting(1, name="save", step=4)
+    with (  # noqa: PT012  # noqa: PT012
+        pytest.raises(OSError, match="again"),
+        world.ranks[0].guard("save", step=4),
+        world.ranks[0].guard("save", step=5),
+    ):
+        crossing = functools.partial(world.ranks[0].execute_barrier, name="save", step=4)
+        fail_after(crossing, OSError("again"))
+    assert waiting.result(BOUND_SECS).sequence == 4
+    with pytest.raises(BrokenBarrierError, match="it raised OSError: again"):
+        world.ranks[1].execute_barrier(name="save", step=5)
+    world.ranks[0].close()
+    with pytest.raises(OSError, match="too late"), world.ranks[0].guard():
+        raise OSError("too late")
+
+
 def test_aborting(start_world: StartWorld) -> None:
-    """Breaks the next phase, once, also within a guard."""
+    """Breaks the next phase, once, also within a guard; or that of a step, unless it was
+    released."""
     world = start_world()
     waiting = world.waiting(1)
     with pytest.raises(OSError, match="disk full"), world.ranks[0].guard():
         fail_after(lambda: world.ranks[0].abort("no space left"), OSError("disk full"))
     broken(waiting, 0, "no space left")
     assert world.cross() == {1}
+    assert world.cross(name="x", step=3) == {3}
+    assert not world.ranks[0].abort("too late", "x", step=3)
+    waiting = world.waiting(1, name="x", step=4)
+    assert world.ranks[0].abort("in time", "x", step=4)
+    broken(waiting, 0, "in time")
 
 
 def test_pickling_takes_the_configuration() -> None:
@@ -311,6 +350,14 @@ def test_pickling_takes_the_configuration() -> None:
         barrier.execute_barrier()
         config.barrier_args.clear()
         parcel = pickle.dumps(barrier)
+        # A rank is one process's alone, and the first one's.
+        port = barrier.barrier._session._source.address[1]  # type: ignore[attr-defined]
+        client = TCPStore("127.0.0.1", port, wait_for_workers=False)
+        copy = BlockingBarrier(StoreBarrier(client, rank=0, world_size=1))
+        with pytest.raises(BarrierError, match="is refused"):
+            copy.execute_barrier()
+        assert barrier.execute_barrier().sequence == 1
+        copy.close()
     with pickle.loads(parcel) as again:
         assert again.execute_barrier().sequence == 0
     made = BlockingBarrier(StoreBarrier(HashStore(), rank=0, world_size=1))
@@ -407,10 +454,10 @@ def test_a_call_that_is_interrupted_before_it_began() -> None:
     barrier = BlockingBarrier(made)
     with ThreadPoolExecutor() as pool:
         blocking = pool.submit(barrier.connect)
-        calls = barrier._portal._calls
-        until(lambda: len(calls) == 1)
+        until(lambda: len(barrier._portal._calls) == 1)
+        inbox = barrier._portal._inbox
         began = time.monotonic()
-        with pytest.raises(LookupError), interrupted(lambda: len(calls) == 2, LookupError):
+        with pytest.raises(LookupError), interrupted(lambda: len(inbox) == 1, LookupError):
             barrier.execute_barrier()
         assert time.monotonic() - began < GRACE_SECS + 0.2
         made.go_on.close()
@@ -419,20 +466,33 @@ def test_a_call_that_is_interrupted_before_it_began() -> None:
     assert made.crossed == 0
 
 
-def test_no_event_loop_can_be_made() -> None:
-    """Without file descriptors there is none; the caller is told."""
+def test_no_event_loop_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without file descriptors or threads there is none; the caller is told, and the next one has
+    one again."""
+    before = threads()
     barrier = BlockingBarrier(StoreBarrier(HashStore(), rank=0, world_size=1))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
     os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
+    for some in range(3):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + some, hard))
+        try:
+            with pytest.raises(BarrierConnectionError, match="Too many open files"):
+                barrier.connect()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    until(lambda: threads() <= before)
+
+    def no_more(thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        with pytest.raises(BarrierConnectionError, match=r"can't start new thread.*ulimit -u"):
             barrier.connect()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    with pytest.raises(BarrierClosedError):
-        barrier.connect()
+    assert barrier.execute_barrier().sequence == 0
+    barrier.close()
+    until(lambda: threads() <= before)
 
 
 @pytest.mark.processes
@@ -441,7 +501,7 @@ def test_ctrl_c(start_job: StartJob) -> None:
     job = start_job(3, own_store=False, backends=["blocking"])
     (waiting,) = job.starts([1])
     job.ranks[0].start("here_cross")
-    job.entered(0, 1, sequence=1)
+    job.entered(0, 1)
     killed = job.ranks[0].signal(signal.SIGINT)
     assert job.ranks[0].event()["at"] < killed + GRACE_SECS
     error = waiting.error("BrokenBarrierError")
@@ -450,10 +510,11 @@ def test_ctrl_c(start_job: StartJob) -> None:
     assert job.ranks[0].exit(killed + EXIT_SECS) in INTERRUPTED
     assert job.ranks[0].stderr.count("KeyboardInterrupt") == 1
     assert not any(crash in job.ranks[0].stderr for crash in CRASHES)
-    # Who comes later hears of that exit.
+    # Who comes later hears of that, or of that exit.
     job.ranks[2].start("cross").error("BrokenBarrierError")
     error = job.ranks[2].start("cross").error("BrokenBarrierError")
-    assert (error["rank"], error["reason"]) == (0, "it closed its barrier")
+    assert error["rank"] == 0
+    assert error["reason"].startswith(LEFT)
     job.ends()
 
 
@@ -465,23 +526,39 @@ def test_exits_of_those_that_were_not_closed(start_job: StartJob, own_store: boo
     backends = ["blocking", "blocking", "blocking", "trio"]
     job = start_job(4, own_store=own_store, backends=backends, lanes=0)
     assert job.crosses()[0]["sequence"] == 0
-    told = job.ranks[1].do("here_fork")["value"]
-    assert told.startswith("this BlockingBarrier (its thread is in the process")
-    waiting = job.starts([0, 3], name="")
+    waiting = job.starts([0, 3])
     job.entered(0, 3, sequence=1)
     left = time.monotonic()
     job.ranks[1].start("end")
     for call in waiting:
         error = call.error("BrokenBarrierError")
-        assert (error["rank"], error["reason"]) == (1, "it closed its barrier")
+        assert error["rank"] == 1
+        assert error["reason"].startswith(LEFT)
         assert error["ended"] < left + GRACE_SECS
     assert job.ranks[1].exit(left + EXIT_SECS) == 0, job.ranks[1].stderr
     assert job.ranks[1].stderr == ""
     # With a call that waits in another thread, too; and with the host of the store.
     job.ranks[2].start("cross").error("BrokenBarrierError")
-    job.ranks[2].start("cross")
-    job.entered(2, sequence=2)
+    job.ranks[2].start("cross", name="x")
     job.ends(EXIT_SECS + GRACE_SECS)
+
+
+@pytest.mark.processes
+def test_a_forked_child(start_job: StartJob) -> None:
+    """Each of its calls says at once whose the barrier is, and whose it is not; its parent is in a
+    phase meanwhile, in another thread, and crosses it, and the next."""
+    job = start_job(2, own_store=False, backends=["blocking"])
+    calls = [job.ranks[0].start("cross")]
+    job.entered(0)
+    told = job.ranks[0].do("here_fork")
+    assert told["secs"] < GRACE_SECS / 2
+    for error in told["errors"]:
+        assert f"was built in process {told['parent']} " in error
+        assert f"this is process {told['child']}" in error
+    calls.append(job.ranks[1].start("cross"))
+    assert [call.released()["sequence"] for call in calls] == [0, 0]
+    assert job.crosses()[0]["sequence"] == 1
+    job.ends()
 
 
 @pytest.mark.processes
@@ -489,7 +566,7 @@ def test_a_store_that_dies(start_job: StartJob) -> None:
     """With the rank that hosts it: those that wait learn of it, and exit as ever."""
     job = start_job(2, own_store=True, backends=["blocking"])
     (waiting,) = job.starts([1])
-    job.entered(1, sequence=1)
+    job.entered(1)
     killed = job.ranks[0].signal(signal.SIGKILL)
     assert job.ranks[0].exit(killed + EXIT_SECS) == -signal.SIGKILL
     error = waiting.error("BarrierConnectionError")

@@ -1,303 +1,244 @@
-"""What the protocol asks of a store, of every kind of store."""
+"""A connection of our own to a TCPStore: whatever the pieces, and whatever comes between."""
 
 from __future__ import annotations
 
-import os
-import re
-import socket
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import pytest
-from stores import MemoryStore, PlainStore
-from torch.distributed import DistStoreError, Store, TCPStore
-from worlds import OVER_A_STORE, free_port, open_store
+from hypothesis import given
+from hypothesis import strategies as st
+from served import Served
 
-from async_barriers import BarrierConnectionError, _connection
-from async_barriers import _connecting as connections
-from async_barriers._connection import Connection, TCPConnection
+from async_barriers._protocol.store import (
+    SILENT,
+    Add,
+    Append,
+    CompareSet,
+    Delete,
+    DeleteMany,
+    Read,
+    Request,
+    Set,
+    SetMany,
+)
+from async_barriers._store import wire
+from async_barriers._store.future import Future
 
-
-def connect(store: Store) -> Connection:
-    return connections.connect_to(store, time.monotonic() + 10, threading.Event())
-
-
-@pytest.fixture(params=OVER_A_STORE)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Connection, Connection]]:
-    """Two connections to the same store."""
-    store = open_store(request.param, tmp_path)
-    made = connect(store), connect(store)
-    yield made
-    for connection in made:
-        connection.close()
-
-
-@pytest.fixture
-def tcp() -> Iterator[TCPConnection]:
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    connection = connections.clone_tcp(server, time.monotonic() + 10, threading.Event())
-    yield connection
-    if connection._socket is not None and connection._socket.fileno() >= 0:
-        connection.close()
-
-
-def test_the_operations(pair: tuple[Connection, Connection]) -> None:
-    """What one connection writes the other one reads, whatever the bytes."""
-    one, two = pair
-    blob = bytes(range(256))
-    assert two.read("k") is None
-    one.set("k", blob)
-    assert one.compare_set("k", b"other", b"new") == blob
-    assert one.compare_set("k", blob, b"new") == b"new"
-    assert one.compare_set("absent", b"", b"first") == b"first"
-    assert one.compare_set("absent", b"", b"second") == b"first"
-    one.append("log", b"a\n")
-    one.append("log", b"b\n")
-    assert one.add("count", 3) == 3
-    assert one.add("count", 1 << 62) == (1 << 62) + 3
-    one.set_many(["m1", "m2"], b"v")
-    assert two.read_many(["k", "log", "m2", "none"]) == [b"new", b"a\nb\n", b"v", None]
-    one.delete("k")
-    assert two.read("k") is None
+keys = st.sampled_from(["a", "b", "c"])
+values = st.binary(max_size=5) | st.sampled_from([b"", b"\0absent\0", b"x" * 1500])
+requests = st.one_of(
+    st.builds(Append, keys, values),
+    st.builds(Set, keys, values),
+    st.builds(SetMany, st.lists(keys, min_size=1, max_size=3, unique=True), values),
+    st.builds(Add, st.sampled_from(["n", "m"]), st.integers(-3, 1 << 40)),
+    st.builds(CompareSet, keys, st.sampled_from([b"", b"x", b"y"]), st.sampled_from([b"x", b"y"])),
+    st.builds(Read, st.sampled_from(["a", "b", "c", "none"])),
+    st.builds(Delete, st.sampled_from(["a", "b", "n", "none"])),
+    st.builds(DeleteMany, st.lists(keys, min_size=1, max_size=3)),
+)
+messages = st.lists(requests, max_size=5)
 
 
-def test_appends_of_many_lose_no_line(pair: tuple[Connection, Connection]) -> None:
-    """Two ranks that append at the same moment: both lines are there, whole (laws 1 and 2)."""
+class Model:
+    """What the answers ought to be: a store of the simplest kind, which is asked in order."""
 
-    def append(index: int) -> None:
-        for number in range(50):
-            pair[index].append("log", b"%d %d\n" % (index, number))
-        # Nothing answers an append; what answers this was sent after them.
-        pair[index].exists("log")
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(append, range(2)))
-    log = pair[0].read("log")
-    assert log is not None
-    lines = log.split()
-    assert sorted(log.splitlines()) == sorted(
-        b"%d %d" % (i, n) for i in range(2) for n in range(50)
-    )
-    assert len(lines) == 200
+    def answers(self, message: list[Request]) -> list[Any]:
+        found = [(request, self._answer(request)) for request in message]
+        return [answer for request, answer in found if not isinstance(request, SILENT)]
 
-
-def test_a_value_is_awaited(pair: tuple[Connection, Connection]) -> None:
-    """Whoever waits for a key is woken by its first write."""
-    one, two = pair
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(one.await_value, "bell")
-        two.set("bell", b"ding")
-        assert waiting.result(10) == b"ding"
-
-
-def test_a_wait_that_times_out_goes_on(tcp: TCPConnection) -> None:
-    """c10d knows no endless wait; its timeout is not ours."""
-    store = MemoryStore()
-    timeouts = 0
-
-    def hook(operation: str, key: str) -> None:
-        nonlocal timeouts
-        if operation == "wait":
-            timeouts += 1
-            if timeouts == 1:
-                raise DistStoreError("wait timeout after 604800000ms, keys: /bell")
-            if timeouts == 2:
-                store.data.hook = None
-                store.set("bell", b"ding")
-
-    store.data.hook = hook
-    assert connect(store).await_value("bell") == b"ding"
-    assert timeouts == 2
-
-    other = connect(tcp._store)
-    tcp._store.set_timeout(timedelta(milliseconds=100))
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(tcp.await_value, "bell")
-        with pytest.raises(TimeoutError):
-            waiting.result(0.4)
-        other.set("bell", b"ding")
-        assert waiting.result(10) == b"ding"
-    other.close()
+    def _answer(self, request: Request) -> Any:
+        held = self.values
+        if isinstance(request, Append):
+            held[request.key] = held.get(request.key, b"") + request.value
+        elif isinstance(request, Set):
+            held[request.key] = request.value
+        elif isinstance(request, SetMany):
+            held.update(dict.fromkeys(request.keys, request.value))
+        elif isinstance(request, Add):
+            total = int(held.get(request.key, b"0")) + request.amount
+            held[request.key] = b"%d" % total
+            return total
+        elif isinstance(request, CompareSet):
+            if held.get(request.key, None if request.expected else b"") == request.expected:
+                held[request.key] = request.desired
+            return held.get(request.key, request.expected)
+        elif isinstance(request, Read):
+            found = held.get(request.key)
+            # The one value that cannot be told from none.
+            return None if found == b"\0absent\0" else found
+        else:
+            for key in [request.key] if isinstance(request, Delete) else request.keys:
+                held.pop(key, None)
+        return None
 
 
-def test_an_error_becomes_ours() -> None:
-    """torch's exception is the cause of ours, and its first line is in it."""
-    store = MemoryStore()
-    connection = connect(store)
-
-    def hook(operation: str, key: str) -> None:
-        raise DistStoreError(f"{operation} failed\nand a stack that nobody reads")
-
-    store.data.hook = hook
-    with pytest.raises(BarrierConnectionError) as caught:
-        connection.add("k", 1)
-    assert str(caught.value) == "the store was lost (DistStoreError: add failed)"
-    assert isinstance(caught.value.__cause__, DistStoreError)
-    with pytest.raises(BarrierConnectionError):
-        connection.await_value("k")
-    # Who cannot list keys has nothing to sweep.
-    assert connection.list_keys() == []
-
-
-def test_a_store_in_python_may_speak_text() -> None:
-    """A str where c10d has bytes is understood."""
-
-    class Talker(PlainStore):
-        def get(self, key: str) -> bytes:
-            return super().get(key).decode()  # type: ignore[return-value]
-
-    connection = connect(Talker())
-    connection.set("k", b"v")
-    assert connection.read("k") == b"v"
+@given(st.data(), st.lists(messages, min_size=1, max_size=6))
+def test_answers_in_any_pieces(data: st.DataObject, sent: list[list[Request]]) -> None:
+    """However the bytes of both directions are cut: each message gets its own answers, in order."""
+    served, model = Served(), Model()
+    served.socket.room = 0
+    futures = [served.connection.call(*message) for message in sent]
+    expected = [model.answers(message) for message in sent]
+    pieces = st.integers(1, 40) | st.just(1 << 20)
+    while served.connection.unsaid:
+        served.send(data.draw(pieces))
+        served.arrive(data.draw(pieces))
+        while served.server.serve():
+            pass
+        served.hear(data.draw(pieces))
+    assert [future.result() for future in futures] == expected
+    assert served.loop.writable is None
 
 
-def test_a_call_that_hangs_is_interrupted(tcp: TCPConnection) -> None:
-    """Shutting its socket down ends a call that nothing else would end (laws 5 and 8)."""
-    assert tcp.interruptible
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(tcp.await_value, "never")
-        with pytest.raises(TimeoutError):
-            waiting.result(0.1)
-        tcp.interrupt()
-        with pytest.raises(BarrierConnectionError):
-            waiting.result(5)
-    tcp.interrupt()
+# Of any of these, in any order: a message, with or without a key to wait for; what writes the
+# awaited key and cares for it no more; no more waiting; a write by others; so many requests
+# served; so many bytes that can be sent, or arrive in one direction or the other.
+awaited = st.sampled_from(["w", "v"])
+steps = st.one_of(
+    st.tuples(st.just("call"), messages, st.none() | awaited),
+    st.just(("fulfil",)),
+    st.just(("stop",)),
+    st.tuples(st.just("write"), awaited),
+    st.tuples(st.just("delete"), awaited),
+    st.tuples(st.just("send"), st.integers(0, 60), st.booleans()),
+    st.tuples(st.just("serve"), st.integers(1, 4)),
+    st.tuples(st.just("arrive"), st.integers(1, 60)),
+    st.tuples(st.just("hear"), st.integers(1, 20)),
+)
 
 
-def test_a_torch_that_hides_its_descriptor(
-    tcp: TCPConnection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without it the connection works, and cannot be interrupted."""
-    monkeypatch.setattr(_connection, "innermost", lambda store: "TCPStore()")
-    plain = TCPConnection(tcp._store.clone())
-    assert not plain.interruptible
-    assert plain.remains() == []
-    plain.interrupt()
-    plain.set("k", b"v")
-    assert plain.read("k") == b"v"
-    plain.close()
+class Waits:
+    """Takes the steps, and sees that no answer is another's and no wake is lost or made up."""
+
+    def __init__(self) -> None:
+        self.served = Served()
+        self.model = Model()
+        self.asked: list[tuple[Future[list[Any]], list[Any]]] = []
+        self.awaited: str | None = None
+
+    def call(self, message: list[Request], wait: str | None) -> None:
+        if wait is not None:
+            self.awaited = wait
+            self.served.server.woken.discard(b"/" + wait.encode())
+            self.served.connection.on_wake = self.wake
+        said = self.served.connection.call(*message, wait=wait)
+        self.asked.append((said, self.model.answers(message)))
+
+    def wake(self) -> None:
+        assert self.awaited is not None
+        assert b"/" + self.awaited.encode() in self.served.server.woken
+        self.awaited = None
+
+    def fulfil(self) -> None:
+        if self.awaited is not None:
+            self.served.connection.fulfil(Set(self.awaited, b""))
+            self.awaited = None
+
+    def stop(self) -> None:
+        self.served.connection.stop_waiting()
+        self.awaited = None
+
+    def write(self, key: str) -> None:
+        self.served.server.write(b"/" + key.encode(), b"")
+
+    def delete(self, key: str) -> None:
+        self.served.server.values.pop(b"/" + key.encode(), None)
+
+    def serve(self, most: int) -> None:
+        while most and self.served.server.serve():
+            most -= 1
+
+    def send(self, room: int, told: bool) -> None:
+        self.served.send(room, told=told)
+
+    def arrive(self, most: int) -> None:
+        self.served.arrive(most)
+
+    def hear(self, most: int) -> None:
+        self.served.hear(most)
+
+    def end(self) -> None:
+        for _ in range(3):
+            self.served.exchange()
+        assert self.served.connection.lost is None
+        assert [said.result() for said, _ in self.asked] == [wanted for _, wanted in self.asked]
+        assert not self.served.connection.unsaid
+        if self.awaited is not None:
+            assert self.served.server.waiting == b"/" + self.awaited.encode()
 
 
-def test_waiting_for_a_store_ends() -> None:
-    """At the deadline, or when it is called off; it says where it looked."""
-    port = free_port()
-    with pytest.raises(BarrierConnectionError, match=f"no store answers at 127.0.0.1:{port}"):
-        connections.await_store("127.0.0.1", port, time.monotonic() + 0.3, threading.Event())
-    called_off = threading.Event()
-    called_off.set()
-    with pytest.raises(BarrierConnectionError):
-        connections.await_store("127.0.0.1", port, time.monotonic() + 60, called_off)
+@given(st.lists(steps, max_size=25))
+def test_waits_among_messages(taken: list[tuple[Any, ...]]) -> None:
+    """A wait is cancelled and asked anew with each message, and its byte may be on its way then:
+    no byte is taken for another, and whoever waits is woken."""
+    waits = Waits()
+    for name, *arguments in taken:
+        getattr(waits, name)(*arguments)
+    waits.end()
 
 
-def test_a_port_where_no_store_answers() -> None:
-    """What accepts and is silent, or is no store, holds nobody (laws 5 and 8): c10d's own
-    constructor never returns from the one, and aborts an interpreter that ends meanwhile."""
-    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
-        host, port = silent.getsockname()
-        with pytest.raises(BarrierConnectionError, match="timed out"):
-            connections.await_store(host, port, time.monotonic() + 0.2, threading.Event())
-        silent.accept()[0].close()
-        called_off = threading.Event()
-        waiting = pool.submit(
-            connections.await_store, host, port, time.monotonic() + 60, called_off
-        )
-        with silent.accept()[0]:
-            called_off.set()
-            with pytest.raises(BarrierConnectionError, match="timed out"):
-                waiting.result(5)
-        called_off = threading.Event()
-        waiting = pool.submit(
-            connections.await_store, host, port, time.monotonic() + 60, called_off
-        )
-        with silent.accept()[0] as stranger:
-            stranger.sendall(b"HTTP")
-            # It hangs up when it has heard that.
-            while stranger.recv(64):
-                pass
-            called_off.set()
-            with pytest.raises(BarrierConnectionError, match="answers b'HTTP', which no TCPStore"):
-                waiting.result(5)
+def test_a_wake_just_before_its_cancellation() -> None:
+    """Two bytes come: of the wait's end, and of its cancellation, which ends nothing any more."""
+    served, woken = Served(), []
+    served.connection.on_wake = lambda: woken.append("w")
+    served.connection.call(wait="w")
+    served.exchange()
+    served.server.write(b"/w", b"1")
+    answer = served.connection.call(Read("w"))
+    served.arrive()
+    while served.server.serve():
+        pass
+    # Asked anew, of a key that is there, it ends at once.
+    assert bytes(served.server.said) == b"\0\1" + b"\1" + b"\0" * 7 + b"1" + b"\0"
+    served.hear(2)
+    assert not woken
+    served.hear()
+    assert answer.result() == [b"1"]
+    assert woken == ["w"]
 
 
-def test_a_port_that_says_nothing() -> None:
-    """One that neither accepts nor refuses is knocked at until that is called off."""
-    with socket.socket() as full, socket.socket() as guest:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        guest.connect(full.getsockname())
-        called_off = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            began = time.monotonic()
-            port = full.getsockname()[1]
-            waiting = pool.submit(
-                connections.await_store, "127.0.0.1", port, began + 60, called_off
-            )
-            with pytest.raises(TimeoutError):
-                waiting.result(0.4)
-            called_off.set()
-            with pytest.raises(BarrierConnectionError, match="timed out"):
-                waiting.result(connections._ATTEMPT_SECS / 2)
+def test_fulfil_is_one_message_without_an_answer() -> None:
+    """Who writes what it waits for itself: nobody is called, and the next answer is not the
+    wait's byte."""
+    served = Served()
+    served.connection.on_wake = pytest.fail
+    served.connection.call(Add("n", 1), wait="w")
+    served.exchange()
+    served.connection.fulfil(Set("w", b"1"))
+    assert not served.connection.unsaid
+    answer = served.connection.call(Read("w"))
+    # Nothing is left to cancel.
+    assert wire.CANCEL_WAIT not in served.socket.sent
+    served.exchange()
+    assert answer.result() == [b"1"]
+    # Where another one was faster, too.
+    served.server.values.clear()
+    served.connection.call(wait="w")
+    served.exchange()
+    served.server.write(b"/w", b"2")
+    served.connection.fulfil(Set("w", b"3"))
+    answer = served.connection.call(Read("w"), wait="v")
+    served.exchange()
+    assert answer.result() == [b"3"]
+    assert served.server.waiting == b"/v"
 
 
-def test_what_remains_of_a_connection_that_hung(tcp: TCPConnection) -> None:
-    """It is kept apart, and ended, after the connection was closed; or there is nothing left."""
-    reset, closed = tcp.remains() + tcp.remains()
-    tcp.interrupt()
-    tcp.close()
-    for remains in (reset, closed):
-        assert remains._socket.fileno() >= 0
-    reset.reset()
-    closed.close()
-    assert reset._socket.fileno() == closed._socket.fileno() == -1
-    assert tcp.remains() == []
-
-
-def test_a_connection_that_was_lost_is_let_go_of(tcp: TCPConnection) -> None:
-    """Though its error lives on: a socket that is not closed goes on sending what is too late."""
-    found = re.search(r"fd=(\d+)", repr(tcp._store))
-    assert found
-    file = os.readlink(f"/proc/self/fd/{found[1]}")
-    tcp.interrupt()
-    with pytest.raises(BarrierConnectionError) as caught:
-        # Not a call that the watch on event loops wraps: its frames would hold the store.
-        tcp._do(tcp._store.queue_len, "queue")
-    tcp.close()
-    still_open = []
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            still_open.append(os.readlink(f"/proc/self/fd/{fd}"))
-    assert file not in still_open, caught
-
-
-def test_a_store_that_goes_away_as_it_is_connected_to() -> None:
-    """It is tried until the deadline, or until that is called off, which c10d would not hear."""
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(2) as pool:
-        host, port = server.getsockname()
-
-        def answer_once() -> None:
-            with server.accept()[0] as hailed:
-                hailed.sendall(hailed.recv(64)[-4:])
-                hailed.recv(1)
-            server.close()
-
-        answering = pool.submit(answer_once)
-        began = time.monotonic()
-        with pytest.raises(BarrierConnectionError, match=f"no store .* at {host}:{port}"):
-            connections.connect_to_port(host, port, True, began + 0.4, threading.Event())
-        answering.result(5)
-        assert time.monotonic() - began < 3
-
-
-def test_a_wait_that_was_ended_as_its_value_came(tcp: TCPConnection) -> None:
-    """The connection is done for: an answer that nobody expects may be on its way."""
-    tcp.stop_waiting()
-    tcp.set("bell", b"ding")
-    assert tcp.await_value("bell") == b"ding"
-    tcp._stopped = True
-    with pytest.raises(BarrierConnectionError, match="given up"):
-        tcp.await_value("bell")
+def test_the_outbox_goes_with_the_next_message() -> None:
+    """Before it, in one send; what hears its answers is called before the message's own are
+    there."""
+    served = Served()
+    order: list[Any] = []
+    served.connection.outbox += [
+        ([Add("n", 1), Delete("x")], order.append),
+        ([Set("y", b"1")], order.append),
+        ([Delete("x"), Add("n", 5), Read("y")], order.append),
+    ]
+    assert not served.socket.sent
+    told = served.connection.call(Add("n", 10))
+    told.when_done(lambda: order.append(told.result()))
+    assert served.connection.outbox == []
+    served.exchange()
+    assert order == [[1], [], [6, b"1"], [16]]

@@ -5,43 +5,57 @@ The processes' default group is of a backend that fails whoever touches it; see 
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import CRASHES, EXIT_SECS, GRACE_SECS, Call, Job, StartJob, until
 from rank_process import STORE_TIMEOUT_SECS
 from stores import MemoryStore
-from worlds import Tasks
+from worlds import Tasks, library_threads, library_threads_gone
 
 from async_barriers import (
     BarrierClosedError,
     BarrierConnectionError,
+    BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
     DistBarrier,
     StoreBarrier,
-    _attendance,
 )
-from async_barriers._attendance import Attendance
-from async_barriers._barrier import UNDO_SECS
-from async_barriers._collectives import Collectives
-from async_barriers._meeting import Meeting
-from async_barriers._waiting import outcome
+from async_barriers._dist import arrivals
+from async_barriers._dist.arrivals import ArrivalLog
+from async_barriers._dist.calls import UNDO_SECS
+from async_barriers._dist.collectives import Collectives
+from async_barriers._dist.departures import Gone, decode
+from async_barriers._dist.fingerprint import COMMIT, Operation, pack, unpack
+from async_barriers._dist.group import Group
+from async_barriers._errors import in_one_line
+from async_barriers._store.loops import loop_here
+from async_barriers._store.promises import told
 
 pytestmark = pytest.mark.anyio
 
 # Law 7; twice that where three processes share two processors with other tests.
 PULSE_SECS = 0.1
 DEADLINE_SECS = 0.5
+# When a rank that waits for one that has gone is told so, at the latest.
+TOLD_SECS = 3.0
+# Before it looks again.
+AT_ONCE_SECS = 0.9
 
 
 @contextmanager
@@ -146,10 +160,197 @@ async def test_commit_returns_what_the_leader_publishes() -> None:
         assert await barrier.commit(publish) == b""
         assert seen == [{0: b"mine"}, {0: b""}]
         answer = "text"
-        with pytest.raises(TypeError, match="publish's result must be bytes, not str"):
+        with pytest.raises(BrokenBarrierError, match="publish's result must be bytes") as caught:
             await barrier.commit(publish)
+        assert (caught.value.rank, caught.value.in_doubt) == (0, True)
         with pytest.raises(ValueError, match="rank 3 is outside the world"):
             await barrier.commit(publish, leader=3)
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_a_step_is_the_sequence_and_is_decided_once() -> None:
+    """On every call; one that is not later than the last is told so, and enters nothing."""
+    async with DistBarrier(timeout_secs=10) as barrier:
+        assert (await barrier.execute_barrier("a", step=7)).sequence == 7
+        for step, which in ((7, "this step"), (3, "step 7, a later one,")):
+            with pytest.raises(BrokenBarrierError, match=f"had come for {which} already") as caught:
+                await barrier.execute_barrier("a", step=step)
+            assert (caught.value.sequence, caught.value.in_doubt) == (step, False)
+            assert not await barrier.abort("too late", "a", step=step)
+        # Names are apart, and calls without a step are counted on.
+        assert (await barrier.execute_barrier("b", step=3)).sequence == 3
+        assert (await barrier.execute_barrier("a")).sequence == 2
+        assert await barrier.all_gather(b"one", name="a", step=8) == (b"one",)
+        assert await barrier.commit(lambda _: b"x", name="a", step=1 << 62) == b"x"
+        assert await barrier.abort("no space", "b", step=4)
+        with pytest.raises(KeyError, match="body"):
+            async with barrier.phase("b", step=5):
+                raise KeyError("body")
+        with pytest.raises(BrokenBarrierError, match="had come for this step already"):
+            async with barrier.phase("b", step=5):
+                pass
+        async with barrier.phase("b", step=6):
+            pass
+        with pytest.raises(ValueError, match="step is -1"):
+            barrier.phase("b", step=-1)
+        with pytest.raises(TypeError, match="reason must be a string"):
+            await barrier.abort(3)  # type: ignore[arg-type]
+        assert (await barrier.execute_barrier()).sequence == 8
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_no_time_at_all_is_enough_where_all_are_in() -> None:
+    """``timeout_secs=0`` is what is decided now."""
+    async with DistBarrier() as barrier:
+        assert (await barrier.execute_barrier(timeout_secs=0)).sequence == 0
+        assert await barrier.all_gather(b"x", timeout_secs=0) == (b"x",)
+        # Its thread needs a moment to begin.
+        barrier._calls.collectives.submit(lambda: time.sleep(0.05))
+        assert (await barrier.execute_barrier(timeout_secs=0)).sequence == 2
+        with pytest.raises(ValueError, match="timeout_secs is -1"):
+            await barrier.execute_barrier(timeout_secs=-1)
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_publish_is_checked_before_anything_is_entered() -> None:
+    """What cannot be called is refused; a plain function runs in a thread, and may raise."""
+    threads: list[threading.Thread] = []
+
+    def publish(payloads: Mapping[int, bytes]) -> bytes:
+        threads.append(threading.current_thread())
+        return payloads[0] * 2
+
+    def fail(_: Mapping[int, bytes]) -> bytes:
+        raise OSError("disk full")
+
+    async with DistBarrier() as barrier:
+        with pytest.raises(TypeError, match="publish must be a function"):
+            await barrier.commit(b"no function")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="payload must be bytes"):
+            await barrier.commit(publish, payload=3)  # type: ignore[arg-type]
+        assert await barrier.commit(publish, payload=b"ab") == b"abab"
+        assert threads[0] is not threading.current_thread()
+        with pytest.raises(OSError, match="disk full"):
+            await barrier.commit(partial(fail))
+        assert (await barrier.execute_barrier()).sequence == 2
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_a_thread_that_publishes_outlives_its_deadline_in_doubt() -> None:
+    """It cannot be stopped, and may publish yet."""
+    goes_on = threading.Event()
+    async with DistBarrier() as barrier:
+        with pytest.raises(BarrierTimeoutError, match="still publishing") as caught:
+            await barrier.commit(lambda _: b"" * goes_on.wait(10), timeout_secs=0.1)
+        assert caught.value.in_doubt
+        goes_on.set()
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_no_thread_for_publish_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, nothing is published, and the barrier goes on to work."""
+    async with DistBarrier() as barrier:
+        await barrier.execute_barrier()
+
+        def start(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(BarrierError, match="none can be had"):
+                await barrier.commit(lambda _: b"")
+        await barrier.execute_barrier()
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_two_commits_at_once_are_both_stopped_by_closing() -> None:
+    """The one that publishes and the one that waits for its turn."""
+    async with Tasks() as tasks:
+        barrier = DistBarrier()
+
+        async def publish(_: Mapping[int, bytes]) -> None:
+            await anyio.sleep_forever()
+
+        calls = []
+        for _ in range(2):
+            calls.append(tasks.start(lambda: barrier.commit(publish)))
+            await anyio.wait_all_tasks_blocked()
+        await barrier.aclose()
+        for call in calls:
+            assert not (await call.raised(BarrierClosedError)).in_doubt
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_a_barrier_that_is_dropped_leaves_no_thread() -> None:
+    """Nobody has to close one that nobody has; its keys go, too."""
+    before = set(library_threads())
+    barrier = DistBarrier()
+    await barrier.execute_barrier()
+    DistBarrier()
+    del barrier
+    gc.collect()
+    await library_threads_gone(before)
+    store: Any = dist.distributed_c10d._get_default_store()
+    assert not [key for key in store.list_keys() if "async_barriers" in key]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_closing_is_not_undone_by_cancelling_it_twice() -> None:
+    """asyncio's own cancel() goes through shields; what was begun goes on (law 3)."""
+
+    async def close() -> None:
+        barrier = DistBarrier()
+        await barrier.execute_barrier()
+        goes_on = threading.Event()
+        barrier._calls.collectives.submit(lambda: goes_on.wait(10))
+        closing = asyncio.create_task(barrier.aclose())
+        for _ in range(2):
+            await asyncio.sleep(0.05)
+            assert not closing.done()
+            closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        goes_on.set()
+        assert await told(loop_here(None), barrier._calls.log.ended, time.monotonic() + 5)
+
+    asyncio.run(close())
+    store: Any = dist.distributed_c10d._get_default_store()
+    assert not [key for key in store.list_keys() if "async_barriers" in key]
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_a_body_left_by_its_generator_uses_up_its_turn() -> None:
+    """Nothing can be awaited there; the break goes on by itself."""
+    async with DistBarrier() as barrier:
+
+        async def shards() -> AsyncIterator[int]:
+            async with barrier.phase("x", step=4):
+                yield 1
+
+        generator = shards()
+        assert await generator.__anext__() == 1
+        await generator.aclose()  # type: ignore[attr-defined]
+        with pytest.raises(BrokenBarrierError, match="had come for this step already"):
+            await barrier.execute_barrier("x", step=4)
+        assert (await barrier.execute_barrier()).sequence == 1
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_an_exception_while_a_call_is_handed_over_is_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal handler's, say: nobody knows whether the ranks still count alike."""
+    async with DistBarrier() as barrier:
+
+        def submit(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(barrier._calls.collectives, "submit", submit)
+            with pytest.raises(KeyboardInterrupt):
+                await barrier.execute_barrier()
+        with pytest.raises(BrokenBarrierError, match="ended early"):
+            await barrier.execute_barrier()
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -268,7 +469,7 @@ async def test_a_verdict_is_not_lost_to_a_deadline_of_the_same_instant() -> None
     async with DistBarrier() as barrier, Tasks() as tasks:
         await barrier.execute_barrier()
         goes_on = threading.Event()
-        barrier._calls.group.submit(lambda: goes_on.wait(10))
+        barrier._calls.collectives.submit(lambda: goes_on.wait(10))
         call = tasks.start(lambda: barrier.execute_barrier(timeout_secs=0.5))
         await anyio.wait_all_tasks_blocked()
         # The collective ends, and then the deadline passes, while the loop does not run.
@@ -295,7 +496,7 @@ def test_a_barrier_may_move_to_another_event_loop() -> None:
 
 def test_thousands_of_calls_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """After 2,000 calls there are as many keys and threads as after 100 (law 10)."""
-    monkeypatch.setattr(_attendance, "_LOG_NOTES", 20)
+    monkeypatch.setattr(arrivals, "_LOG_NOTES", 20)
     store: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found: list[tuple[int, int]] = []
 
@@ -305,7 +506,7 @@ def test_thousands_of_calls_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> No
                 await barrier.execute_barrier("" if calls % 2 else f"unique {calls}")
                 if calls in (100, 2000):
                     # What it notes in another thread is noted then.
-                    await outcome(barrier._calls._attendance.missing(calls))
+                    await told(loop_here(None), barrier._calls.log.missing(calls))
                     found.append((store.num_keys(), threading.active_count()))
 
     with default_group(store):
@@ -321,17 +522,17 @@ def test_thousands_of_calls_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("world_of_one")
 async def test_barriers_are_numbered_as_they_are_built() -> None:
     """And again from 0 for a new default group, also those that were built before it."""
-    early = [Meeting(None), Meeting(None)]
-    assert [meeting.root for meeting in early] == [
+    early = [Group(None), Group(None)]
+    assert [group.root for group in early] == [
         "async_barriers/dist/0/",
         "async_barriers/dist/1/",
     ]
     dist.destroy_process_group()
     with pytest.raises(BarrierConnectionError, match="init_process_group"):
-        early[1].convene()
+        early[1].identify()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    early[1].convene()
-    early[1].convene()
+    early[1].identify()
+    early[1].identify()
     assert early[1].root == "async_barriers/dist/0/"
 
 
@@ -346,7 +547,7 @@ async def test_a_group_that_torch_does_not_know_works_without_names() -> None:
     async with DistBarrier(group) as barrier:
         assert (await barrier.execute_barrier()).last_rank == 0
         goes_on = threading.Event()
-        barrier._calls.group.submit(lambda: goes_on.wait(10))
+        barrier._calls.collectives.submit(lambda: goes_on.wait(10))
         with pytest.raises(BarrierTimeoutError, match=r"cannot be told \(the process group has"):
             await barrier.execute_barrier(timeout_secs=0.1)
         goes_on.set()
@@ -648,41 +849,283 @@ def test_several_barriers_beside_the_training(start_job: StartJob) -> None:
     quiet_exit(job, 0, 1, 2)
 
 
+@pytest.mark.processes
+def test_steps_that_differ_are_told_to_all(start_job: StartJob) -> None:
+    """Nobody is released, nothing is published, and all may come for the same step yet."""
+    job = start(start_job)
+
+    def each(do: str, *given: dict[str, Any]) -> list[dict[str, Any]]:
+        calls = [job.ranks[rank].start(do, **given[rank]) for rank in range(3)]
+        return [call.answer() for call in calls]
+
+    far = 1 << 50
+    for ours, theirs, named in (
+        (2, 3, "execute_barrier(step=2) and execute_barrier(step=3)"),
+        (None, 3, "execute_barrier() and execute_barrier(step=3)"),
+        (3, far, "execute_barrier(step=3) and one of a far later step"),
+        (far, far + 1, f"execute_barrier(step={far}) and execute_barrier(step={far + 1})"),
+    ):
+        steps = [{"name": "x", "step": step} for step in (ours, theirs, theirs)]
+        for error in each("cross", *steps):
+            assert (error["error"], error["rank"]) == ("BrokenBarrierError", None)
+            assert not error["in_doubt"]
+            assert error["reason"] == f"the ranks made different calls, among them {named}"
+    assert {told["sequence"] for told in everywhere(job, "cross", name="x", step=2)} == {2}
+    # Who aborts a step has decided it for all; who aborts no step has not.
+    for aborted in (None, 10):
+        step = aborted or 9
+        waiting = job.starts((0, 2), name="z", step=step)
+        assert job.ranks[1].do("abort", reason="no space", name="z", step=aborted)["broke"]
+        errors_of(waiting, "BrokenBarrierError")
+        for call in job.starts(range(3), name="z", step=step):
+            answer = call.answer()
+            assert answer["sequence"] == step
+            assert ("error" in answer) == (aborted is not None)
+    given = {"publish": "plain", "payload": "x", "name": "x"}
+    for error in each("commit", *({**given, "step": step} for step in (4, 4, 3))):
+        assert "commit(step=3, leader=0) and commit(step=4, leader=0)" in error["reason"]
+    assert not job.ranks[0].has_said("publishing")
+    assert {told["value"] for told in everywhere(job, "commit", **given, step=3)} == {"x,x,x"}
+    assert job.ranks[0].event() == {"event": "publishing", "on_loop": False}
+    assert {told["sequence"] for told in everywhere(job, "cross", name="y", step=far)} == {far}
+    quiet_exit(job, 0, 2)
+
+
+@pytest.mark.processes
+def test_payloads_of_all_reach_all(start_job: StartJob) -> None:
+    """In the order of the ranks; whoever fails in between breaks it for all."""
+    job = start(start_job)
+    payloads = ["", "one", "the longest of them"]
+
+    def gathers(*ranks: int) -> list[Call]:
+        return [job.ranks[rank].start("gather", payload=payloads[rank]) for rank in ranks]
+
+    for call in gathers(0, 1, 2):
+        assert call.released()["gathered"] == payloads
+    told = [*gathers(0, 1), job.ranks[2].start("abort", reason="no space")]
+    assert told[2].released()["broke"]
+    assert [call.error("BrokenBarrierError")["reason"] for call in told[:2]] == ["no space"] * 2
+    told = [*gathers(0, 1), job.ranks[2].start("cross")]
+    for call in told:
+        assert "execute_barrier() and all_gather()" in call.error("BrokenBarrierError")["reason"]
+    # Of two that abort the same call, one broke it.
+    told = [*gathers(0), *job.starts((1, 2), "abort", reason="both")]
+    assert told[0].error("BrokenBarrierError")["rank"] in (1, 2)
+    assert sorted(call.released()["broke"] for call in told[1:]) == [False, True]
+    for call in gathers(0, 1, 2):
+        assert call.released()["gathered"] == payloads
+
+
+@pytest.mark.processes
+def test_a_wrong_result_is_the_same_error_for_all(start_job: StartJob) -> None:
+    """It may have published, so all are in doubt; and all go on."""
+    job = start(start_job)
+    calls = job.starts(range(3), "commit", publish="wrong", payload="x", leader=1)
+    told = errors_of(calls, "BrokenBarrierError")
+    assert len({error["text"] for error in told}) == 1
+    assert "may have published, but publish's result must be bytes, not str" in told[0]["text"]
+    assert {(error["rank"], error["in_doubt"]) for error in told} == {(1, True)}
+    assert {answer["sequence"] for answer in everywhere(job, "cross")} == {1}
+    quiet_exit(job, 0, 1, 2)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("do", ["abort", "cross", "commit"])
+def test_who_waits_for_those_that_left_is_told(start_job: StartJob, do: str) -> None:
+    """After its peers gave up and closed it is told so, however long its own deadline."""
+    job = start(start_job, given={"timeout_secs": None})
+    everywhere(job, "cross")
+    for error in errors_of(job.starts((0, 1), timeout_secs=DEADLINE_SECS), "BarrierTimeoutError"):
+        assert error["missing_ranks"] == [2]
+    for call in job.starts((0, 1), "close"):
+        call.released()
+    if do != "abort":
+        # A collective cannot be called back: this was the call that they had entered.
+        job.ranks[2].do("cross")
+    arguments: dict[str, dict[str, Any]] = {
+        "abort": {"reason": "late"},
+        "cross": {},
+        "commit": {"publish": "plain", "payload": "x", "leader": 2},
+    }
+    error = job.ranks[2].start(do, **arguments[do]).error("BrokenBarrierError", TOLD_SECS)
+    assert error["rank"] in (0, 1)
+    assert error["reason"] == "it closed its barrier"
+    assert not error["in_doubt"]
+    error = job.ranks[2].start("cross").error("BrokenBarrierError", 1.0)
+    assert "of no more use: rank" in error["reason"]
+    quiet_exit(job, 0, 1)
+
+
+@pytest.mark.processes
+def test_who_waits_for_one_that_gave_up_is_told(start_job: StartJob) -> None:
+    """Also where that has not closed; and who left because its program failed, says so."""
+    job = start(start_job, given={"timeout_secs": None})
+    everywhere(job, "build", barrier="second", timeout_secs=None)
+    for barrier in ("", "second"):
+        everywhere(job, "cross", barrier=barrier)
+    errors_of(job.starts((0, 1), timeout_secs=DEADLINE_SECS), "BarrierTimeoutError")
+    assert job.ranks[2].start("cross").released()["sequence"] == 1
+    error = job.ranks[2].start("cross").error("BrokenBarrierError", TOLD_SECS)
+    assert error["rank"] in (0, 1)
+    assert error["reason"].endswith(f"DistBarrier: a call timed out after {DEADLINE_SECS} s")
+    waiting = job.starts((1, 2), barrier="second")
+    job.ranks[0].do("leave", barrier="second")
+    for call in waiting:
+        error = call.error("BrokenBarrierError", TOLD_SECS)
+        assert (error["rank"], error["in_doubt"]) == (0, False)
+        assert error["reason"].endswith("it raised LookupError: no such shard")
+    quiet_exit(job, 0, 1, 2)
+
+
+@pytest.mark.processes
+def test_who_connects_to_those_that_left_is_told(start_job: StartJob) -> None:
+    """Whether they gave up before or after it began to."""
+    job = start(start_job, given={"timeout_secs": None})
+    connecting = job.starts((0, 1), "connect")
+    noted(job, 0, 0, 1)
+    job.ranks[0].do("close")
+    late = job.ranks[2].start("connect")
+    for call in (connecting[1], late):
+        error = call.error("BrokenBarrierError", TOLD_SECS)
+        assert (error["rank"], error["reason"]) == (0, "it closed its barrier")
+    assert error["ended"] - error["began"] < AT_ONCE_SECS
+    assert connecting[0].answer()["error"] in ("BarrierClosedError", "BarrierConnectionError")
+    quiet_exit(job, 0, 1, 2)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("does", ["cross", "abort", "connect", "close", "drop"])
+def test_a_forked_child_reaches_nothing_of_its_parents(start_job: StartJob, does: str) -> None:
+    """It is told at once, and the parent goes on, in a call under way, too (law 1)."""
+    job = start(start_job)
+    everywhere(job, "build", barrier="idle")
+    for barrier in ("", "idle"):
+        everywhere(job, "cross", barrier=barrier)
+    waiting = job.starts((0, 1))
+    noted(job, 2, 0, 1)
+    said = job.ranks[0].do("fork", does=does)
+    assert said["status"] == 0
+    if does in ("close", "drop"):
+        assert said["said"] == "no error"
+    else:
+        assert said["said"].startswith("BarrierError: this DistBarrier was built in process")
+    assert not any(call.answered for call in waiting)
+    job.ranks[2].do("cross")
+    assert all(call.released()["last_rank"] == 2 for call in waiting)
+    assert {answer["sequence"] for answer in everywhere(job, "cross")} == {2}
+    everywhere(job, "cross", barrier="idle")
+    everywhere(job, "close")
+    assert not [key for key in job.store.list_keys() if "async_barriers/dist" in key]
+    quiet_exit(job, 0, 1, 2)
+
+
 @pytest.mark.usefixtures("world_of_one")
 def test_notes_do_not_pile_up() -> None:
     """Neither in the store nor before it; and who could not note a thing names nobody."""
     store: Any = dist.distributed_c10d._get_default_store()
-    attendance = Attendance(Meeting(None))
+    log = ArrivalLog(Group(None))
 
     def ours() -> list[str]:
         return [key.partition("0/")[2] for key in store.list_keys() if "async_barriers" in key]
 
-    attendance.enter(1)
-    assert attendance.missing(1).result(5) == ()
+    log.enter(1)
+    assert log.missing(1).result(5) == ()
     goes_on = threading.Event()
-    attendance._lane.submit(lambda _: goes_on.wait(10))
+    log._submit(lambda _: goes_on.wait(10))
     for call in range(1, 3001):
-        attendance.enter(call)
-    assert attendance._lane._worker._queue.qsize() <= 2
+        log.enter(call)
+    assert len(log._worker._calls) <= 2
     goes_on.set()
-    assert attendance.missing(3000).result(5) == ()
+    assert log.missing(3000).result(5) == ()
     # All ranks have long entered the calls of the oldest.
     assert ours() == ["log/2"]
     assert store.get("async_barriers/dist/0/log/2") == b"3000 0\n"
     with pytest.raises(BarrierConnectionError, match="this rank's own arrival"):
-        attendance.missing(3001).result(5)
-    attendance.retire()
-    attendance.ended.result(5)
+        log.missing(3001).result(5)
+    log.retire()
+    log.ended.result(5)
     assert not ours()
 
 
 @pytest.mark.usefixtures("world_of_one")
 def test_a_group_that_was_let_go_takes_no_call() -> None:
     """What comes too late is refused, not queued for ever."""
-    group = Collectives(Meeting(None), None)
-    group.give_up()
+    log = ArrivalLog(Group(None))
+    collectives = Collectives(Group(None), log, None)
+    collectives.give_up()
     with pytest.raises(BarrierConnectionError, match="given up"):
-        group.submit(group.connect).result(5)
-    group.retire()
+        collectives.submit(collectives.connect).result(5)
+    collectives.retire(lambda: None, log.retire)
     with pytest.raises(BarrierConnectionError, match="let go"):
-        group.submit(group.connect).result(5)
+        collectives.submit(collectives.connect).result(5)
+    log.ended.result(5)
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_who_leaves_says_so_before_its_connections_close() -> None:
+    """They are what the peers notice, and then they ask why."""
+    log = ArrivalLog(Group(None))
+    log.enter(0)
+    collectives = Collectives(Group(None), log, None)
+    collectives.submit(collectives.connect).result(5)
+    backends: list[Any] = []
+
+    def look() -> None:
+        backends.append(collectives._backend._backend)
+
+    def last() -> None:
+        look()
+        log.retire()
+
+    collectives.retire(look, last)
+    log.ended.result(5)
+    assert [backend is None for backend in backends] == [False, True]
+
+
+sizes = st.integers(1, 5000)
+steps = st.none() | st.integers(0, 40) | st.integers(0, (1 << 63) - 1)
+
+
+@given(sizes, st.data())
+def test_what_ranks_say_of_their_calls_is_understood(size: int, data: st.DataObject) -> None:
+    """Any calls of any world fit into what goes round, and differ there if they differ.
+
+    But for steps that are too large for it, which are told apart afterwards.
+    """
+    ranks = st.integers(0, size - 1)
+    operations = st.builds(Operation, st.integers(0, COMMIT + size - 1), steps)
+    calls = data.draw(st.dictionaries(ranks, st.none() | operations, min_size=1, max_size=5))
+    came = data.draw(st.permutations([1e9 + i for i in range(len(calls))]))
+    said = [
+        (rank, time, call, pack(call, time, rank, size))
+        for (rank, call), time in zip(calls.items(), came, strict=True)
+    ]
+    assert all(-(1 << 63) <= number < 1 << 63 for *_, numbers in said for number in numbers)
+    largest, smallest = (max(numbers[i] for *_, numbers in said) for i in (0, 1))
+    found = unpack(largest, smallest, size)
+    aborts = [(time, rank) for rank, time, call, _ in said if call is None]
+    assert found.aborted == bool(aborts)
+    if aborts:
+        assert found.last == max(aborts)[1]
+        return
+    if found.highest is not None:
+        made = [(time, rank) for rank, time, call, _ in said if call == found.highest]
+        assert found.last == max(made)[1]
+    if found.highest == found.lowest is not None:
+        assert set(calls.values()) == {found.highest}
+    if len(set(calls.values())) == 1:
+        assert found.highest == found.lowest
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0), st.integers(0), st.text())))
+def test_what_those_who_leave_note_is_understood(
+    notes: list[tuple[int, int, int, str]],
+) -> None:
+    """Whatever their reasons are; the last word of each counts."""
+    gone = [Gone(*note) for note in notes]
+    found = decode(b"".join(note.encode() for note in gone))
+    assert [note.rank for note in found] == list(dict.fromkeys(note.rank for note in gone))
+    last = {note.rank: note for note in gone}
+    for note in found:
+        assert note[:3] == last[note.rank][:3]
+        assert note.reason == in_one_line(last[note.rank].reason)

@@ -18,11 +18,12 @@ from processes import Forge, Rank
 from torch.distributed import HashStore, TCPStore
 from worlds import Tasks, free_port, gather
 
-from async_barriers import BarrierConnectionError, BrokenBarrierError, _doctor
+from async_barriers import BarrierConnectionError, BrokenBarrierError
 from async_barriers.__main__ import main
-from async_barriers._doctor import Facts, Spread
-from async_barriers._doctor_report import Finding, Report, of_error, of_facts
-from async_barriers._stores import PassedIn
+from async_barriers._doctor import measure
+from async_barriers._doctor.measure import Facts, Spread
+from async_barriers._doctor.report import Finding, Report, of_error, of_facts
+from async_barriers._store.sources import PassedIn
 from async_barriers.testing import FaultyStore, local_barriers
 
 QUICK = Spread(0.001, 0.002)
@@ -51,7 +52,7 @@ async def test_every_rank_is_examined() -> None:
         for verdict in (True, False):
 
             async def examine(barrier: Any) -> bool:
-                return await _doctor.examine(
+                return await measure.examine(
                     barrier, PassedIn(store), judge, crossings=20, timeout_secs=10
                 )
 
@@ -77,7 +78,7 @@ async def test_a_rank_that_leaves_is_a_plain_error() -> None:
     store = HashStore()
     async with local_barriers(2, store=store, timeout_secs=5) as barriers, Tasks() as tasks:
         first = tasks.start(
-            lambda: _doctor.examine(
+            lambda: measure.examine(
                 barriers[0], PassedIn(store), lambda ranks: True, crossings=5, timeout_secs=5
             )
         )
@@ -92,7 +93,7 @@ async def test_a_store_that_hangs_is_not_waited_for() -> None:
     store = FaultyStore(HashStore())
     store.hang("check")
     with anyio.fail_after(2), pytest.raises(BarrierConnectionError, match="did not answer"):
-        await _doctor._measure_store(PassedIn(store), 0.2)
+        await measure._measure_store(PassedIn(store), 0.2)
     store.heal()
 
 
@@ -144,8 +145,8 @@ def test_versions_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(_doctor, "version", version)
-    assert _doctor.versions()["torch"] == "not installed"
+    monkeypatch.setattr(measure, "version", version)
+    assert measure.versions()["torch"] == "not installed"
 
 
 def test_one_rank_reads_its_environment(

@@ -58,6 +58,12 @@ def start_far(start_job: StartJob, network: Network) -> StartJob:
     return start
 
 
+def no_key_stays(job: Job, *names: str) -> None:
+    """Wait until all keys of phases are deleted, or all of ``names``."""
+    store, marks = job.store, [f":{name}/" for name in names] or ["/phase/"]
+    until(lambda: not any(mark in key for key in store.list_keys() for mark in marks))
+
+
 class Beliefs:
     """What each rank says became of each phase."""
 
@@ -135,6 +141,10 @@ def test_two_ranks_are_cut_off(
     job.entered(1, *FAR, name="cancelled")
     job.entered(1, name="failed")
     assert job.ranks[2].event()["event"] == "publishing"
+    # So that each has a connection to spare, for the one that will be entered last. And since a
+    # rank departs with its next message: one that is lost would leave keys of these.
+    job.crosses("spare")
+    no_key_stays(job, "spare", *(f"warm-up {lane}" for lane in range(len(names))))
 
     for spoke in network.spokes:
         spoke.cut(cut)
@@ -204,8 +214,7 @@ def test_two_ranks_are_cut_off(
     beliefs.agree()
     # Also when all has come through that TCP still delivers: nothing that was sent too late.
     until(lambda: not any(still_sending(job.ranks[rank]) for rank in FAR))
-    store = job.store
-    until(lambda: not any("/phase/" in key for key in store.list_keys()))
+    no_key_stays(job)
     job.ends(quietly=False)
 
 
@@ -285,6 +294,21 @@ def test_the_host_closes_while_others_are_cut_off(start_far: StartJob, network: 
     job.ranks[0].do("build_anew")
     job.crosses("x")
     job.ends(quietly=False)
+
+
+def test_a_second_process_while_the_first_is_cut_off(start_far: StartJob, network: Network) -> None:
+    """It is refused at once: that the first one lives can be seen, since both are on one machine,
+    though neither can reach the other; and that one goes on when the network is well again."""
+    job = start_far(own_store=False)
+    waiting = job.starts((0, 1, 2), name="x", timeout_secs=None)
+    job.entered(0, 1, 2, name="x")
+    network.spokes[0].cut("both")
+    job.another(2, home=network.hub).is_refused(job.ranks[2])
+    job.another(2, home=network.spokes[1].name).is_refused(job.ranks[2])
+    network.heal()
+    waiting += job.starts((3,), name="x")
+    assert {call.released()["sequence"] for call in waiting} == {0}
+    job.ends()
 
 
 @pytest.mark.parametrize("managed", [True, False], ids=["closed", "not closed"])

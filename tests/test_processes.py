@@ -62,12 +62,12 @@ def test_repeated_crossings_of_several_names(
         for name in names:
             results = [call.released() for call in calls[name]]
             assert [(r["name"], r["sequence"]) for r in results] == [(name, sequence)] * size
-            assert len({r["last_rank"] for r in results}) == 1
-            assert 0 <= results[0]["last_rank"] < size
+            # Who waited for nobody may not know who came last; who was it knows.
+            (last,) = {r["last_rank"] for r in results} - {None}
+            assert 0 <= last < size
     # Off the path of the crossings, the last rank to leave a phase clears it away.
     until(lambda: not any("/phase/" in key for key in store.list_keys()))
-    # Two processors that end eight interpreters at once take their time for that alone.
-    job.ends(EXIT_SECS * max(1, size // 2))
+    job.ends()
 
 
 @over_both
@@ -92,7 +92,9 @@ def test_nobody_is_released_before_the_last_has_entered(
         job.entered(*others, name="held", sequence=held)
         assert not any(call.answered for call in waiting)
         results = crossed([*waiting, job.ranks[held].start("cross", name="held")])
-        assert {result["last_rank"] for result in results} == {held}
+        # Who waited for less than 10 ms may not have asked.
+        assert {result["last_rank"] for result in results} <= {held, None}
+        assert results[-1]["last_rank"] == held
     job.ends()
 
 

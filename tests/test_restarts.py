@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
+import secrets
+import socket
 import threading
-import time
+from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
-from stores import MemoryStore
-from worlds import AnyBarrier, Tasks, World, free_port, gather, until
+from direct import DirectStore, run
+from stores import Data, MemoryStore
+from worlds import AnyBarrier, Tasks, World, crash, free_port, gather, until
 
 from async_barriers import (
     BarrierClosedError,
     BarrierConnectionError,
     BarrierError,
+    BarrierTimeoutError,
     BrokenBarrierError,
     StoreBarrier,
     TCPStoreBarrier,
 )
-from async_barriers import _connecting as connections
-from async_barriers import _lane as lanes
-from async_barriers import _membership as membership
-from async_barriers._connection import Connection
-from async_barriers._keys import Keys
-from async_barriers._protocol import Forgotten, Turn
-from async_barriers._worker import Promise
+from async_barriers._client import process
+from async_barriers._protocol import membership as members
+from async_barriers._protocol.keys import Keys
+from async_barriers._protocol.membership import Life, Membership
+from async_barriers._store.future import Future
 
 pytestmark = pytest.mark.anyio
 
@@ -48,6 +47,12 @@ def own(rank: int, port: int, **options: float) -> TCPStoreBarrier:
     )
 
 
+def data(world: World) -> Data:
+    """What is in a store written in Python, and its hook for faults."""
+    assert isinstance(world.store, MemoryStore)
+    return world.store.data
+
+
 async def told(*ranks: AnyBarrier) -> None:
     """Wait until ``ranks`` know that their generation is over."""
 
@@ -57,143 +62,329 @@ async def told(*ranks: AnyBarrier) -> None:
     await until(all_know)
 
 
-async def test_the_later_of_two_with_the_same_rank_stays(shared: World) -> None:
-    """The other one is refused for good, however often it calls (laws 1 and 11)."""
-    ranks = await shared.barriers(2)
-    newcomer = shared.barrier(0, 2)
-    await newcomer.connect()
-    await told(*ranks)
-    for _ in range(3):
-        with pytest.raises(BrokenBarrierError, match="took this one's place") as caught:
-            await ranks[0].execute_barrier("x")
-        assert (caught.value.name, caught.value.rank) == ("x", 0)
-    results = await gather(partial(rank.execute_barrier, "x") for rank in (newcomer, ranks[1]))
-    assert {result.sequence for result in results} == {0}
+async def crosses(ranks: list[AnyBarrier], name: str = "x") -> int:
+    """Cross ``name`` with everyone; its sequence number, which all must agree on."""
+    results = await gather(partial(rank.execute_barrier, name) for rank in ranks)
+    (sequence,) = {result.sequence for result in results}
+    return sequence
 
 
-def test_a_life_that_was_followed_by_another_gives_way() -> None:
-    """Also where that one came into a later generation, or is on its way."""
-    store, keys = Connection(MemoryStore()), Keys("p")
-    first = membership.join(store, keys, 0, 2, "first")
-    assert first is not None
-    assert membership.join(store, keys, 0, 2, "first", first) is first
-    membership.join(store, keys, 1, 2, "peer")
-    membership.join(store, keys, 1, 2, "peer again")
-    membership.join(store, keys, 0, 2, "second")
-    assert membership.join(store, keys, 0, 2, "first", first) is None
-    assert first.successor(store) == 1
-    third = membership.join(store, keys, 0, 2, "third")
-    assert third is not None
-    store.delete(keys.over(0))
-    assert membership.join(store, keys, 0, 2, "first", first) is None
+# Who may join, and in which generation; step by step, over a store that answers at once.
 
 
-def test_a_letter_that_is_taken_out_in_the_instant_it_is_looked_at() -> None:
-    """Whoever asks whether a member lives does not wait for its own letter (law 5)."""
-    memory = MemoryStore()
-    memory.set_timeout(timedelta(seconds=1))
-    store, keys = Connection(memory), Keys("p")
-    membership.join(store, keys, 0, 2, "member")
-    looks = 0
+class Joining:
+    """Lives that claim ranks under one prefix.
 
-    def take_out(operation: str, key: str) -> None:
-        nonlocal looks
-        if key == keys.mail(0, 0):
-            looks += operation == "check"
-            # What has been seen is gone when it is got, or looked for once more.
-            if operation == "get" or looks == 2:
-                memory.data.values.pop(key, None)
+    :ivar alive: the tokens of those that live
+    :ivar silent: whether only they themselves could say so
+    """
 
-    memory.data.hook = take_out
-    with pytest.raises(BarrierError, match="world size 1, but its peers with 2"):
-        membership.join(store, keys, 0, 1, "stranger")
+    def __init__(self, data: MemoryStore | None = None) -> None:
+        self.memory = data or MemoryStore()
+        self.store = DirectStore(self.memory, waits=False)
+        self.keys = Keys("p")
+        self.alive: set[str] = set()
+        self.silent = False
+        self.asked: list[str] = []
 
+    def lives(self, life: Life) -> bool | None:
+        return None if self.silent else life.token in self.alive
 
-def test_a_claim_that_was_carried_out_late() -> None:
-    """A rank that gave up on joining, and whose claim was made all the same, joins for real."""
-    store, keys = Connection(MemoryStore()), Keys("p")
-    first = membership.join(store, keys, 0, 2, "first")
-    membership.join(store, keys, 1, 2, "peer")
-    membership.join(store, keys, 1, 2, "peer again")
-    # As by a connection that was cut and given up, when what was sent on it gets through.
-    store.set(keys.member(0), json.dumps({"generation": 1, "token": "first"}).encode())
-    second = membership.join(store, keys, 0, 2, "first", first)
-    assert second is not None
-    assert second.generation == 1
-    assert membership.join(store, keys, 0, 2, "first", second) is second
+    def wait_for(self, key: str, secs: float) -> Future[bool]:
+        """Whoever is asked answers, if it lives."""
+        self.asked.append(key)
+        came: Future[bool] = Future()
+        came.resolve(bool(self.alive))
+        return came
 
+    def join(
+        self, rank: int, world_size: int = 2, before: Membership | None = None, **options: Any
+    ) -> Membership:
+        life = Life(secrets.token_hex(8), "somewhere", 1000 + rank, **options)
+        joined = run(
+            members.join(
+                self.store,
+                self.keys,
+                rank,
+                world_size,
+                life,
+                lives=self.lives,
+                wait_for=self.wait_for,
+                before=before,
+            )
+        )
+        self.alive.add(joined.claim.life.token)
+        return joined
 
-def test_what_a_sleeper_may_come_to_is_not_swept() -> None:
-    """What a generation leaves behind is deleted when every rank has joined a later one: a log
-    without the lines of the others would tell who comes late another verdict (law 2)."""
-    store, keys = Connection(MemoryStore()), Keys("p")
-    log = keys.phase(0, "x", 0).logs[0]
-    sleeper = membership.join(store, keys, 2, 3, "sleeper")
-    membership.join(store, keys, 1, 3, "peer")
-    store.set(log, b"decided")
-
-    def others_restart(life: str) -> None:
-        membership.join(store, keys, 0, 3, f"0, {life}")
-        membership.join(store, keys, 1, 3, f"1, {life}")
-
-    for life in "abcd":
-        others_restart(life)
-    assert store.read(log) == b"decided"
-    assert membership.join(store, keys, 2, 3, "sleeper", sleeper) is not sleeper
-    others_restart("e")
-    assert store.read(log) is None
+    def die(self, joined: Membership) -> None:
+        self.alive.discard(joined.claim.life.token)
 
 
-async def test_a_break_that_is_owed_to_a_phase_that_is_forgotten(memory: World) -> None:
-    """It is given up; a rank is not kept from joining by it."""
-    ranks = await memory.barriers(2, lanes=2)
-    session = ranks[0]._session
-    async with Tasks() as tasks:
-        tasks.start(partial(ranks[0].execute_barrier, "x"))
-        await memory.entered(0, name="x")
-        await memory.call(memory.store.delete_key, memory.keys("x").logs[0])
-        turn = session.open_turn("x")
-        assert turn is not None
-        session.start_afresh(turn)
-        results = await gather(partial(rank.execute_barrier, "y") for rank in ranks)
-        assert {result.sequence for result in results} == {0}
-    # Nothing ends a wait in this store but what it waits for.
-    await memory.call(memory.store.set, memory.keys("x").verdict, "r1\n")
+def test_one_generation_never_holds_two_lives_of_a_rank() -> None:
+    """A life whose place is taken is refused while that one lives, and ends its generation when it
+    does not; all who come then join the next one (laws 1 and 11)."""
+    place = Joining()
+    first, peer = place.join(0), place.join(1)
+    assert (first.state, first.complete) == (peer.state, False)
+    assert peer.complete
+    with pytest.raises(BarrierError, match="rank 0 of barrier 'p' is held by process 1000 on some"):
+        place.join(0)
+    place.die(first)
+    second = place.join(0)
+    assert (second.state.number, second.state.by, second.complete) == (1, 0, False)
+    assert not run(members.still_holds(place.store, peer))
+    again = place.join(1, before=peer)
+    assert (again.state, again.complete) == (second.state, True)
+    # Its own former claim is no other life's.
+    assert place.join(1, before=again).state.number == 2
 
 
-def test_two_that_join_at_the_same_moment() -> None:
-    """Of two claims of one rank the store takes one; the other one tries again."""
-    data = MemoryStore()
-    store, keys = Connection(data), Keys("p")
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_life_that_only_itself_can_speak_for(lives: bool) -> None:
+    """On another machine it is asked, and answers or is taken for dead; nothing is left of that."""
+    place = Joining()
+    first = place.join(0)
+    place.silent = True
+    if lives:
+        with pytest.raises(BarrierError, match="which lives"):
+            place.join(0)
+    else:
+        place.die(first)
+        assert place.join(0).state.number == 1
+    assert place.asked
+    assert not [key for key in place.memory.data.values if "/answer/" in key]
+
+
+def test_one_that_left_holds_nothing() -> None:
+    """Its rank is free, though its process lives; the last one to leave takes all keys along, and
+    who comes then does not count what came before."""
+    place = Joining()
+    first, peer = place.join(0), place.join(1)
+    assert run(members.leave(place.store, first, "done", hosts=False))
+    second = place.join(0)
+    assert second.state.number == 1
+    third = place.join(1, before=peer)
+    for one in (second, third):
+        run(members.leave(place.store, one, "done", hosts=False))
+    left = [key for key in place.memory.data.values if not key.endswith("/state")]
+    assert left == []
+    assert place.join(0).state.number == 2
+
+
+def test_of_two_that_claim_at_the_same_moment_one_is_refused() -> None:
+    """The store takes one claim; the other one finds that out, whichever step it was at."""
+    for operation in ("compare_set", "add"):
+        place = Joining()
+        key = ""
+
+        def overtake(called: str, at: str, wanted: str = operation, place: Joining = place) -> None:
+            if called == wanted and at.endswith(
+                "/member/0" if wanted == "compare_set" else "/roll"
+            ):
+                place.memory.data.hook = None
+                if wanted == "compare_set":
+                    place.join(0)
+
+        place.memory.data.hook = overtake
+        if operation == "compare_set":
+            with pytest.raises(BarrierError, match="which lives"):
+                place.join(0)
+        else:
+            assert place.join(0).state.number == 0
+        assert key == ""
+
+
+def test_a_generation_that_ends_while_a_rank_joins_it() -> None:
+    """It was too late there, and joins the next one: no generation has half a member."""
+    place = Joining()
+    dead = place.join(0)
+    place.die(dead)
 
     def overtake(operation: str, key: str) -> None:
-        if (operation, key) == ("compare_set", keys.member(0)):
-            data.data.hook = None
-            membership.join(store, keys, 0, 2, "quicker")
+        if operation == "add" and key.endswith("/roll"):
+            place.memory.data.hook = None
+            place.join(0)
 
-    data.data.hook = overtake
-    slower = membership.join(store, keys, 0, 2, "slower")
-    assert slower is not None
-    assert slower.generation == 1
-    assert b"slower" in (store.read(keys.member(0)) or b"")
+    place.memory.data.hook = overtake
+    joined = place.join(1)
+    assert (joined.state.number, joined.complete) == (1, True)
 
 
-def test_a_world_that_changes_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that comes back, larger or smaller, when nobody of the former size is left."""
-    monkeypatch.setattr(membership, "_ANSWERS_SECS", 0.1)
-    store, keys = Connection(MemoryStore()), Keys("p")
-    for rank in range(3):
-        membership.join(store, keys, rank, 3, f"old {rank}")
-    joined = [membership.join(store, keys, rank, 2, f"new {rank}") for rank in range(2)]
-    assert {one.generation for one in joined if one is not None} == {1}
-    # A rank of the old size that comes back: the last word on the size is its own.
-    back = membership.join(store, keys, 2, 3, "new 2")
-    assert back is not None
-    assert back.generation == 2
-    # One that was no member before.
-    grown = membership.join(store, keys, 3, 4, "new 3")
-    assert grown is not None
-    assert grown.generation == 3
+def test_a_world_that_changes_its_size() -> None:
+    """A job that comes back, larger or smaller, when nobody of the former size lives; one of
+    another size is refused while somebody does."""
+    place = Joining()
+    old = [place.join(rank, 3) for rank in range(3)]
+    with pytest.raises(
+        BarrierError, match=r"world size 2, but its peers with 3 \(rank 0, which li"
+    ):
+        place.join(0, 2)
+    for one in old:
+        place.die(one)
+    joined = [place.join(rank, 2) for rank in range(2)]
+    assert [one.state.number for one in joined] == [1, 1]
+    with pytest.raises(BarrierError, match="world size 3, but its peers with 2"):
+        place.join(2, 3, before=old[2])
+
+
+def test_another_run_is_never_a_restart() -> None:
+    """Also where nobody of the first one lives; who names none may join any (law 11)."""
+    place = Joining()
+    first = place.join(0, run_id="one")
+    place.die(first)
+    with pytest.raises(BarrierError, match=r"of run 'two' .* are those of run 'one'"):
+        place.join(0, run_id="two")
+    assert place.join(0, run_id="one").state.run_id == "one"
+    assert place.join(1).state.run_id == "one"
+
+
+# Barriers.
+
+
+async def test_the_second_of_two_with_the_same_rank_is_refused(shared: World) -> None:
+    """Both are named, however often it tries; the first one goes on, and whoever waits (law 1)."""
+    ranks = await shared.barriers(2)
+    second = shared.barrier(0, 2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await shared.entered(0, name="x")
+        for _ in range(2):
+            with pytest.raises(BarrierError, match="which lives") as caught:
+                await second.execute_barrier("x")
+            assert str(caught.value).count(f"on {socket.gethostname()}") == 2
+        assert not waiting.ended.is_set()
+        await ranks[1].execute_barrier("x")
+        assert (await waiting.returned()).sequence == 0
+    assert await crosses(ranks) == 1
+    # Once the first one has left, the rank is free.
+    await ranks[0].aclose()
+    await second.connect()
+    await told(ranks[1])
+    assert await crosses([second, ranks[1]]) == 0
+
+
+async def test_a_life_elsewhere_is_asked(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this machine cannot tell whether it lives: it answers, or it is taken for dead."""
+    ranks = await shared.barriers(2)
+    monkeypatch.setattr(process, "lives", lambda life: None)
+    second = shared.barrier(0, 2)
+    with pytest.raises(BarrierError, match="which lives"):
+        await second.connect()
+    assert await crosses(ranks) == 0
+    crash(ranks[0])
+    with anyio.fail_after(4):
+        await second.connect()
+        await told(ranks[1])
+    assert await crosses([second, ranks[1]]) == 0
+
+
+@pytest.mark.parametrize("do", ["execute_barrier", "commit", "all_gather"])
+async def test_who_waits_for_the_others_to_come_back(memory: World, do: str) -> None:
+    """It meets them with what it had brought, though that was numbered otherwise (law 11)."""
+    ranks = await memory.barriers(3)
+    crash(ranks[1])
+    ranks[1] = memory.barrier(1, 3)
+
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        return b"+".join(payloads.values())
+
+    def call(rank: int) -> Any:
+        payload = b"p%d" % rank * (1 if rank else 200)
+        if do == "execute_barrier":
+            return partial(ranks[rank].execute_barrier, "x")
+        if do == "all_gather":
+            return partial(ranks[rank].all_gather, payload, name="x")
+        return partial(ranks[rank].commit, publish, payload=payload, name="x", leader=2)
+
+    async with Tasks() as tasks:
+        outcomes = {1: tasks.start(call(1))}
+        await until(partial(_joined, ranks[1], 1))
+        await memory.entered(1, name="x", sequence="e0")
+        await ranks[0].connect()
+        outcomes[0] = tasks.start(call(0))
+        await memory.entered(0, name="x", sequence="e0")
+        assert not any(outcome.ended.is_set() for outcome in outcomes.values())
+        outcomes[2] = tasks.start(call(2))
+        answers = [await outcomes[rank].returned() for rank in range(3)]
+    brought = [b"p%d" % rank * (1 if rank else 200) for rank in range(3)]
+    if do == "execute_barrier":
+        assert [answer.sequence for answer in answers] == [0, 0, 0]
+    elif do == "all_gather":
+        assert answers == [tuple(brought)] * 3
+    else:
+        assert answers == [b"+".join(brought)] * 3
+    assert await crosses(ranks) == 1
+
+
+async def _joined(barrier: AnyBarrier, generation: int) -> bool:
+    membership = barrier._session.membership
+    return membership is not None and membership.state.number == generation
+
+
+async def test_what_is_tried_before_all_are_back_puts_nobody_out_of_step(shared: World) -> None:
+    """Deadlines, aborts and bodies that fail, alone or by two of three (law 11)."""
+    ranks = await shared.barriers(3)
+    crash(ranks[0])
+    ranks[0] = shared.barrier(0, 3, timeout_barrier_init_secs=0.4)
+    for _ in range(2):
+        with pytest.raises(BarrierTimeoutError, match="did not join again") as caught:
+            await ranks[0].execute_barrier("x")
+        assert caught.value.missing_ranks == (1, 2)
+    assert await ranks[0].abort("no disk", "x")
+    with pytest.raises(LookupError):
+        async with ranks[0].phase("x"):
+            raise LookupError("no shard")
+    await ranks[1].connect()
+    async with Tasks() as tasks:
+        for outcome in [
+            tasks.start(partial(rank.execute_barrier, "x", timeout_secs=0.3)) for rank in ranks[:2]
+        ]:
+            assert (await outcome.raised(BarrierTimeoutError)).missing_ranks[-1] == 2
+    # How often each has tried by now is nobody's concern.
+    await ranks[2].connect()
+    for sequence in range(2):
+        assert await crosses(ranks) == sequence
+    keys: list[str] = await shared.call(shared.innermost.list_keys)
+    assert not [key for key in keys if "/x/e" in key]
+
+
+async def test_a_break_of_the_gone_is_not_learned(shared: World) -> None:
+    """Both processes of a broken phase are gone: those that come start with a clean slate."""
+    ranks = await shared.barriers(2)
+    assert await ranks[0].abort("no disk", "x")
+    for rank in ranks:
+        crash(rank)
+    assert await crosses([shared.barrier(rank, 2) for rank in range(2)]) == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)], ids=str)
+async def test_all_come_back_one_by_one(shared: World, order: tuple[int, ...]) -> None:
+    """In whatever order, each in the middle of a phase; what they cross then is one phase."""
+    ranks = await shared.barriers(3)
+    for rank in order:
+        async with Tasks() as tasks:
+            waiting = [
+                tasks.start(partial(ranks[other].execute_barrier, "x", timeout_secs=None))
+                for other in range(3)
+                if other != rank
+            ]
+            await until(lambda w=waiting: _all_wait(ranks, rank))  # type: ignore[misc]  # noqa: B023
+            crash(ranks[rank])
+            ranks[rank] = shared.barrier(rank, 3)
+            await ranks[rank].connect()
+            for outcome in waiting:
+                assert (await outcome.raised(BrokenBarrierError)).rank == rank
+        await gather(one.connect for one in ranks)
+        for sequence in range(2):
+            assert await crosses(ranks) == sequence
+
+
+async def _all_wait(ranks: list[AnyBarrier], but: int) -> bool:
+    others = [rank for rank in range(3) if rank != but]
+    return all(
+        any(phase.name == "x" and phase.entered for phase in ranks[other]._session.open)
+        for other in others
+    )
 
 
 async def test_a_host_that_is_built_anew() -> None:
@@ -213,6 +404,26 @@ async def test_a_host_that_is_built_anew() -> None:
         await again.aclose()
 
 
+async def test_a_break_that_is_owed_is_not_for_a_new_store() -> None:
+    """The phase that it was for went with the old store (law 11)."""
+    port = free_port()
+    host, peer = own(0, port), own(1, port)
+    await gather([host.connect, peer.connect])
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(peer.execute_barrier, "x"))
+        await until(partial(_waits, peer))
+        crash(host)
+        await waiting.ended.wait()
+    again = own(0, port)
+    assert await crosses([again, peer]) == 0
+    await peer.aclose()
+    await again.aclose()
+
+
+async def _waits(barrier: AnyBarrier) -> bool:
+    return any(phase.entered for phase in barrier._session.open)
+
+
 async def test_a_body_that_fails_before_there_is_a_store() -> None:
     """Its turn is broken when the store can be reached: nobody takes the next for it (law 3)."""
     port = free_port()
@@ -222,8 +433,7 @@ async def test_a_body_that_fails_before_there_is_a_store() -> None:
             raise OSError("disk full")
     with pytest.raises(BrokenBarrierError, match="disk full"):
         await host.execute_barrier("save")
-    results = await gather(partial(rank.execute_barrier, "save") for rank in (host, peer))
-    assert {result.sequence for result in results} == {1}
+    assert await crosses([host, peer], "save") == 1
     await peer.aclose()
     await host.aclose()
 
@@ -234,22 +444,28 @@ async def test_a_phase_that_the_store_forgot(memory: World) -> None:
     async with Tasks() as tasks:
         waiting = tasks.start(partial(ranks[1].execute_barrier, "x"))
         await memory.entered(1, name="x")
-        await memory.call(memory.store.delete_key, memory.keys(name="x").logs[0])
-        await memory.barrier(0, 2).connect()
+        await memory.call(memory.store.delete_key, memory.keys(name="x").count)
+        crash(ranks[0])
+        again = memory.barrier(0, 2)
+        await again.connect()
         error = await waiting.raised(BarrierConnectionError)
         assert error.in_doubt
         assert "the store no longer knows that this rank had entered" in str(error)
-        # Lets go of the thread that waits for it, which only a TCPStore's could be made to.
-        await memory.call(memory.store.set, memory.keys(name="x").verdict, "r0\n")
+    assert await crosses([again, ranks[1]]) == 0
 
 
-def test_an_empty_verdict_is_none() -> None:
-    """A TCPStore answers so where the key is deleted just as it is read."""
-    store = Connection(MemoryStore())
-    keys = Keys("p").phase(0, "x", 0)
-    store.set(keys.verdict, b"")
-    with pytest.raises(Forgotten):
-        Turn(keys, "x", 0, 0, 2).enter(store)
+async def test_a_break_that_is_owed_to_a_phase_that_is_forgotten(tcp: World) -> None:
+    """It is given up; a rank is not kept from going on by it."""
+    ranks = await tcp.barriers(2, lanes=2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", timeout_secs=None))
+        await tcp.entered(0, name="x")
+        await tcp.call(tcp.store.delete_key, tcp.keys("x").count)
+        (phase,) = ranks[0]._session.open
+        connection: Any = phase.connection
+        connection._socket.shutdown(socket.SHUT_RDWR)
+        await waiting.raised(BarrierConnectionError)
+        assert await crosses(ranks, "y") == 0
 
 
 async def test_a_join_that_hangs_is_left_behind(memory: World) -> None:
@@ -265,11 +481,11 @@ async def test_a_join_that_hangs_is_left_behind(memory: World) -> None:
             hung: threading.Event = hung,
             hang: list[bool] = hang,
         ) -> None:
-            if called == wanted and hang:
+            if called == wanted and key in ("", f"async_barriers/5:{wanted}/state") and hang:
                 hang.pop()
                 hung.wait()
 
-        memory.store.data.hook = hook  # type: ignore[attr-defined]
+        data(memory).hook = hook
         barrier = memory.barrier(0, 1, prefix=operation, timeout_barrier_init_secs=0.5)
         with pytest.raises(BarrierConnectionError):
             await barrier.execute_barrier()
@@ -283,20 +499,28 @@ async def test_a_join_that_hangs_is_left_behind(memory: World) -> None:
         await until(works, within_secs=5)
         hung.set()
         assert (await barrier.execute_barrier()).sequence == 1
-        memory.store.data.hook = None  # type: ignore[attr-defined]
+        data(memory).hook = None
 
 
-async def test_closing_while_it_joins(memory: World) -> None:
-    """The join ends in BarrierClosedError, and the rank is no longer on the roll (law 13)."""
+@pytest.mark.parametrize("at", ["/state", "/roll", "clone"])
+async def test_closing_while_it_joins(memory: World, at: str) -> None:
+    """The join ends in BarrierClosedError; of what it had claimed nothing is left, and nobody
+    waits for it (law 13)."""
     barrier = memory.barrier(0, 2)
     started, go_on = threading.Event(), threading.Event()
+    clones: list[str] = []
 
     def hook(operation: str, key: str) -> None:
-        if key.endswith("/roll/0") and not started.is_set():
+        if operation == "clone":
+            clones.append(key)
+        # The second clone is the connection that listens.
+        here = len(clones) == 2 and operation == "clone" if at == "clone" else key.endswith(at)
+        if here and not started.is_set():
             started.set()
             go_on.wait()
 
-    memory.store.data.hook = hook  # type: ignore[attr-defined]
+    await memory.read("anything")  # over a clone of its own
+    data(memory).hook = hook
     async with Tasks() as tasks:
         connecting = tasks.start(barrier.connect)
 
@@ -313,229 +537,38 @@ async def test_closing_while_it_joins(memory: World) -> None:
         go_on.set()
         await connecting.raised(BarrierClosedError)
         await closing.returned()
-    roll = int(await memory.read(Keys("tests").roll(0)) or b"0")
-    assert (roll & ((1 << 31) - 1), roll >> 31) == (1, 1)
     with pytest.raises(BarrierClosedError):
         async with barrier.phase("late"):
             raise AssertionError("never entered")
-
-
-async def test_closing_before_it_joins(memory: World) -> None:
-    """A join that was only queued claims nothing any more."""
-    barrier = memory.barrier(0, 2)
-    started, go_on = threading.Event(), threading.Event()
-
-    def hook(operation: str, key: str) -> None:
-        if operation == "clone":
-            started.set()
-            go_on.wait()
-
-    memory.store.data.hook = hook  # type: ignore[attr-defined]
-    async with Tasks() as tasks:
-        connecting = tasks.start(barrier.connect)
-
-        async def under_way() -> bool:
-            return started.is_set()
-
-        await until(under_way)
-        await barrier.aclose()
-        go_on.set()
-        await connecting.raised(BarrierClosedError)
-    assert await memory.read(Keys("tests").member(0)) is None
-
-
-async def test_closing_before_its_watcher_is_connected(memory: World) -> None:
-    """It is counted out all the same, or a host would wait for it (law 13)."""
-    clones: list[str] = []
-    go_on = threading.Event()
-
-    def hook(operation: str, key: str) -> None:
-        if operation == "clone":
-            clones.append(key)
-            if len(clones) == 2:
-                go_on.wait()
-
-    await memory.read("anything")  # over a clone of its own
-    memory.store.data.hook = hook  # type: ignore[attr-defined]
-    barrier = memory.barrier(0, 2)
-    await barrier.connect()
-    await barrier.aclose()
-    roll = int(await memory.read(Keys("tests").roll(0)) or b"0")
-    assert (roll & ((1 << 31) - 1), roll >> 31) == (1, 1)
-    go_on.set()
-
-
-async def test_closing_while_it_joins_again(memory: World) -> None:
-    """It keeps its place on the roll, which the farewell gives up (law 13)."""
-    (barrier,) = await memory.barriers(1)
-    session = barrier._session
-    roll = await memory.read(Keys("tests").roll(0))
-
-    def close(operation: str, key: str) -> None:
-        if key == Keys("tests").member(0):
-            session.turns.closing = True
-
-    memory.store.data.hook = close  # type: ignore[attr-defined]
-    session._standing = False
-    for _ in range(2):
-        with pytest.raises(BarrierClosedError):
-            await memory.call(session.join().result, 5)
-    memory.store.data.hook = None  # type: ignore[attr-defined]
-    assert await memory.read(Keys("tests").roll(0)) == roll
-    assert session.has_a_say
-
-
-async def test_a_watcher_that_is_late_stops_nothing(memory: World) -> None:
-    """What happens to a watch of a former generation is no matter of the present one."""
-    ranks = await memory.barriers(2)
-    session = ranks[1]._session
-    former = session._membership
-    await memory.barrier(0, 2).connect()
-    await told(ranks[1])
-    await ranks[1].connect()
-    assert session._cease(former, session._lanes.watcher) == []
-    assert session.stands
-    # One that was left behind with its connection, in a generation that goes on.
-    assert session._cease(session._membership, session._lanes.control) == []
-    assert session.stands
+    again = memory.barrier(0, 2)
+    await again.connect()
+    assert await crosses([again, memory.barrier(1, 2)]) == 0
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_one_loop_after_the_other(memory: World) -> None:
-    """A barrier may move from one event loop to another, of another kind even."""
+    """A barrier may move from one event loop to another, of another kind even; with each loop it
+    leaves, and joins anew with the next (law 3)."""
     barrier = StoreBarrier(memory.store, rank=0, world_size=1, prefix="moves")
 
-    def run(backend: str) -> int:
+    def cross(backend: str) -> int:
         return anyio.run(barrier.execute_barrier, "x", backend=backend).sequence
 
-    sequences = [await memory.call(run, backend) for backend in ("trio", "asyncio", "trio")]
-    assert sequences == [0, 1, 2]
+    sequences = [await memory.call(cross, backend) for backend in ("trio", "asyncio", "trio")]
+    assert sequences == [0, 0, 0]
     await barrier.aclose()
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-async def test_a_forked_child_leaves_its_parents_connections_alone(tcp: World) -> None:
-    """Whatever the child does at its own exit."""
-    ranks = await tcp.barriers(2)
-    child = os.fork()
-    if not child:
-        from async_barriers import _worker
-
-        _worker._at_exit()
-        os.kill(os.getpid(), signal.SIGKILL)
-    await tcp.call(os.waitpid, child, 0)
-    results = await gather(partial(rank.execute_barrier, "x") for rank in ranks)
-    assert len(results) == 2
-
-
-async def test_openings_that_hang_do_not_hold_up_others(
-    tcp: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eight that wait for a server that does not answer; the ninth goes to another one (law 9)."""
-    for _ in range(8):
-        connections._opening.acquire()
-    try:
-        (barrier,) = await tcp.barriers(1)
-    finally:
-        for _ in range(8):
-            connections._opening.release()
-    assert barrier._session.stands
-
-
-async def test_a_watcher_that_was_cut_off_watches_again(
-    memory: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_bell_that_was_cut_off_is_heard_again(tcp: World) -> None:
     """Who waits without a deadline hears of a restart also over its second connection (law 11)."""
-    ranks = await memory.barriers(2)
-    session = ranks[1]._session
-    watcher = session._lanes.watcher._worker._thread
-    cut = threading.Event()
-
-    def fail(operation: str, key: str) -> None:
-        if cut.is_set() and threading.current_thread() is watcher:
-            cut.clear()
-            raise ConnectionResetError("cut off")
-
+    ranks = await tcp.barriers(2)
     async with Tasks() as tasks:
         waiting = tasks.start(partial(ranks[1].execute_barrier, "x", timeout_secs=None))
-        await memory.entered(1, name="x")
-        await anyio.sleep(1.05)  # a watch that fails sooner than that is not taken up again
-        memory.store.data.hook = fail  # type: ignore[attr-defined]
-        cut.set()
-        # A bell that nobody rang for us: the watcher wakes, and its next call fails.
-        await memory.call(memory.store.set, Keys("tests").mail(0, 1), b"over")
-        await memory.barrier(0, 2).connect()
-        await waiting.raised(BrokenBarrierError)
-        assert not cut.is_set()
-
-
-def test_a_lane_that_was_given_up_takes_no_call() -> None:
-    """Neither one that is queued nor one that comes later."""
-    store = MemoryStore()
-    lane = lanes.Lane(lambda deadline, stop: Connection(store), 1.0)
-    busy, go_on = threading.Event(), threading.Event()
-
-    def occupy(connection: Connection) -> None:
-        busy.set()
-        go_on.wait()
-
-    lane.submit(occupy)
-    assert busy.wait(5)
-    queued = lane.submit(lambda connection: connection.read("k"))
-    lane.stop_waiting()
-    lane.abandon()
-    go_on.set()
-    with pytest.raises(BarrierConnectionError, match="given up"):
-        queued.result(5)
-    lane.retire()
-    with pytest.raises(BarrierConnectionError, match="given up"):
-        lane.submit(lambda connection: connection.read("k")).result(5)
-    lane.ended.result(5)
-    lane.stop_waiting()
-
-
-def test_a_call_that_may_be_made_twice() -> None:
-    """A connection that turns out to be lost is replaced within the same call."""
-    store = MemoryStore()
-    lane = lanes.Lane(lambda deadline, stop: Connection(store), 1.0)
-    assert lane.submit(lambda connection: connection.add("k", 1)).result(5) == 1
-
-    def fail(operation: str, key: str) -> None:
-        store.data.hook = None
-        raise ConnectionResetError("an old connection")
-
-    store.data.hook = fail
-    with pytest.raises(BarrierConnectionError):
-        lane.submit(lambda connection: connection.add("k", 1)).result(5)
-    lane.submit(lambda connection: connection.read("k")).result(5)
-    store.data.hook = fail
-    assert lane.submit(lambda connection: connection.add("k", 1), again=True).result(5) == 2
-    lane.retire()
-    lane.ended.result(time.monotonic())
-
-
-def test_what_a_lane_tells_when_it_cannot() -> None:
-    """A call that fails is told as it failed; a lane that was retired has nothing left to do."""
-    lane = lanes.Lane(lambda deadline, stop: Connection(MemoryStore()), 1.0)
-    failed: list[BaseException] = []
-    told = threading.Event()
-
-    def fail(store: Connection, about: str) -> None:
-        raise ValueError("not the store's fault")
-
-    def has_failed(error: BaseException, about: str) -> None:
-        failed.append(error)
-        told.set()
-
-    lane.post(fail, has_failed, "a call")
-    assert told.wait(5)
-    assert isinstance(failed[0], ValueError)
-    assert lane.drained().wait(5)
-    lane.retire()
-    lane.ended.result(5)
-    assert lane.drained().done()
-    lane.post(fail, has_failed, "a call")
-    assert isinstance(failed[1], BarrierConnectionError)
-    with pytest.raises(TimeoutError, match="nothing was told"):
-        Promise[None]().result(0.01)
+        await tcp.entered(1, name="x")
+        bell: Any = ranks[1]._session._bell
+        bell._socket.shutdown(socket.SHUT_RDWR)
+        crash(ranks[0])
+        again = tcp.barrier(0, 2)
+        await again.connect()
+        assert "joined again" in str(await waiting.raised(BrokenBarrierError))
+    assert await crosses([again, ranks[1]]) == 0

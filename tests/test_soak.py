@@ -124,6 +124,22 @@ def test_law_1_a_rank_that_is_there_twice(log: Log) -> None:
     assert log.violations() == [1]
 
 
+def test_law_1_two_processes_of_a_rank(log: Log) -> None:
+    """The second one is refused; it may not join."""
+    log.driver(1.0, "usurp", rank=1, life=7)
+    log.rank(1.1, 1, "joining", life=7)
+    log.call(1, 1.1, 1.2, "refused", do="connect", phase=None, life=7, error="held by another")
+    assert log.violations() == []
+    log.rank(1.3, 1, "joined", life=7, generation=1)
+    assert log.violations() == [1]
+
+
+def test_law_11_a_rank_that_is_refused_its_own_place(log: Log) -> None:
+    """Nobody else has it."""
+    log.call(1, 1.1, 1.2, "refused", do="connect", phase=None, error="held by another")
+    assert log.violations() == [11]
+
+
 def test_law_1_publishing_before_all_have_entered(log: Log) -> None:
     """A leader that publishes is released, in a way."""
     log.call(0, 1.0, 3.0, do="commit", published=1.5)
@@ -208,6 +224,17 @@ def test_law_4_a_restart_that_is_not_heard(log: Log) -> None:
     log.call(0, 1.0, 4.0, within=None, outcome="broken", blamed=1, detail="again")
     log.rank(1.1, 1, "joining", life=2)
     log.rank(1.2, 1, "joined", life=2, generation=1)
+    assert log.violations() == [4]
+
+
+def test_law_4_a_rank_that_leaves_unheard(log: Log) -> None:
+    """Whoever waits in its generation, or comes to a phase there, is told that it left (law 3)."""
+    log.call(1, 1.0, 1.1, "done", do="close", phase=None)
+    log.call(0, 0.5, 2.0, within=None, outcome="broken", blamed=1, detail="it closed its barrier")
+    log.call(0, 3.0, 3.5, within=None, phase=(0, 1), outcome="broken", blamed=1, detail="closed")
+    assert log.violations() == []
+    log.call(0, 4.0, 5.1 + SLACK_SECS, within=None, phase=(0, 2), outcome="broken", blamed=1)
+    log.call(0, 4.0, None, within=None, phase=(1, 0))
     assert log.violations() == [4]
 
 

@@ -72,9 +72,9 @@ async def test_a_world_that_cannot_be() -> None:
         async with local_barriers(1, timeout_secs=-1):
             pass
     store = FaultyStore(HashStore())
-    store.fail("check", times=2)
+    store.fail("check")
     with pytest.raises(BarrierConnectionError):
-        async with local_barriers(2, store=store):
+        async with local_barriers(2, store=store, timeout_barrier_init_secs=0.5):
             pass
 
 

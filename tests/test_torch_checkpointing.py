@@ -18,7 +18,7 @@ pytest.importorskip("torch_checkpointing", reason="needs the extra torch-checkpo
 from torch_checkpointing.barriers import Barrier
 from torch_checkpointing.types import RankInfo
 
-from async_barriers._keys import Keys
+from async_barriers._protocol.keys import Keys
 from async_barriers.torch_checkpointing import StoreBarrierConfig
 
 BOUND_SECS = 15.0
@@ -53,7 +53,7 @@ def test_the_store_is_found_in_another_process(kind: str, tmp_path: Path) -> Non
     assert all(isinstance(barrier, Barrier) for barrier in barriers)
     # Connected already, so that one whose first write fails can tell the other.
     observed: Any = store
-    keys = Keys(config.prefix)
+    keys = Keys(str(config.prefix))
     assert observed.check([keys.member(info.role_rank) for info in PAIR])
     with ThreadPoolExecutor() as pool:
         crossings = [pool.submit(barrier.execute_barrier, 10) for barrier in barriers]

@@ -1,179 +1,278 @@
-"""Keys and verdicts, by their properties."""
+"""Counts and verdicts, by their properties."""
 
 from __future__ import annotations
 
+import json
+import random
+from typing import Any
+
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from async_barriers import _verdict
-from async_barriers._keys import MAX_KEY_BYTES, Keys, check_name, check_prefix
-from async_barriers._protocol import _ranges, _read_summary
-from async_barriers._verdict import Broken, Gathered, Released
+from async_barriers._errors import in_one_line
+from async_barriers._protocol import count as counts
+from async_barriers._protocol import verdict as verdicts
+from async_barriers._protocol.count import COMMIT, EXECUTE, GATHER, MAX_RANKS, Count
+from async_barriers._protocol.keys import Keys
+from async_barriers._protocol.phase import Entry, differing, entered
+from async_barriers._protocol.verdict import Broken, Released
 
-WORLD = 4
-PHASE = 7
-texts = st.text(max_size=12)
-# Pieces of keys, which could be mistaken for each other where texts meet.
-pieces = st.lists(st.sampled_from(["p", "q", "/", "/phase/0/", "0", "1:", "/log"]), max_size=4)
-parts = texts | pieces.map("".join)
-phases = st.tuples(parts, st.integers(0, 3), parts, st.integers(0, 30))
-ranks = st.integers(0, WORLD - 1)
-lines = st.one_of(
-    ranks.map(lambda rank: _verdict.arrival(rank, None)),
-    st.tuples(ranks, ranks).map(lambda pair: _verdict.arrival(*pair)),
-    ranks.map(lambda rank: _verdict.arrival(rank, None, meets=True)),
-    ranks.map(lambda rank: _verdict.arrival(rank, None, meets=True, keeps=True)),
-    ranks.map(_verdict.listening),
-    st.tuples(ranks, texts).map(lambda pair: _verdict.breaking(pair[0], PHASE, pair[1])),
-    ranks.map(lambda rank: _verdict.breaking(rank, PHASE, "", 1.5)),
-    # Of an earlier phase, and held up on its way here.
-    ranks.map(lambda rank: _verdict.breaking(rank, PHASE - 3, "", 1.5)),
-    st.binary(max_size=8).map(lambda rubbish: rubbish.replace(b"\n", b"") + b"\n"),
-)
-logs = st.lists(lines, max_size=12)
+WORLD = 5
+KINDS = (EXECUTE, COMMIT, GATHER)
+texts = st.text(max_size=12).map(in_one_line)
+worlds = st.integers(1, 40) | st.just(MAX_RANKS)
+kinds = st.sampled_from(KINDS)
 
 
-@given(phases, phases)
-@example(("ckpt1", 0, "0", 0), ("ckpt", 0, "10", 0))
-@example(("p", 0, "q/phase/0/x", 0), ("p/phase/0/q", 0, "x", 0))
-@example(("p", 0, "", 0), ("p", 0, "/0", 0))
-def test_no_two_phases_share_a_key(
-    one: tuple[str, int, str, int], other: tuple[str, int, str, int]
-) -> None:
-    """No choice of prefix and name makes keys collide, nor one contain the other's (law 9)."""
-
-    def fields(prefix: str, generation: int, name: str, sequence: int) -> set[str]:
-        keys = Keys(prefix).phase(generation, name, sequence)
-        return {*keys.logs, keys.count, keys.verdict, keys.gathered, keys.summary, keys.payload(1)}
-
-    assert (one == other) or not (fields(*one) & fields(*other))
-    membership = Keys(one[0])
-    own = {
-        membership.generation,
-        membership.member(1),
-        membership.mail(0, 1),
-        membership.over(0),
-        membership.world(0),
-        membership.roll(0),
-        membership.all_left(0),
-    }
-    assert len(own) == 7
-    assert not own & fields(*other)
-
-
-def test_classic_collision() -> None:
-    """ "ckpt1" + "0" and "ckpt" + "10" were one key in torch's barriers."""
-    assert Keys("ckpt1").phase(0, "", 0) != Keys("ckpt").phase(0, "", 10)
-    assert Keys("a").phase(0, "b/0", 0) != Keys("a").phase(0, "b", 0)
-
-
-@given(st.text(min_size=1, max_size=9000), st.text(max_size=9000))
-def test_what_is_accepted_fits_the_store(prefix: str, name: str) -> None:
-    """Whatever passes the checks makes keys that a TCPStore takes."""
-    try:
-        check_prefix(prefix)
-        check_name(Keys(prefix), name)
-    except ValueError:
-        return
-    longest = Keys(prefix).phase(2**20, name, 2**40).payload(2**20)
-    assert len(longest.encode()) <= MAX_KEY_BYTES
-
-
-@given(
-    st.one_of(
-        st.builds(Released, ranks, st.binary(max_size=30)),
-        st.builds(
-            Broken,
-            st.none() | ranks,
-            texts,
-            st.none() | st.floats(0.1, 1e6),
-            st.lists(ranks, unique=True).map(tuple),
-        ),
-    )
-)
-def test_verdicts_survive_the_store(verdict: Released | Broken) -> None:
-    """Decoding is the inverse of encoding, and no verdict looks like an absent key."""
-    value = _verdict.encode(verdict)
-    assert value
-    assert _verdict.decode(value) == verdict
-
-
-@pytest.mark.parametrize("value", [b"", b"x", b"r", b"rx\n", b"b", b"b{}", b"b[]", b'b{"a": 1}'])
-def test_rubbish_is_no_verdict(value: bytes) -> None:
-    """What no barrier wrote is not taken for a verdict."""
-    with pytest.raises(ValueError):  # noqa: PT011
-        _verdict.decode(value)
-
-
-@given(logs, logs)
-def test_a_decided_log_stays_decided(log: list[bytes], more: list[bytes]) -> None:
-    """Appending never changes a verdict: the order decides once (law 2)."""
-    decided = _verdict.judge(b"".join(log), WORLD, PHASE)
-    if decided is not None:
-        assert _verdict.judge(b"".join(log + more), WORLD, PHASE) == decided
-
-
-@given(logs)
-def test_what_follows_the_break_is_not_read(log: list[bytes]) -> None:
-    """It is spared where it decides nothing, and nowhere else."""
-    whole = b"".join(log)
-    assert _verdict.judge(whole, WORLD, PHASE) == _verdict._judge.__wrapped__(whole, WORLD, PHASE)
-
-
-@given(logs)
-def test_released_means_that_all_arrived_before_any_break(log: list[bytes]) -> None:
-    """No rubbish, duplicate or break makes up for a rank that is missing (laws 1 and 3)."""
-    judged = _verdict.judge(b"".join(log), WORLD, PHASE)
-    if not isinstance(judged, Released | Gathered):
-        return
-    arrived = set()
-    for line in log:
-        if line[:1] == b"l" or b'"sequence": 4' in line:
+@settings(max_examples=50)
+@given(worlds, kinds, st.integers())
+def test_full_when_every_rank_entered_once(world_size: int, kind: int, seed: int) -> None:
+    """In whatever order, and at no time before; nothing looks foul or different meanwhile."""
+    ranks = list(range(world_size))
+    random.Random(seed).shuffle(ranks)
+    total = 0
+    # Of the largest world, its beginning and its end.
+    for number, rank in enumerate(ranks):
+        if 20 < number < world_size - 20:
+            total += counts.entry(rank, kind)
             continue
-        assert line[:1] in b"acmk"
-        arrived.add(int(line[1:].split()[0]))
-        if len(arrived) == WORLD:
-            break
-    assert arrived == set(range(WORLD))
+        count = counts.of_sum(total)
+        assert count.arrived == number
+        assert not count.full(world_size, kind)
+        assert not count.foul(world_size)
+        assert not count.differs(kind)
+        total += counts.entry(rank, kind)
+    count = counts.of_sum(total)
+    assert count.full(world_size, kind)
+    assert not count.foul(world_size)
+    assert not count.broken
+    assert not any(count.full(world_size, other) for other in KINDS if other != kind)
+    assert 0 < total < 1 << 62
+    assert counts.of_value(b"%d" % total).value == total
 
 
-@given(st.sets(ranks))
-def test_a_deadline_names_exactly_who_is_missing(arrived: set[int]) -> None:
-    """Those that arrived before the break are not missing, those after it are (law 6)."""
-    before = [_verdict.arrival(rank, None) for rank in arrived]
-    after = [_verdict.arrival(rank, None) for rank in range(WORLD)]
-    judged = _verdict.judge(
-        b"".join([*before, _verdict.breaking(0, PHASE, "", 2.0), *after]), WORLD, PHASE
-    )
-    if len(arrived) == WORLD:
-        assert isinstance(judged, Released)
-    else:
-        assert isinstance(judged, Broken)
-        assert judged.missing == tuple(sorted(set(range(WORLD)) - arrived))
-        assert _verdict.missing(b"x\n" + b"".join(before), WORLD) == judged.missing
+arrivals = st.lists(st.tuples(st.integers(0, WORLD - 1), kinds), max_size=8)
+
+
+@given(arrivals, kinds)
+def test_no_duplicate_makes_up_for_who_is_missing(
+    arrived: list[tuple[int, int]], kind: int
+) -> None:
+    """Of as many arrivals as there are ranks, those of all with one call are full; of others, it
+    is known that they never will be (laws 1 and 2)."""
+    count = counts.of_sum(sum(counts.entry(*arrival) for arrival in arrived))
+    ranks = sorted(rank for rank, _ in arrived)
+    alike = all(each == kind for _, each in arrived)
+    if count.full(WORLD, kind) and ranks != list(range(WORLD)):
+        # What a sum of ranks cannot tell: 1 and 1 for 0 and 2. Two lives of a rank are never in
+        # one generation, so one duplicate is the most that a mistake makes.
+        assert len(ranks) == WORLD
+        assert sum(ranks) == sum(range(WORLD))
+        assert WORLD - len(set(ranks)) > 1 or len(set(ranks)) < WORLD
+    if ranks == list(range(WORLD)) and alike:
+        assert count.full(WORLD, kind)
+    if len(ranks) != WORLD or sum(ranks) != sum(range(WORLD)):
+        assert not count.full(WORLD, kind)
+    if len(ranks) > WORLD:
+        assert count.foul(WORLD)
+    if alike:
+        assert not count.differs(kind)
+
+
+@given(worlds.filter(lambda size: size > 1), kinds, st.data())
+def test_one_rank_twice_is_found(world_size: int, kind: int, data: st.DataObject) -> None:
+    """It stands in for nobody, whoever is missing."""
+    ranks = st.integers(0, world_size - 1)
+    missing, twice = data.draw(ranks), data.draw(ranks)
+    assume(missing != twice)
+    total = sum(counts.entry(rank, kind) for rank in range(world_size) if rank != missing)
+    count = counts.of_sum(total + counts.entry(twice, kind))
+    assert not count.full(world_size, kind)
+    assert count.foul(world_size)
+
+
+class Register:
+    """A count as a store keeps it, and what a rank that breaks does with it."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    @property
+    def count(self) -> Count:
+        return counts.of_value(b"%d" % self.value)
+
+    def enter(self, rank: int, kind: int) -> Count:
+        self.value += counts.entry(rank, kind)
+        return counts.of_sum(self.value)
+
+    def break_from(self, seen: Count) -> bool:
+        """As `phase.give_up`, from what was read; whether the compare-and-set was done."""
+        if seen.value != self.value:
+            return False
+        self.value = int(seen.broken_value)
+        return True
+
+
+@given(kinds, st.permutations(range(WORLD)), st.lists(st.booleans(), min_size=9, max_size=9))
+def test_what_is_full_is_not_broken_nor_the_reverse(
+    kind: int, order: list[int], gives_up: list[bool]
+) -> None:
+    """By those operations: a verdict, once there, stays (law 2); all that come see it."""
+    register, broke = Register(), False
+    stale = register.count
+    for rank, gives in zip(order, gives_up, strict=False):
+        if gives and not register.count.broken and not register.count.full(WORLD, kind):
+            # One that has read before somebody entered breaks nothing.
+            broke = register.break_from(stale if stale.value != register.value else register.count)
+            broke = broke or register.count.broken
+        stale = register.count
+        seen = register.enter(rank, kind)
+        assert seen.broken == broke == register.count.broken
+        assert not (seen.broken and seen.full(WORLD, kind))
+        assert seen.arrived == counts.of_sum(register.value).arrived
+    assert register.count.full(WORLD, kind) != broke
+    # All have entered: whoever breaks it now has read what it was before.
+    assert register.count.full(WORLD, kind) or not register.break_from(stale)
+
+
+@given(st.integers(0, MAX_RANKS), kinds)
+def test_breaking_keeps_who_arrived(size: int, kind: int) -> None:
+    """The sign is all that changes, so that later arrivals can be counted, and tell from it."""
+    total = sum(counts.entry(rank, kind) for rank in range(size))
+    before = counts.of_sum(total)
+    broken = counts.of_value(before.broken_value)
+    assert broken.broken
+    assert (broken.arrived, broken.kinds, broken.ranks) == (
+        before.arrived, before.kinds, before.ranks,
+    )  # fmt: skip
+    assert -(1 << 63) <= broken.value < 0
+    later = counts.of_sum(broken.value + counts.entry(MAX_RANKS - 1, kind))
+    assert later.broken
+    assert later.arrived == size + 1
+
+
+@given(st.binary(max_size=25) | st.integers().map(lambda n: b"%d" % n))
+def test_what_is_no_count(value: bytes) -> None:
+    """It is not read as one; what is, is a number that a store could add to."""
+    try:
+        count = counts.of_value(value)
+    except ValueError:
+        assert not counts.is_count(value)
+        return
+    assert counts.is_count(value)
+    assert count.value == int(value or b"0")
+    assert not Count(count.value).full(WORLD, EXECUTE) or count.arrived == WORLD
+
+
+def test_an_absent_count_is_empty() -> None:
+    """As `add` takes it."""
+    assert counts.of_value(None).value == counts.of_value(b"").value == 0
+
+
+def entry(rank: int, kind: int = EXECUTE, leader: int = -1) -> Entry:
+    phase = Keys("p").generation("0-ab").phase("", "0")
+    return Entry(phase, rank, WORLD, kind, leader)
 
 
 def test_calls_that_differ_break() -> None:
     """A commit here and a barrier there, or two leaders, are told from each other."""
-    judged = _verdict.judge(_verdict.arrival(1, None) + _verdict.arrival(2, 0), WORLD, PHASE)
+    total = counts.entry(1, EXECUTE) + counts.entry(2, COMMIT)
+    judged = entered(entry(2, COMMIT, 0), [b"0 by 2", total])
     assert isinstance(judged, Broken)
     assert judged.rank == 2
-    assert "commit(leader=0) where rank 1 called execute_barrier()" in judged.reason
-
-
-@pytest.mark.parametrize(
-    "line", [b"rubbish\n", b"a9\n", b"ax\n", b"c1\n", b"b\n", b"b[]\n", b"b{}\n"]
-)
-def test_foreign_lines_break(line: bytes) -> None:
-    """What no barrier wrote breaks the phase, and says what it read."""
-    judged = _verdict.judge(line, WORLD, PHASE)
+    assert "commit(leader=0) where others called execute_barrier()" in judged.reason
+    judged = entered(entry(2, COMMIT, 0), [b"1 by 3", 2 * total])
     assert isinstance(judged, Broken)
-    assert "something else wrote" in judged.reason
+    assert "commit(leader=0) where rank 3 called commit(leader=1)" in judged.reason
+    assert differing(b"1 c0\nrubbish\n3 c0\n") is None
+    differs = differing(b"1 c0\n3 c2\n")
+    assert differs is not None
+    assert "commit(leader=2) where rank 1 called commit(leader=0)" in differs.reason
 
 
-@given(st.sets(st.integers(0, 60)).map(lambda found: tuple(sorted(found))))
-def test_summaries_survive_the_store(missing: tuple[int, ...]) -> None:
+ranks = st.integers(0, WORLD - 1)
+broken = st.builds(
+    Broken,
+    st.none() | ranks,
+    texts,
+    st.none(),
+    st.just(()),
+    st.booleans(),
+) | st.builds(
+    Broken,
+    st.none() | ranks,
+    texts,
+    st.floats(0.1, 1e6),
+    st.sets(ranks).map(lambda found: tuple(sorted(found))),
+    st.booleans(),
+)
+
+
+@given(st.builds(Released, st.none(), st.binary()) | broken)
+def test_verdicts_survive_the_store(verdict: Released | Broken) -> None:
+    """Decoding is the inverse of encoding, and no verdict looks like an absent key."""
+    word = verdicts.encode_word(verdict)
+    assert word
+    assert verdicts.decode_word(word) == verdict
+    if isinstance(verdict, Broken):
+        assert verdicts.decode_reason(verdicts.encode_reason(verdict)) == verdict
+
+
+@given(st.binary(max_size=40))
+@example(b"rubbish")
+@example(b"broken")
+@example(b"")
+def test_rubbish_is_no_word(value: bytes) -> None:
+    """What no leader wrote is not taken for its release, nor for its refusal."""
+    assume(not value.startswith((b"published\n", b"broken\n")))
+    with pytest.raises(ValueError):  # noqa: PT011
+        verdicts.decode_word(value)
+
+
+json_values: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["rank", "reason", "timeout_secs", "missing", "x"]), inner
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.binary(max_size=30) | json_values.map(lambda value: json.dumps(value).encode()))
+@example(b"{}")
+@example(b'{"rank": 1, "reason": "x", "missing": "0-99999999999"}')
+def test_rubbish_is_a_reason_that_says_so(value: bytes) -> None:
+    """A phase whose reason was overwritten is broken all the same, and says by what."""
+    reason = verdicts.decode_reason(value)
+    assert isinstance(reason.reason, str)
+    if not reason.reason.startswith("something else wrote"):
+        assert json.loads(value)["reason"] == reason.reason
+
+
+@given(st.sets(ranks), st.binary(max_size=20))
+def test_a_log_names_exactly_who_is_missing(arrived: set[int], rubbish: bytes) -> None:
+    """Whatever else stands there (law 6)."""
+    lines = [b"%d\n" % rank for rank in arrived]
+    absent = tuple(sorted(set(range(WORLD)) - arrived))
+    assert verdicts.missing(b"".join(lines), WORLD) == absent
+    assume(not any(word.isdigit() for word in rubbish.split()))
+    assert verdicts.missing(b"".join([*lines, rubbish, b"\n"]), WORLD) == absent
+
+
+@given(st.sets(st.integers(0, 60) | st.integers(0, MAX_RANKS)))
+def test_ranges_survive_the_store(found: set[int]) -> None:
     """A list of missing ranks is short where they are neighbours, and exact."""
-    assert _read_summary(b"7:" + _ranges(missing), 61) == (7, missing)
-    assert _read_summary(b"7 by 3", 61) == (7, None)
+    absent = tuple(sorted(found))
+    assert verdicts.unranged(verdicts.ranges(absent)) == absent
+    assert verdicts.ranges(range(MAX_RANKS)) == f"0-{MAX_RANKS - 1}"
+
+
+@pytest.mark.parametrize("text", ["x", "1-x", "-1", "1,,2", "0-99999999", "99999999"])
+def test_what_is_no_range(text: str) -> None:
+    """Nor may rubbish take all memory there is."""
+    with pytest.raises(ValueError):  # noqa: PT011
+        verdicts.unranged(text)

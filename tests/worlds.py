@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -15,13 +14,18 @@ import anyio.to_thread
 from stores import MemoryStore, PlainStore
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from async_barriers import StoreBarrier, TCPStoreBarrier
-from async_barriers._keys import Keys, PhaseKeys
+from async_barriers import BarrierConnectionError, StoreBarrier, TCPStoreBarrier
+from async_barriers._client import process
+from async_barriers._protocol.keys import PhaseKeys
+from async_barriers._protocol.membership import Membership
+from async_barriers._store.connection import SocketConnection
 
 T = TypeVar("T")
 AnyBarrier = StoreBarrier | TCPStoreBarrier
 
-OVER_A_STORE = ("tcp", "prefix", "hash", "file", "python", "python without clone")
+OVER_A_STORE = (
+    "tcp", "prefix", "hash", "file", "python", "python without clone", "tcp, threads",
+)  # fmt: skip
 WITH_OWN_STORE = ("own, libuv", "own, no libuv")
 KINDS = OVER_A_STORE + WITH_OWN_STORE
 PREFIX = "tests"
@@ -51,6 +55,13 @@ class World:
             self._store = TCPStore("127.0.0.1", self._port, wait_for_workers=False)
         return self._store
 
+    @property
+    def innermost(self) -> Store:
+        """The store without the users' prefix, where the keys of barriers are."""
+        store: Any = self.store
+        beneath: Store = store.underlying_store if self.kind == "prefix" else store
+        return beneath
+
     def barrier(
         self, rank: int, world_size: int, prefix: str = PREFIX, **options: Any
     ) -> AnyBarrier:
@@ -68,6 +79,7 @@ class World:
                 **options,
             )
         else:
+            options = {"worker_threads": self.kind == "tcp, threads", **options}
             barrier = StoreBarrier(
                 self.store, rank=rank, world_size=world_size, prefix=prefix, **options
             )
@@ -87,37 +99,42 @@ class World:
         """Make a blocking call of the test's own."""
         return await anyio.to_thread.run_sync(function, *args, limiter=self._watching)
 
-    def keys(
-        self, name: str = "", sequence: int = 0, generation: int = 0, prefix: str = PREFIX
-    ) -> PhaseKeys:
-        return Keys(prefix).phase(generation, name, sequence)
+    def membership(self, prefix: str = PREFIX) -> Membership:
+        """That of some rank which has joined, in the latest generation."""
+        joined = [
+            barrier._session.membership
+            for barrier in self.made
+            if barrier._session.prefix == prefix and barrier._session.membership is not None
+        ]
+        assert joined, "nobody has joined"
+        return max(joined, key=lambda membership: membership.state.number)
+
+    def keys(self, name: str = "", sequence: int | str = 0, prefix: str = PREFIX) -> PhaseKeys:
+        """Those of a phase in the latest generation."""
+        return self.membership(prefix).own.phase(name, str(sequence))
 
     async def read(self, key: str) -> bytes | None:
         """A value, over a connection of the test's own."""
 
         def look() -> bytes | None:
             if self._observer is None:
-                self._observer = (
-                    self.store if "without" in self.kind else self.store.clone()  # type: ignore[attr-defined]
-                )
-            if self.kind in ("tcp", "prefix", "hash"):
-                # A key that goes between a check and a get would leave the get waiting for it.
-                value: bytes = self._observer.compare_set(key, "\0", "\0")
-                return None if value == b"\0" else value
-            return bytes(self._observer.get(key)) if self._observer.check([key]) else None
+                store: Any = self.innermost
+                self._observer = store if "without" in self.kind else store.clone()
+            observer: Any = self._observer
+            if self.kind in ("file", "python", "python without clone"):
+                return bytes(observer.get(key)) if observer.check([key]) else None
+            # A key that goes between a check and a get would leave the get waiting for it.
+            value: bytes = observer.compare_set(key, "\0", "\0")
+            return None if value == b"\0" else value
 
         return await self.call(look)
 
     async def entered(self, *ranks: int, **phase: Any) -> None:
         """Wait until ``ranks`` have arrived in a phase that is not over."""
-        key = self.keys(**phase).logs[0]
 
         async def they_have() -> bool:
-            log = (await self.read(key) or b"").splitlines()
-            return all(
-                any(re.fullmatch(rb"[amk]%d|c%d .*" % (rank, rank), line) for line in log)
-                for rank in ranks
-            )
+            log = await self.read(self.keys(**phase).log) or b""
+            return {*ranks} <= {int(line) for line in log.split() if line.isdigit()}
 
         await until(they_have)
 
@@ -174,6 +191,35 @@ async def warm_up(ranks: Sequence[AnyBarrier], lanes: int = 1) -> None:
 
 async def close(ranks: Iterable[AnyBarrier]) -> None:
     await gather(rank.aclose for rank in ranks)
+
+
+def crash(barrier: AnyBarrier) -> None:
+    """End it as a process ends that is killed: nothing is said, and its claim stands.
+
+    Whoever builds a barrier for its rank then is a newcomer after a life that is gone. Calls under
+    way in it end with an error that no process would live to see.
+    """
+    session = barrier._session
+    claim = session.membership
+    barrier._closed = session.closing = True
+    session._not_at_end()
+    for effort in list(session._efforts):
+        effort.stop(BarrierConnectionError("this process was killed"))
+    for connection in session._connections():
+        # A call that waits in a store that is no TCPStore can be ended by its own key alone.
+        connection.close(reset=isinstance(connection, SocketConnection))
+    for phase in list(session.open):
+        session.settle(phase, error=BarrierConnectionError("this process was killed"))
+    session.open.clear()
+    session._idle, session._bell, session.turns = [], None, None
+    session._leaving = session.start(_nothing_to_say())
+    session._source.let_go()
+    if claim is not None:
+        process.holders.pop(claim.claim.life.token, None)
+
+
+async def _nothing_to_say() -> None:
+    pass
 
 
 async def gather(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
@@ -250,11 +296,7 @@ async def until(condition: Callable[[], Awaitable[bool]], within_secs: float = 1
 
 def library_threads() -> list[threading.Thread]:
     """Its workers; not the thread that starts them, which ends by itself."""
-    return [
-        thread
-        for thread in threading.enumerate()
-        if thread.name.startswith("async_barriers") and not thread.name.endswith("starter")
-    ]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("async_barriers")]
 
 
 async def library_threads_gone(

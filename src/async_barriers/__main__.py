@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import anyio
 import anyio.to_thread
 
-from . import _doctor, _doctor_report, _launch
-from ._doctor import Facts
-from ._doctor_report import Report
+from . import _launch
+from ._doctor.measure import Facts, examine, probe
+from ._doctor.report import Report, of_error, of_facts
 from ._errors import BarrierConnectionError, BarrierError, BarrierTimeoutError
 from .store_barrier import StoreBarrier
 
@@ -41,17 +41,17 @@ async def check(args: argparse.Namespace) -> int:
             warn_after_secs=None,
         )
     except ValueError as exc:
-        _say(_doctor_report.of_error(exc), args)
+        _say(of_error(exc), args)
         return 1
     reports: list[Report] = []
 
     def judge(ranks: list[Facts]) -> bool:
-        reports.append(_doctor_report.of_facts(ranks))
+        reports.append(of_facts(ranks))
         return reports[0].ok
 
     try:
         async with barrier:
-            ok = await _doctor.examine(
+            ok = await examine(
                 barrier,
                 launched.store,
                 judge,
@@ -60,8 +60,8 @@ async def check(args: argparse.Namespace) -> int:
             )
     except BarrierError as exc:
         if _speaks(launched.rank, exc):
-            seen = await anyio.to_thread.run_sync(launched.store.probe)
-            _say(_doctor_report.of_error(exc, seen), args)
+            seen = await anyio.to_thread.run_sync(probe, *launched.store.address)
+            _say(of_error(exc, seen), args)
         return 1
     for report in reports:
         _say(report, args)
@@ -81,9 +81,9 @@ def _say(report: Report, args: argparse.Namespace) -> None:
 
 def _start_ranks(args: argparse.Namespace) -> int:
     """Outside any job: examine one of a few ranks on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     job = {"WORLD_SIZE": args.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-m", __package__, "doctor"]
     command += ["--timeout-secs", str(args.timeout_secs), "--crossings", str(args.crossings)]

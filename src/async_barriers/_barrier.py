@@ -9,20 +9,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from types import TracebackType
-from typing import ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import anyio
 
+from ._reasons import reason_of
 from ._values import BarrierResult
 
 BarrierT = TypeVar("BarrierT", bound="Barrier")
-Publish = Callable[[Mapping[int, bytes]], Awaitable[bytes | None]]
+Publish = Callable[[Mapping[int, bytes]], Awaitable[bytes | None] | bytes | None]
 
 # c10d drops a connection that brings more than 8 MiB; half of it is a round figure.
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
-# How long a break may take to reach the store before its caller goes on without it. Law 5
-# and law 8 leave a second in all.
-UNDO_SECS = 0.8
 
 
 class Configured(Enum):
@@ -47,11 +45,16 @@ class Barrier(abc.ABC):
 
     @abc.abstractmethod
     async def execute_barrier(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
         """Enter the next phase of ``name`` and wait until every rank has.
 
         :param name: phases of different names are independent of each other
+        :param step: takes the place of the count: the phase is that of ``name`` and this step,
+            0 or more. Ranks that come for different steps never meet. A step is decided once; a
+            rank that comes for one when it or a later one was decided gets
+            `BrokenBarrierError` at once. Without it, the n-th call of a name meets the n-th of
+            the other ranks, which is enough only where all ranks call, fail and restart together.
         :param timeout_secs: the deadline in seconds from now; None for no deadline
         :raises BarrierTimeoutError: a deadline, of this rank or another, broke the phase
         :raises BrokenBarrierError: another rank gave up, or this barrier is of no more use
@@ -76,17 +79,24 @@ class Barrier(abc.ABC):
         *,
         payload: bytes = b"",
         name: str = "",
+        step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
         """Publish a checkpoint once every rank has finished its part, or not at all.
 
         :param publish: called on the leader alone, with the payloads of all ranks, when all
-            have entered; what it returns is returned on every rank (``b""`` for None)
+            have entered; what it returns is returned on every rank (``b""`` for None). A
+            coroutine function, or a plain one, which runs in a thread of the library's: that
+            outlives its cancellation, so its last step should be one that may come late.
         :param payload: what this rank brings, such as its manifest; 4 MiB at most
+        :param step: as in `execute_barrier`; with it, payloads of different steps are never
+            published together
         :param leader: the rank that publishes; all ranks must name the same
         :raises: as `execute_barrier`. If ``publish`` raises, the leader gets its exception
-            and the others get `BrokenBarrierError`.
+            and the others get `BrokenBarrierError`. If it returns anything but bytes or None, all
+            ranks get the same `BrokenBarrierError`, in doubt, since it may have published.
+        :raises TypeError: ``publish`` is not callable; nothing was entered
 
         **Cancellation and deadlines:** as `execute_barrier` until all have entered. From then
         on only the leader settles the phase; another rank that stops waiting breaks nothing,
@@ -95,38 +105,72 @@ class Barrier(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot commit")
 
-    async def abort(self, reason: str, name: str = "") -> None:
+    async def all_gather(
+        self,
+        payload: bytes,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+    ) -> tuple[bytes, ...]:
+        """Enter with a payload, and get those of all ranks, in their order, on every rank.
+
+        Each rank receives the payloads of all: world size times their size, so that this is for
+        small values; 4 MiB each at most.
+
+        :raises: as `execute_barrier`
+
+        **Cancellation:** as `execute_barrier`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot gather")
+
+    async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         """Break this rank's current phase of ``name``, or else its next one without entering.
 
         Peers get `BrokenBarrierError` with this rank and ``reason``.
 
-        **Cancellation:** the break may or may not reach the peers.
+        :param step: break the phase of this step instead
+        :return: whether this call broke it; False where it had been decided
+
+        **Cancellation:** the break goes on, and reaches the peers if the store can be reached.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot abort")
 
     async def aclose(self) -> None:  # noqa: B027  (nor anything to close)
-        """Break the phases this rank still awaits, and let go of threads and connections.
+        """Break the phases this rank still awaits, say that it leaves, and let go of all it has.
 
-        Idempotent. **Cancellation:** closing goes on without waiting for it.
+        Peers that wait for this rank, or enter a phase later, get `BrokenBarrierError` at once,
+        until it joins again. Idempotent. **Cancellation:** closing goes on without waiting for it.
         """
 
     def phase(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> AbstractAsyncContextManager[None]:
         """Enter the next phase of ``name`` when the body of ``async with`` has succeeded.
 
-        If the body raises or is cancelled, the phase is broken with that as the reason, so
-        that no peer waits for work that will not come, and the exception goes on.
+        If the body raises, is cancelled or is left by a generator that is closed, the phase is
+        broken with that as the reason, so that no peer waits for work that will not come, and
+        the exception goes on.
 
+        :param step: as in `execute_barrier`
         :param timeout_secs: for the waiting after the body; the body itself has no deadline
         """
-        return _Phase(self, name, timeout_secs)
+        return _Phase(self, name, step, timeout_secs)
 
-    async def _fail(self, reason: str, name: str) -> None:
+    async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         """Use up this rank's next turn of ``name`` by breaking it."""
         # The body's own exception is on its way; a barrier that cannot abort must not hide it.
         with contextlib.suppress(NotImplementedError):
-            await self.abort(reason, name)
+            await self.abort(reason, name, **_given(step))
+
+    def _fail_soon(  # noqa: B027  (one that cannot abort has nothing to do)
+        self, reason: str, name: str, step: int | None = None
+    ) -> None:
+        """As `_fail`, where nothing can be awaited."""
+
+    async def _leave(self, reason: str) -> None:
+        """Close, and tell peers why."""
+        await self.aclose()
 
     async def __aenter__(self: BarrierT) -> BarrierT:
         try:
@@ -142,13 +186,19 @@ class Barrier(abc.ABC):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        if exc is None or isinstance(exc, GeneratorExit):
+            await self.aclose()
+        else:
+            await self._leave(f"it closed its barrier: {reason_of(exc)}")
 
 
 class _Phase(AbstractAsyncContextManager[None]):
-    def __init__(self, barrier: Barrier, name: str, timeout_secs: Timeout) -> None:
+    def __init__(
+        self, barrier: Barrier, name: str, step: int | None, timeout_secs: Timeout
+    ) -> None:
         self._barrier = barrier
         self._name = name
+        self._step = step
         self._timeout_secs = timeout_secs
 
     async def __aenter__(self) -> None:
@@ -160,20 +210,20 @@ class _Phase(AbstractAsyncContextManager[None]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        barrier, name, step = self._barrier, self._name, self._step
         if exc is None:
-            await self._barrier.execute_barrier(self._name, timeout_secs=self._timeout_secs)
-        elif not isinstance(exc, GeneratorExit):
+            await barrier.execute_barrier(name, **_given(step), timeout_secs=self._timeout_secs)
+        elif isinstance(exc, GeneratorExit):
+            # Nothing may be awaited here: its loop may be gone. What is begun goes on by itself.
+            barrier._fail_soon(reason_of(exc), name, step)
+        else:
             with anyio.CancelScope(shield=True):
-                await self._barrier._fail(reason_of(exc), self._name)
+                await barrier._fail(reason_of(exc), name, step)
 
 
-def reason_of(exc: BaseException) -> str:
-    """How peers are told what went wrong here."""
-    # Where a coroutine is thrown away, there may be no event loop any more.
-    thrown_away = isinstance(exc, GeneratorExit)
-    if not thrown_away and isinstance(exc, anyio.get_cancelled_exc_class()):
-        return "its task was cancelled"
-    return f"it raised {type(exc).__name__}: {exc}"
+def _given(step: int | None) -> dict[str, Any]:
+    # A barrier that a user wrote need not know of steps.
+    return {} if step is None else {"step": step}
 
 
 def check_timeout(what: str, value: float | None) -> float | None:
@@ -185,6 +235,32 @@ def check_timeout(what: str, value: float | None) -> float | None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{what} is {value}; it must be positive and finite, or None")
     return float(value)
+
+
+def check_call_timeout(value: float | None) -> float | None:
+    """As `check_timeout`, for one call: 0 is what is decided now."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
+        return 0.0
+    return check_timeout("timeout_secs", value)
+
+
+def check_step(step: int | None) -> int | None:
+    """Refuse what is no step."""
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an integer or None, not {step!r}")
+    if not 0 <= step < 1 << 63:
+        raise ValueError(f"step is {step}; it must be 0 or more")
+    return step
+
+
+def check_publish(publish: object) -> None:
+    """Refuse what cannot publish, before anything is entered."""
+    if not callable(publish):
+        raise TypeError(
+            f"publish must be a function or a coroutine function, not {type(publish).__name__}"
+        )
 
 
 def check_world(rank: int, world_size: int) -> None:

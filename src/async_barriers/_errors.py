@@ -4,6 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
+_MOST_TOLD = 600
+
+
+def in_one_line(text: str, most: int = _MOST_TOLD) -> str:
+    """Bounded, and without what could break a log line; for all that others have written."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def told_by(exc: BaseException) -> str:
+    """What an exception says, in one line; describing it never fails.
+
+    The leaves of a group are told, since a group itself says only how many they are.
+    """
+    # By its attribute, as Python 3.10 has no groups of its own.
+    leaves = getattr(exc, "exceptions", None)
+    if isinstance(leaves, tuple) and leaves:
+        told = list(dict.fromkeys(told_by(leaf) for leaf in leaves[:5]))
+        more = f" and {len(leaves) - 5} more" if len(leaves) > 5 else ""
+        return in_one_line("; ".join(told) + more)
+    try:
+        said = str(exc)
+    except Exception:
+        said = "(it cannot be described: its __str__ raises)"
+    # c10d puts stack traces behind the first line of what it says.
+    if type(exc).__module__.startswith(("torch", "builtins")):
+        said = said.partition("\n")[0]
+    return in_one_line(f"{type(exc).__name__}: {said}" if said else type(exc).__name__)
+
+
+def seconds(value: float) -> str:
+    """``4 s``, ``0.25 s``: rounded as a person would."""
+    return f"{round(value, 2 if value < 10 else 1):g} s"
+
 
 def describe(name: str, sequence: int | None = None) -> str:
     """How messages speak of a phase: ``barrier 'step-100' #3``."""
@@ -70,7 +105,7 @@ class BarrierTimeoutError(BarrierError, TimeoutError):
                 else "no rank was missing"
             )
         super().__init__(
-            f"{describe(name, sequence)} timed out after {timeout_secs:g} s: {detail}",
+            f"{describe(name, sequence)} timed out after {seconds(timeout_secs)}: {detail}",
             in_doubt=in_doubt,
         )
         self.name = name

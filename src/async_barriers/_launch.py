@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed import Store, distributed_c10d
 
-from ._stores import StoreAt
+from ._store.sources import StoreAt
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -19,6 +19,7 @@ class Launched(NamedTuple):
     store: StoreAt
     rank: int
     world_size: int
+    run_id: str | None = None
 
 
 class Member(NamedTuple):
@@ -53,7 +54,9 @@ def from_environment() -> Launched:
         # init_process_group() hosts there too.
         shared=True,
     )
-    return Launched(store, rank, world_size)
+    # torchrun's own default is the same for all jobs.
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return Launched(store, rank, world_size, None if run_id in (None, "", "none") else run_id)
 
 
 def _number(name: str) -> int:

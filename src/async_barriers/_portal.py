@@ -2,53 +2,70 @@
 
 anyio's blocking portal is not used: its thread is no daemon, so that one call which never
 returns would keep the interpreter from exiting, and it knows no interrupted caller.
+
+A signal handler may raise in a calling thread at any instruction, also inside Python's own Event,
+whose lock then stays taken. So there is no lock that a caller could leave behind: it appends to a
+deque, wakes the loop, and waits for a queue that is written in C. The rest is the loop thread's.
 """
 
 from __future__ import annotations
 
+import atexit
+import inspect
+import math
 import os
+import selectors
+import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from functools import partial
+from multiprocessing import util as multiprocessing_util
+from operator import attrgetter
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import anyio
 
-from ._waiting import poster
-from ._worker import Promise, Worker, end_at_exit
+from ._errors import BarrierClosedError, BarrierConnectionError, BarrierError, told_by
+from ._store.loops import Loop, Waiter, loop_here
+from ._store.worker import Promise, Worker, end_at_exit
 
 T = TypeVar("T")
 
 # A call that is cancelled undoes what it did, which takes UNDO_SECS at most, and says so.
 _CANCELLED_SECS = 0.9
-_THREAD_GONE_SECS = 0.5
-
-
-class PortalClosed(Exception):
-    """There is no event loop that could make the call."""
+# What closes is bounded itself, unless a coroutine of the user's blocks the loop.
+_CLOSED_SECS = 10.0
 
 
 class Portal:
     """Makes calls on an event loop of its own, which starts with the first; thread-safe.
 
-    :param last: the last call of all, when the portal is closed
+    :param name: what messages call it
+    :param last: the last call of all, when it is closed
     """
 
-    def __init__(self, last: Callable[[], Awaitable[object]]) -> None:
+    def __init__(self, name: Callable[[], str], last: Callable[[], Awaitable[object]]) -> None:
+        self._name = name
         self._last = last
         self._patience_secs: float | None = None
-        # Reentrant: a collection of garbage may close a portal wherever a thread is.
-        self._lock = threading.RLock()
-        self._process: int | None = None
+        self._process = os.getpid()
         self._closing = False
-        self._calls: set[_Call[Any]] = set()
         self._inbox: deque[_Call[Any]] = deque()
-        self._post: Callable[[Callable[[], object]], object] | None = None
-        self._roused: anyio.Event
-        self._parted: Promise[None] = Promise()
-        self._worker = Worker()
+        # The threads that were started for it. Several callers may have come at once, or been
+        # interrupted as they started one; the first here works, and the others end.
+        self._threads: list[Worker] = []
+        self._ended: Promise[None] = Promise()
+        # Those are the thread's to change.
+        self._thread: int | None = None
+        self._loop: Loop | None = None
+        self._waiter: Waiter
+        self._calls: set[_Call[Any]] = set()
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Make a call, and block until it has ended.
@@ -56,133 +73,219 @@ class Portal:
         An exception that is raised in the waiting thread, such as a KeyboardInterrupt, cancels
         the call; it goes on when that has taken effect, or after 0.9 s.
 
-        :raises PortalClosed: it is closed, or this process was forked from the one it works in
+        :raises BarrierClosedError: it is closed
+        :raises BarrierError: this process was forked from the one it belongs to
+        :raises RuntimeError: this is the loop's own thread, which would wait for itself
         """
+        self._check_process()
+        if threading.get_ident() == self._thread:
+            raise RuntimeError(
+                f"{self._name()} cannot be waited for on its own event loop; await its barrier"
+            )
         call = _Call(function)
+        ticket = _Ticket(self, call)
         try:
             self._submit(call)
-            return call.promise.result(None)
+            _wait_for(call.promise, None)
+            return call.promise.result()
         except BaseException:
-            if not call.promise.done() and self._cancel(call):
-                call.promise.wait(_CANCELLED_SECS)
+            if not call.promise.done():
+                self._cancel(call)
+                _wait_for(call.promise, _CANCELLED_SECS)
             raise
         finally:
             # Its error has a traceback that leads here.
-            del call
+            del call, ticket
 
-    def close(self) -> None:
+    def start(self, function: Callable[[], Awaitable[T]]) -> Future[T]:
+        """Make a call without waiting for it.
+
+        :raises: as `call`
+        """
+        self._check_process()
+        call = _Call(function)
+        future = _Future(partial(self._cancel, call), call.promise)
+        try:
+            self._submit(call)
+            return future
+        except BaseException:
+            self._cancel(call)
+            raise
+
+    def close(self, last: Callable[[], Awaitable[object]] | None = None) -> None:
         """Make the last call, block until it has ended, and end the loop and its thread.
 
         An exception in the waiting thread ends the waiting, not the closing.
+
+        :param last: in place of the last call that was given first
         """
-        if self._foreign:
-            return
-        with self._lock:
-            if not self._closing:
-                self._start()
-                self.retire()
-        self._parted.result(None)
-        self._worker.ended.wait(_THREAD_GONE_SECS)
-        self._worker.join(_THREAD_GONE_SECS)
+        try:
+            if not self._foreign:
+                self._last = last or self._last
+                self._closing = True
+                self._rouse()
+                if threading.get_ident() != self._thread:
+                    _wait_for(self._ended, _CLOSED_SECS)
+                    if self._ended.done():
+                        self._ended.result()
+        finally:
+            # Where it was interrupted, too.
+            self.retire()
 
     def retire(self) -> None:
         """Close without waiting for it; where no call was made, make no last one."""
-        if self._foreign:
-            return
-        with self._lock:
-            if self._closing:
-                return
+        if not self._foreign:
             self._closing = True
-            if self._process is None:
-                self._parted.settle()
-            self._rouse()
-            self._worker.retire(_nothing)
+            if self._threads:
+                self._rouse()
 
     def end(self, deadline: float) -> None:
-        """Leave before the interpreter does; see `_worker.end_at_exit`."""
+        """Leave before the interpreter does; see `worker.end_at_exit`."""
         # Half of it, as what the last call leaves undone has to end as well.
         self._patience_secs = max(0.0, deadline - time.monotonic()) / 2
         self.retire()
-        self._worker.ended.wait(deadline - time.monotonic())
+        if self._threads and not self._foreign:
+            _wait_for(self._ended, deadline - time.monotonic())
+
+    def forsake(self) -> None:
+        """In a forked child: its thread is the parent's, and every call says so."""
 
     @property
     def _foreign(self) -> bool:
-        """Whether its thread stayed behind in the process that this one was forked from."""
-        return self._process not in (None, os.getpid())
+        """Whether this process was forked from the one it belongs to."""
+        return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        if self._foreign:
+            raise BarrierError(
+                f"{self._name()} was built in process {self._process} and belongs to it; this is "
+                f"process {os.getpid()}, forked from there: build a barrier in the process that "
+                "uses it"
+            )
 
     def _submit(self, call: _Call[Any]) -> None:
-        if self._foreign:
-            raise PortalClosed("its thread is in the process that this one was forked from")
-        with self._lock:
-            if self._closing:
-                raise PortalClosed("its event loop has ended")
-            self._start()
-            self._calls.add(call)
-            self._inbox.append(call)
-            self._rouse()
-
-    def _cancel(self, call: _Call[Any]) -> bool:
-        """Cancel it, if it was submitted."""
-        with self._lock:
-            call.unwanted = True
-            if self._post is not None:
-                self._post(call.cancel)
-            return call in self._calls
-
-    def _start(self) -> None:
-        if self._process is None:
-            self._process = os.getpid()
-            self._worker.submit(self._run)
-            end_at_exit(self)
+        if self._closing:
+            raise self._closed()
+        self._inbox.append(call)
+        self._rouse()
 
     def _rouse(self) -> None:
-        """Have the loop look at what there is to do. The lock is held."""
-        if self._post is not None:
-            self._post(lambda: self._roused.set())
+        """Have the loop look at what there is to do, in a thread that is started if none was.
+
+        What is done before this is seen: by the loop, or else by a thread that ends.
+        """
+        loop = self._loop
+        if loop is not None:
+            loop.post(self._waiter.wake)
+        elif self._ended.done():
+            self._refuse(self._closed)
+        elif not self._threads:
+            self._begin()
+
+    def _begin(self) -> None:
+        worker = Worker("loop")
+        try:
+            worker.submit(partial(self._run, worker))
+        except RuntimeError as exc:
+            raise BarrierConnectionError(
+                f"no thread can be had for {self._name()} ({exc}); this process or its user has "
+                "reached a limit of threads (ulimit -u, pids.max)"
+            ) from exc
+        except BaseException:
+            # It may have begun, and ends then, or works if it got so far.
+            worker.retire()
+            raise
+
+    def _cancel(self, call: _Call[Any]) -> None:
+        """Cancel it, or see that it is not made; it is settled then, if it was not before."""
+        try:
+            self._inbox.remove(call)
+        except ValueError:
+            if (loop := self._loop) is not None:
+                loop.post(partial(self._stop, call))
+                return
+        call.promise.settle(error=CancelledError())
 
     # -- in the thread -----------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, worker: Worker) -> None:
+        worker.retire()
+        self._threads.append(worker)
+        if self._threads[0] is not worker:
+            return
+        _end_first_at_exit(self)
+        self._thread = threading.get_ident()
         failure: BaseException | None = None
         try:
-            anyio.run(self._main)
+            _probe_loop()
+            failed = anyio.run(self._main)
         except BaseException as exc:
             failure = exc
-        with self._lock:
-            if not self._closing:
-                self._closing = True
-                self._worker.retire(_nothing)
-            unanswered, self._calls = self._calls, set()
-        for promise in [self._parted, *(call.promise for call in unanswered)]:
-            promise.settle(error=failure or PortalClosed("its event loop has ended"))
+        self._loop = self._thread = None
+        if failure is None:
+            self._ended.settle(error=failed)
+            self._refuse(self._closed)
+        else:
+            # The next call tries anew, in another thread.
+            self._threads.clear()
+            self._refuse(partial(self._lost, failure))
+            if self._closing:
+                self._ended.settle(error=self._lost(failure))
 
-    async def _main(self) -> None:
+    async def _main(self) -> BaseException | None:
+        """Serve until it is closed; what the last call raised."""
+        failure: BaseException | None = None
+        loop = loop_here(None)
+        self._waiter = loop.waiter()
+        self._loop = loop
         async with anyio.create_task_group() as calls:
-            while True:
-                self._roused = anyio.Event()
-                with self._lock:
-                    self._post = self._post or poster()
+            while not self._closing:
                 while self._inbox:
-                    calls.start_soon(self._make, self._inbox.popleft())
-                if self._closing:
-                    break
-                await self._roused.wait()
+                    call = self._inbox.popleft()
+                    self._calls.add(call)
+                    calls.start_soon(self._make, call)
+                    del call
+                await self._waiter.wait(math.inf)
             try:
                 with anyio.move_on_after(self._patience_secs):
                     await self._last()
             except Exception as exc:
-                self._parted.settle(error=exc)
-            finally:
-                with self._lock:
-                    self._post = None
-                # Those that the last call did not end.
-                calls.cancel_scope.cancel()
-        self._parted.settle()
+                failure = exc
+            # Those that the last call did not end.
+            calls.cancel_scope.cancel()
+        return failure
 
     async def _make(self, call: _Call[Any]) -> None:
-        await call.make()
-        with self._lock:
+        # It would cancel all the others.
+        with suppress(anyio.get_cancelled_exc_class()):
+            await call.make()
+        if not self._closing:
+            call.promise.settle(error=CancelledError())
+        if call.promise.done():
             self._calls.discard(call)
+
+    def _stop(self, call: _Call[Any]) -> None:
+        if call in self._calls:
+            call.cancel()
+        else:
+            call.promise.settle(error=CancelledError())
+
+    def _refuse(self, error: Callable[[], BaseException]) -> None:
+        """Fail the calls that nobody will make, or has brought to an end."""
+        for calls in (self._inbox, self._calls):
+            with suppress(IndexError, KeyError):
+                while calls:
+                    calls.pop().promise.settle(error=error())
+
+    def _closed(self) -> BarrierClosedError:
+        return BarrierClosedError(self._name())
+
+    def _lost(self, cause: BaseException) -> BarrierConnectionError:
+        error = BarrierConnectionError(
+            f"no event loop can be had for {self._name()} ({told_by(cause)})"
+        )
+        error.__cause__ = cause
+        return error
 
 
 class _Call(Generic[T]):
@@ -190,27 +293,110 @@ class _Call(Generic[T]):
 
     def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
         self.promise: Promise[T] = Promise()
-        self.unwanted = False
         self._function = function
         self._scope: anyio.CancelScope | None = None
+        self._cancelled = False
 
     async def make(self) -> None:
         with anyio.CancelScope() as self._scope:
-            if self.unwanted:
-                self._scope.cancel()
+            if self._cancelled:
+                return
             try:
-                self.promise.settle(await self._function())
+                awaitable = self._function()
+                if not inspect.isawaitable(awaitable):
+                    raise TypeError(f"a coroutine function is needed; this one gave {awaitable!r}")
+                self.promise.settle(await awaitable)
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as exc:
                 self.promise.settle(error=exc)
-        self.promise.settle(error=CancelledError())
 
     def cancel(self) -> None:
-        """On the loop: cancel it, if it has begun; it sees for itself otherwise."""
+        self._cancelled = True
         if self._scope is not None:
             self._scope.cancel()
 
 
-def _nothing() -> None:
-    pass
+class _Ticket:
+    """Of a thread that waits for a call; when it is dropped, interrupted or not, so is that."""
+
+    def __init__(self, portal: Portal, call: _Call[Any]) -> None:
+        self._portal = portal
+        self._call = call
+
+    def __del__(self) -> None:
+        if not self._call.promise.done():
+            self._portal._cancel(self._call)
+
+
+def _probe_loop() -> None:
+    # One that asyncio could make by half only would complain of it on stderr.
+    with selectors.DefaultSelector():
+        for end in socket.socketpair():
+            end.close()
+
+
+def _wait_for(promise: Promise[Any], within_secs: float | None) -> None:
+    """Block until it is settled, or for so long; see the module's docstring."""
+    told: SimpleQueue[None] = SimpleQueue()
+    promise.when_settled(partial(told.put, None))
+    with suppress(Empty):
+        told.get(timeout=None if within_secs is None else max(0.0, within_secs))
+
+
+class _Condition(threading.Condition):
+    """One whose lock is taken and let go in C alone, where no signal handler runs in between."""
+
+    __enter__ = property(attrgetter("_lock.__enter__"))
+    __exit__ = property(attrgetter("_lock.__exit__"))
+
+
+class _Future(Future[T]):
+    """What comes of a call, for a thread that goes on meanwhile.
+
+    The loop's thread takes its lock, too, so a thread that was interrupted must not keep it.
+    """
+
+    def __init__(self, stop: Callable[[], object], promise: Promise[T]) -> None:
+        super().__init__()
+        self._condition = _Condition()
+        self._stop = stop
+        promise.when_settled(partial(self._take, promise))
+
+    def cancel(self) -> bool:
+        """Cancel the call, unless it has ended; whether it was, which takes it a moment."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._stop()
+        return cancelled
+
+    def _take(self, promise: Promise[T]) -> None:
+        if self.set_running_or_notify_cancel():
+            try:
+                result = promise.result()
+            except BaseException as exc:
+                self.set_exception(exc)
+            else:
+                self.set_result(result)
+
+
+# -- before the interpreter ends ----------------------------------------------------------
+
+_portals: weakref.WeakSet[Portal] = weakref.WeakSet()
+
+
+def _end_first_at_exit(portal: Portal) -> None:
+    if not _portals:
+        # What multiprocessing forks ends without `atexit`.
+        multiprocessing_util.Finalize(None, _end_first, exitpriority=101)
+    _portals.add(portal)
+
+
+os.register_at_fork(after_in_child=_portals.clear)
+
+
+@atexit.register
+def _end_first() -> None:
+    """The latest is ended first: a loop in another thread, before those whose loop it is."""
+    for portal in list(_portals):
+        end_at_exit(portal)

@@ -8,19 +8,34 @@ import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from ._barrier import CONFIGURED, Barrier, check_timeout, reason_of
+import anyio
+
+from ._barrier import (
+    CONFIGURED,
+    Barrier,
+    Publish,
+    Timeout,
+    _given,
+    check_call_timeout,
+    check_publish,
+    check_step,
+)
 from ._config import BarrierConfig, create_barrier_from_config
-from ._crossing_barrier import CrossingBarrier
-from ._errors import BarrierClosedError
-from ._portal import Portal, PortalClosed
+from ._errors import BarrierError
+from ._portal import Portal
+from ._reasons import reason_of
 from ._values import BarrierResult
 
 __all__ = ["BlockingBarrier"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+_CONNECT_SECS = 0.8
 
 # Where others define the barriers that they take. Known to them as one of theirs, without
 # importing any of them here.
@@ -35,20 +50,25 @@ class BlockingBarrier:
 
     It is accepted wherever torch's checkpoint code takes its ``Barrier``: the ``CheckpointWriter``
     of ``torch.distributed.checkpoint._experimental`` and that of the package
-    ``torch_checkpointing``. All crossings are of one name, ``""``.
+    ``torch_checkpointing``, which cross the name ``""``.
 
-    Usable from any thread, and from several at once: each call enters a phase of its own. A
-    KeyboardInterrupt, or whatever else a signal handler raises in the waiting thread, cancels the
-    call, which breaks the phase for the peers; it is raised within 1 s. A call must not be made
-    on a thread that runs an event loop: that loop would stand still meanwhile.
+    Usable from any thread, and from several at once. A KeyboardInterrupt, or whatever else a signal
+    handler raises in the waiting thread, cancels the call, which breaks the phase for the peers; it
+    is raised within 1 s. A call must not be made on a thread that runs an event loop: that loop
+    would stand still meanwhile.
 
+    It belongs to the process that built it; in one that was forked from there, every call says so.
     It can be pickled if it was built from a configuration, and is then built anew from it, in a
-    checkpoint subprocess, say. One rank is one process's alone: once the copy connects, the
-    original is of no more use. The thread and the connections start with the first call. They keep
-    no interpreter from exiting, also if it was not closed.
+    checkpoint subprocess, say. A rank is one process's alone: while one that is connected lives,
+    the other is refused. The thread and the connections start with the first call. They keep no
+    interpreter from exiting, also if it was not closed.
 
-    Leaving breaks the next phase for peers that would wait in it, if this barrier was connected:
-    by `close`, at the end of a ``with`` block, or when the interpreter exits.
+    Leaving (`close`, the end of a ``with`` block, the end of the interpreter) tells the peers, in
+    the phases that they wait in and in those that they enter later.
+
+    In all calls ``name`` and ``step`` are as in `Barrier.execute_barrier`, and ``timeout_secs`` is
+    the deadline in seconds from now; None for the one configured, 0 for what is decided now. (For
+    no deadline at all, configure ``timeout_secs=None``.)
 
     :param config_or_barrier: which barrier to build: a `BarrierConfig`, or torch's class of that
         name; or a barrier, which is this one's from then on and is closed with it
@@ -63,13 +83,21 @@ class BlockingBarrier:
         else:
             self._config = _copied(config_or_barrier)
             self._barrier = _built(self._config)
-        self._portal = Portal(functools.partial(_part, self._barrier))
+        self._portal = Portal(functools.partial(_described, self._barrier), self._barrier.aclose)
         self._here = threading.local()
         # One that is dropped unclosed must not leave its thread behind.
         weakref.finalize(self, self._portal.retire).atexit = False
         for module in _ABSTRACT_BARRIERS:
             if (abstract := getattr(sys.modules.get(module), "Barrier", None)) is not None:
                 abstract.register(BlockingBarrier)
+
+    def __repr__(self) -> str:
+        return f"<BlockingBarrier of {self._barrier!r}>"
+
+    @property
+    def barrier(self) -> Barrier:
+        """The barrier inside, for coroutines that are given to `start`."""
+        return self._barrier
 
     def connect(self) -> None:
         """Reach the store, but not the peers; the first crossing does it otherwise.
@@ -78,33 +106,99 @@ class BlockingBarrier:
 
         :raises: as `Barrier.connect`
         """
-        self._call(self._barrier.connect)
+        self._portal.call(self._barrier.connect)
 
-    def execute_barrier(self, timeout_secs: float | None = None) -> BarrierResult:
-        """Enter the next phase and block until every rank has.
+    def execute_barrier(
+        self, timeout_secs: float | None = None, *, name: str = "", step: int | None = None
+    ) -> BarrierResult:
+        """Enter the next phase of ``name`` and block until every rank has.
 
-        :param timeout_secs: the deadline in seconds from now; None for the one configured. (For
-            no deadline at all, configure ``timeout_secs=None``.)
         :raises: as `Barrier.execute_barrier`
 
         **Interruption**, as by Ctrl-C: breaks the phase for everyone, unless it was decided
         before, and is raised within 1 s. The turn is used up: the next call enters the next phase.
         """
-        check_timeout("timeout_secs", timeout_secs)
-        self._here.turns = self._turns_taken + 1
-        timeout = CONFIGURED if timeout_secs is None else timeout_secs
-        return self._call(functools.partial(self._barrier.execute_barrier, timeout_secs=timeout))
+        call = functools.partial(self._barrier.execute_barrier, name)
+        return self._cross(call, name, step, timeout_secs)
 
-    def abort(self, reason: str) -> None:
-        """Break this rank's current phase, or else its next one without entering.
+    def commit(
+        self,
+        publish: Publish,
+        *,
+        payload: bytes = b"",
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: float | None = None,
+        leader: int = 0,
+    ) -> bytes:
+        """Publish a checkpoint once every rank has finished its part; see `Barrier.commit`.
+
+        :param publish: a plain function, which runs in a thread of the library's, or a coroutine
+            function, which runs on the barrier's own event loop
+        :raises: as `Barrier.commit`
+
+        **Interruption:** as the cancellation of `Barrier.commit`.
+        """
+        check_publish(publish)
+        call = functools.partial(
+            self._barrier.commit, publish, payload=payload, name=name, leader=leader
+        )
+        return self._cross(call, name, step, timeout_secs)
+
+    def all_gather(
+        self,
+        payload: bytes,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: float | None = None,
+    ) -> tuple[bytes, ...]:
+        """Enter with a payload, and get those of all ranks; see `Barrier.all_gather`.
+
+        :raises: as `Barrier.all_gather`
+
+        **Interruption:** as `execute_barrier`.
+        """
+        call = functools.partial(self._barrier.all_gather, payload, name=name)
+        return self._cross(call, name, step, timeout_secs)
+
+    def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
+        """Break this rank's current phase of ``name``, or else its next one without entering.
 
         Peers get `BrokenBarrierError` with this rank and ``reason``.
+
+        :return: whether this call broke it; False where it had been decided
+
+        **Interruption:** the break goes on, and reaches the peers if the store can be reached.
         """
-        self._here.turns = self._turns_taken + 1
-        self._call(functools.partial(self._barrier.abort, reason))
+        self._take_turn(name, step)
+        given = _given(check_step(step))
+        return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given))
+
+    def start(
+        self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """Begin a call on the barrier's own event loop, and go on meanwhile. ::
+
+            saving = blocking.start(blocking.barrier.commit, publish, payload=manifest, step=step)
+            ...  # train; ask saving.done() at each step
+            saving.result()
+
+        A Ctrl-C in ``result()`` leaves the call running. ``cancel()`` cancels it, as an await of it
+        would be cancelled. Closing this barrier breaks the phases that it waits in, for all ranks,
+        and it ends in `BarrierClosedError`.
+
+        :param call: a method of `barrier`, or any coroutine function. It runs on the event loop,
+            which it must not block; in there, await `barrier` instead of calling this object.
+        :return: raises what the call raises
+        :raises BarrierClosedError: this barrier is closed
+        """
+        if not callable(call):
+            raise TypeError(f"call must be a coroutine function, not {type(call).__name__}")
+        return self._portal.start(functools.partial(call, *args, **kwargs))
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, name: str = "", *, step: int | None = None) -> Iterator[None]:
         """Break the phase if the body raises before it crosses: for writers that cross in `write`.
 
         Without it, peers wait for a rank whose write failed until their deadlines, and that rank's
@@ -113,22 +207,23 @@ class BlockingBarrier:
             with barrier.guard():
                 writer.write(path, state_dict)  # saves, then calls barrier.execute_barrier()
 
-        What the body raises goes on. If it has called `execute_barrier` or `abort` on this thread,
-        there is nothing left to break.
+        What the body raises goes on. If it has crossed ``name`` (and ``step``, if given), or tried
+        to, or has aborted it, on this thread, there is nothing left to break.
         """
-        turns = self._turns_taken
+        guarded = _Guarded(name, check_step(step))
+        self._guards.add(guarded)
         try:
             yield
         except BaseException as exc:
-            if self._turns_taken == turns:
-                self._fail(exc)
+            if not guarded.crossed:
+                self._fail(exc, name, step)
             raise
 
     def close(self) -> None:
-        """Break the phases that are awaited, and the next one, and let go of the thread.
+        """Tell the peers that this rank leaves, and let go of the connections and the thread.
 
-        Idempotent, and bounded by a few seconds. Calls that wait in other threads raise
-        `BarrierClosedError`, as later ones do.
+        Phases that it waits in break for all. Idempotent, and bounded by a few seconds. Calls that
+        wait in other threads, or were started, raise `BarrierClosedError`, as later ones do.
 
         **Interruption:** closing goes on without waiting for it.
         """
@@ -148,11 +243,11 @@ class BlockingBarrier:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if exc is not None:
-                self._fail(exc)
-        finally:
+        if exc is None or isinstance(exc, GeneratorExit):
             self.close()
+        else:
+            reason = f"it closed its barrier: {reason_of(exc)}"
+            self._portal.close(functools.partial(self._barrier._leave, reason))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._config is None:
@@ -162,35 +257,59 @@ class BlockingBarrier:
             )
         return (BlockingBarrier, (self._config,))
 
+    def _cross(
+        self,
+        call: Callable[..., Awaitable[T]],
+        name: str,
+        step: int | None,
+        timeout_secs: float | None,
+    ) -> T:
+        timeout: Timeout = CONFIGURED if timeout_secs is None else check_call_timeout(timeout_secs)
+        given = _given(check_step(step))
+        self._take_turn(name, step)
+        call = functools.partial(call, **given, timeout_secs=timeout)
+        if timeout == 0:
+            call = functools.partial(_connected, self._barrier, call)
+        return self._portal.call(call)
+
     @property
-    def _turns_taken(self) -> int:
-        """By this thread."""
-        turns: int = getattr(self._here, "turns", 0)
-        return turns
+    def _guards(self) -> weakref.WeakSet[_Guarded]:
+        """Those that this thread is in; gone with them, however they end."""
+        guards: weakref.WeakSet[_Guarded]
+        guards = self._here.__dict__.setdefault("guards", weakref.WeakSet())
+        return guards
 
-    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
-        try:
-            return self._portal.call(function)
-        except PortalClosed as exc:
-            raise BarrierClosedError(f"this BlockingBarrier ({exc})") from exc
+    def _take_turn(self, name: str, step: int | None) -> None:
+        for guarded in self._guards:
+            if (guarded.name, guarded.step) == (name, step):
+                guarded.crossed = True
 
-    def _fail(self, exc: BaseException) -> None:
+    def _fail(self, exc: BaseException, name: str, step: int | None) -> None:
         """Tell the peers that what should have come before the next crossing failed."""
-        barrier = self._barrier
-
-        async def fail() -> None:
-            await barrier._fail(reason_of(exc), "")
-
         # The caller's own exception is on its way, and matters more.
-        with contextlib.suppress(PortalClosed):
-            self._portal.call(fail)
+        with contextlib.suppress(BarrierError):
+            self._portal.call(functools.partial(self._barrier._fail, reason_of(exc), name, step))
 
 
-async def _part(barrier: Barrier) -> None:
-    # A collective cannot be told without waiting for it.
-    if isinstance(barrier, CrossingBarrier):
-        await barrier.part("")
-    await barrier.aclose()
+class _Guarded:
+    """What a body is to cross, and whether it has."""
+
+    crossed = False
+
+    def __init__(self, name: str, step: int | None) -> None:
+        self.name = name
+        self.step = step
+
+
+async def _connected(barrier: Barrier, call: Callable[[], Awaitable[T]]) -> T:
+    # What is decided now can be told by a store only that was reached; law 5 leaves a second.
+    with anyio.move_on_after(_CONNECT_SECS):
+        await barrier.connect()
+    return await call()
+
+
+def _described(barrier: Barrier) -> str:
+    return f"this BlockingBarrier of {barrier!r}"
 
 
 def _copied(config: Any) -> BarrierConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
+from contextlib import AbstractAsyncContextManager
 from typing import ClassVar
 
 import anyio
@@ -11,27 +13,27 @@ import torch.distributed as dist
 
 from ._barrier import (
     CONFIGURED,
-    UNDO_SECS,
     Barrier,
     Configured,
     Publish,
     Timeout,
+    check_call_timeout,
+    check_publish,
     check_timeout,
     check_world,
     checked_blob,
-    reason_of,
 )
-from ._calls import Calls, or_inf
-from ._collectives import Word
 from ._config import register_barrier
-from ._errors import (
-    BarrierError,
-    BarrierTimeoutError,
-    BrokenBarrierError,
-    describe,
-)
+from ._dist.calls import UNDO_SECS, Calls
+from ._dist.collectives import IN_DOUBT, PUBLISHED
+from ._dist.publication import Publication
+from ._errors import BarrierError, BrokenBarrierError, describe, in_one_line
+from ._store.future import Future
+from ._store.promises import told
+from ._store.waiting import until_done
 from ._values import BarrierResult
-from ._worker import Promise
+
+_CLOSED = "it closed its barrier"
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -44,10 +46,12 @@ class DistBarrier(Barrier):
     order of the calls, and after a deadline, a cancellation or a lost peer the barrier is
     broken for good on this rank: use a `StoreBarrier` where you need to go on. All names share
     one order of calls; ``name`` appears in messages only. An abort, or a phase whose body
-    failed, reaches the peers when all of them have entered, not before.
+    failed, reaches the peers when all of them have entered, not before. A rank that waits for one
+    that has closed its barrier, or whose barrier is broken for good, is told within seconds.
 
     Every rank has to build its barriers in the same order, and to make the same calls in the
-    same order. With no group given, the barrier makes itself a gloo group over all ranks,
+    same order, with the same steps; where they do not, all get `BrokenBarrierError`, and nothing
+    is published. With no group given, the barrier makes itself a gloo group over all ranks,
     known to nobody else: it does not meet the training's collectives, whatever backend the
     default group has. A group that is given is used as it is, with whatever else runs on it,
     and by one barrier at a time.
@@ -78,8 +82,10 @@ class DistBarrier(Barrier):
             )
         self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
         self._calls = Calls(process_group)
-        # Of a leader whose publish runs.
-        self._publishing: anyio.CancelScope | None = None
+        # The commits under way that this rank leads.
+        self._publications: set[Publication] = set()
+        # A barrier that is dropped without aclose() must not leave its threads behind.
+        weakref.finalize(self, self._calls.leave, _CLOSED).atexit = False
 
     async def connect(self) -> None:
         """Make the group, which every rank has to do; the first crossing does it otherwise.
@@ -93,31 +99,24 @@ class DistBarrier(Barrier):
         await self._calls.connect(self._timeout_secs)
 
     async def execute_barrier(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
-        started = anyio.current_time()
+        calls = self._calls
         timeout = self._checked_timeout(timeout_secs)
-        sequence, last_rank = await self._calls.run(name, timeout, self._calls.group.cross)
-        return BarrierResult(name, sequence, anyio.current_time() - started, last_rank)
+        loop = calls.use()
+        started = loop.now()
+        sequence, last_rank = await calls.run(
+            name, step, timeout, lambda: calls.collectives.execute(step)
+        )
+        return BarrierResult(name, sequence, loop.now() - started, last_rank)
 
-    async def abort(self, reason: str, name: str = "") -> None:
-        """Enter the next call and break it for all ranks; waits until they have entered.
-
-        Peers get `BrokenBarrierError` with this rank and ``reason``, in a `commit` too, and the
-        barrier goes on to work.
-
-        :raises: as `execute_barrier`, except that an abort is no error
-
-        **Cancellation:** the barrier is broken for good; peers may learn of the abort or not.
-        """
-        logger.warning("%s aborted on this rank: %s", describe(name, self._calls.sequence), reason)
-        await self._calls.run(name, self._timeout_secs, lambda: self._calls.group.abort(reason))
-
-    async def _fail(self, reason: str, name: str) -> None:
-        # The body's own exception is on its way. Peers learn of it when they enter, however long
-        # that takes; we need not wait for it.
-        with contextlib.suppress(BarrierError):
-            await self._calls.try_for(UNDO_SECS, name, lambda: self._calls.group.abort(reason))
+    def phase(
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+    ) -> AbstractAsyncContextManager[None]:
+        # What is wrong with the call is said before the body runs, not after.
+        self._calls.check_open(name, step)
+        self._checked_timeout(timeout_secs)
+        return super().phase(name, step=step, timeout_secs=timeout_secs)
 
     async def commit(
         self,
@@ -125,68 +124,110 @@ class DistBarrier(Barrier):
         *,
         payload: bytes = b"",
         name: str = "",
+        step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
+        calls = self._calls
+        timeout = self._checked_timeout(timeout_secs)
+        check_publish(publish)
+        brought = checked_blob("payload", payload)
+        calls.check(name, step)
+        check_world(leader, calls.group.size)
+        if calls.group.rank == leader:
+            publication = Publication(calls, name, step, timeout)
+            self._publications.add(publication)
+            try:
+                return await publication.run(publish, brought)
+            finally:
+                self._publications.discard(publication)
+        sequence, word = await calls.run(
+            name, step, timeout, lambda: calls.collectives.follow(brought, step, leader)
+        )
+        if word.how != PUBLISHED:
+            reason = word.message.decode(errors="replace")
+            raise BrokenBarrierError(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
+        return word.message
+
+    async def all_gather(
+        self,
+        payload: bytes,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+    ) -> tuple[bytes, ...]:
+        calls = self._calls
         timeout = self._checked_timeout(timeout_secs)
         brought = checked_blob("payload", payload)
-        self._calls.check(name)
-        check_world(leader, self._calls.meeting.size)
-        if self._calls.meeting.rank == leader:
-            return await self._lead(publish, name, timeout, brought)
-        sequence, (published, message) = await self._calls.run(
-            name, timeout, lambda: self._calls.group.follow(brought, leader)
+        _, gathered = await calls.run(
+            name, step, timeout, lambda: calls.collectives.all_gather(brought, step)
         )
-        if not published:
-            raise BrokenBarrierError(name, sequence, leader, message.decode())
-        return message
+        return gathered
 
-    async def _lead(
-        self, publish: Publish, name: str, timeout: float | None, payload: bytes
-    ) -> bytes:
-        group = self._calls.group
-        deadline = anyio.current_time() + or_inf(timeout)
-        gathered: Promise[dict[int, bytes]] = Promise()
-        # Told to the peers by the group's thread. Not awaited: what the leader knows does not
-        # depend on who hears it. The next call queues up behind it.
-        word: Promise[Word] = Promise()
+    async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
+        """Enter the next call and break it for all ranks; waits until they have entered.
+
+        Peers get `BrokenBarrierError` with this rank and ``reason``, in a `commit` too, and the
+        barrier goes on to work. Calls of this rank that were made before run before it.
+
+        :return: whether this call broke it; False where another rank did so in the same call, or
+            where this rank has come for ``step`` or a later one before
+        :raises: as `execute_barrier`, except that an abort is no error; never in doubt, as nobody
+            is released
+
+        **Cancellation:** the barrier is broken for good; peers may learn of the abort or not.
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be a string, not {reason!r}")
+        calls = self._calls
+        calls.check(name, step)
+        if calls.too_late(name, step) is not None:
+            return False
+        why = in_one_line(reason)
+        logger.warning("%s aborted on this rank: %s", describe(name, calls.next(step)), why)
         try:
-            try:
-                sequence, payloads = await self._calls.run(
-                    name, timeout, lambda: group.lead(payload, gathered, word), gathered
-                )
-            except BarrierError as exc:
-                # The leader knows that it has not published.
-                exc.in_doubt = False
-                raise
-            with anyio.CancelScope(deadline=deadline) as self._publishing:
-                published = await publish(payloads)
-            if self._publishing.cancelled_caught:
-                self._calls.check(name)
-                self._calls.break_for_good(f"a commit timed out after {timeout:g} s")
-                raise BarrierTimeoutError(name, sequence, (), or_inf(timeout))
-        except BaseException as exc:
-            word.settle((False, f"publish failed: {reason_of(exc)}".encode()))
-            if not isinstance(exc, Exception):
-                self._calls.break_for_good(f"a commit ended early ({reason_of(exc)})")
+            _, broke = await calls.run(
+                name, step, self._timeout_secs, lambda: calls.collectives.abort(why, step)
+            )
+        except BarrierError as exc:
+            exc.in_doubt = False
             raise
-        finally:
-            self._publishing = None
-        try:
-            result = checked_blob("publish's result", published)
-        except (TypeError, ValueError):
-            # Published it is, and peers may rely on that.
-            word.settle((True, b""))
-            raise
-        word.settle((True, result))
-        return result
+        return broke
+
+    async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
+        # The body's own exception is on its way. Peers learn of it when they enter, however long
+        # that takes; we need not wait for it.
+        calls = self._calls
+        with contextlib.suppress(BarrierError):
+            call = calls.begin(name, step, lambda: calls.collectives.abort(reason, step))
+            loop = calls.use()
+            await told(loop, call.promise, loop.now() + UNDO_SECS)
+
+    def _fail_soon(self, reason: str, name: str, step: int | None = None) -> None:
+        calls = self._calls
+        with contextlib.suppress(BarrierError):
+            calls.begin(name, step, lambda: calls.collectives.abort(reason, step))
 
     async def aclose(self) -> None:
-        if self._publishing is not None:
-            self._publishing.cancel()
-        await self._calls.aclose()
+        await self._leave(_CLOSED)
+
+    async def _leave(self, reason: str) -> None:
+        calls = self._calls
+        if calls.foreign or calls.closed:
+            return
+        for publication in self._publications:
+            publication.stop()
+        loop = calls.use()
+        calls.leave(reason)
+        ended: Future[None] = Future()
+        calls.log.ended.when_settled(lambda: loop.post(lambda: ended.resolve(None)))
+        # Its threads end by themselves; a caller that is cancelled sees most of it.
+        with anyio.CancelScope(shield=True):
+            await until_done(loop, ended, UNDO_SECS)
+        calls.abandon()
 
     def _checked_timeout(self, timeout_secs: Timeout) -> float | None:
         if isinstance(timeout_secs, Configured):
             return self._timeout_secs
-        return check_timeout("timeout_secs", timeout_secs)
+        return check_call_timeout(timeout_secs)

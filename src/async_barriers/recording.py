@@ -25,8 +25,9 @@ from typing import Any
 
 import anyio
 
-from ._barrier import CONFIGURED, Barrier, Publish, Timeout
-from ._crossing_barrier import CrossingBarrier
+from ._barrier import CONFIGURED, Barrier, Publish, Timeout, _given, check_publish
+from ._client.barrier import CrossingBarrier
+from ._client.publication import is_async
 from ._errors import BarrierError
 from ._values import BarrierResult
 
@@ -180,10 +181,12 @@ class _Watched(Barrier):
         self._rank = rank
 
     async def execute_barrier(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
         with self._recorder._call(self._rank, "execute_barrier", name) as facts:
-            result = await self._barrier.execute_barrier(name, timeout_secs=timeout_secs)
+            result = await self._barrier.execute_barrier(
+                name, **_given(step), timeout_secs=timeout_secs
+            )
             facts.update(verdict="released", sequence=result.sequence, last_rank=result.last_rank)
             return result
 
@@ -197,39 +200,79 @@ class _Watched(Barrier):
         *,
         payload: bytes = b"",
         name: str = "",
+        step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
-        async def watched(payloads: Mapping[int, bytes]) -> bytes | None:
-            # On a row of its own, beside the commit.
-            with self._recorder._call(self._rank, "publish", name):
-                return await publish(payloads)
-
+        check_publish(publish)
         with self._recorder._call(self._rank, "commit", name) as facts:
             facts["leader"] = leader
             result = await self._barrier.commit(
-                watched, payload=payload, name=name, timeout_secs=timeout_secs, leader=leader
+                self._watched(publish, name),
+                payload=payload,
+                name=name,
+                **_given(step),
+                timeout_secs=timeout_secs,
+                leader=leader,
             )
             facts["verdict"] = "released"
             return result
 
-    async def abort(self, reason: str, name: str = "") -> None:
+    def _watched(self, publish: Publish, name: str) -> Publish:
+        """On a row of its own, beside the commit; a plain function stays one."""
+        call: Any = publish
+        record = self._recorder._call
+
+        async def awaited(payloads: Mapping[int, bytes]) -> Any:
+            with record(self._rank, "publish", name):
+                return await call(payloads)
+
+        def called(payloads: Mapping[int, bytes]) -> Any:
+            with record(self._rank, "publish", name):
+                return call(payloads)
+
+        return awaited if is_async(publish) else called
+
+    async def all_gather(
+        self,
+        payload: bytes,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+    ) -> tuple[bytes, ...]:
+        with self._recorder._call(self._rank, "all_gather", name) as facts:
+            gathered = await self._barrier.all_gather(
+                payload, name=name, **_given(step), timeout_secs=timeout_secs
+            )
+            facts["verdict"] = "released"
+            return gathered
+
+    async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         with self._recorder._call(self._rank, "abort", name) as facts:
             facts["reason"] = reason
-            await self._barrier.abort(reason, name)
+            return await self._barrier.abort(reason, name, **_given(step))
 
     async def aclose(self) -> None:
         with self._recorder._call(self._rank, "aclose", ""):
             await self._barrier.aclose()
 
+    async def _leave(self, reason: str) -> None:
+        with self._recorder._call(self._rank, "aclose", "") as facts:
+            facts["reason"] = reason
+            await self._barrier._leave(reason)
+
     def phase(
-        self, name: str = "", *, timeout_secs: Timeout = CONFIGURED
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> AbstractAsyncContextManager[None]:
         # That one may refuse the call; what it returns would not be recorded.
-        self._barrier.phase(name, timeout_secs=timeout_secs)
-        return super().phase(name, timeout_secs=timeout_secs)
+        self._barrier.phase(name, **_given(step), timeout_secs=timeout_secs)
+        return super().phase(name, step=step, timeout_secs=timeout_secs)
 
-    async def _fail(self, reason: str, name: str) -> None:
+    async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         with self._recorder._call(self._rank, "phase failed", name) as facts:
             facts["reason"] = reason
-            await self._barrier._fail(reason, name)
+            await self._barrier._fail(reason, name, step)
+
+    def _fail_soon(self, reason: str, name: str, step: int | None = None) -> None:
+        self._barrier._fail_soon(reason, name, step)

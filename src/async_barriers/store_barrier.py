@@ -8,9 +8,9 @@ from typing import ClassVar, TypeVar
 from torch.distributed import ProcessGroup, Store
 
 from . import _launch
+from ._client.barrier import CrossingBarrier
 from ._config import register_barrier
-from ._crossing_barrier import CrossingBarrier
-from ._stores import PassedIn, Source, StoreAt
+from ._store.sources import PassedIn, Source, StoreAt
 from ._values import BarrierProgress
 
 StoreBarrierT = TypeVar("StoreBarrierT", bound="StoreBarrier")
@@ -32,6 +32,11 @@ class StoreBarrier(CrossingBarrier):
     :param warn_after_secs: a waiting rank reports after this long, and again each such
         period; None for no reports
     :param on_progress: called with each report, on the event loop; keep it short
+    :param run_id: a name for this run of the job; processes that give another one are refused,
+        and not taken for a restart
+    :param worker_threads: have c10d's own client make the calls, in threads, also where the store
+        is a TCPStore, which can be spoken to without blocking; slower, all promises hold. The
+        environment variable ``ASYNC_BARRIERS_WORKER_THREADS=1`` does the same
     :raises TypeError, ValueError: an argument is not what is allowed
     """
 
@@ -48,12 +53,16 @@ class StoreBarrier(CrossingBarrier):
         timeout_barrier_init_secs: float = 60.0,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
+        run_id: str | None = None,
+        worker_threads: bool = False,
     ) -> None:
         source: Source
         if isinstance(store, StoreAt):
             source = store
+            if worker_threads:
+                store.use_threads()
         elif isinstance(store, Store):
-            source = PassedIn(store)
+            source = PassedIn(store, worker_threads)
         else:
             raise TypeError(f"store must be a torch.distributed.Store, not {store!r}")
         super().__init__(
@@ -65,6 +74,7 @@ class StoreBarrier(CrossingBarrier):
             timeout_secs,
             warn_after_secs,
             on_progress,
+            run_id,
         )
 
     @classmethod
@@ -77,6 +87,8 @@ class StoreBarrier(CrossingBarrier):
         timeout_barrier_init_secs: float = 60.0,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
+        run_id: str | None = None,
+        worker_threads: bool = False,
     ) -> StoreBarrierT:
         """A barrier for the ranks of a process group, over the store that the group met at.
 
@@ -101,6 +113,8 @@ class StoreBarrier(CrossingBarrier):
             timeout_barrier_init_secs=timeout_barrier_init_secs,
             warn_after_secs=warn_after_secs,
             on_progress=on_progress,
+            run_id=run_id,
+            worker_threads=worker_threads,
         )
 
     @classmethod
@@ -112,6 +126,8 @@ class StoreBarrier(CrossingBarrier):
         timeout_barrier_init_secs: float = 60.0,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
+        run_id: str | None = None,
+        worker_threads: bool = False,
     ) -> StoreBarrierT:
         """A barrier for all ranks of a job that torchrun started; needs no process group.
 
@@ -120,6 +136,7 @@ class StoreBarrier(CrossingBarrier):
         TORCHELASTIC_USE_AGENT_STORE=True), every rank is a client. Elsewhere rank 0 hosts it
         from when it connects, together with whoever hosts it in the same process already or
         later: `init_process_group`, another barrier. Rank 0's `aclose` then is the last one.
+        torchrun's name of the run is the ``run_id``, unless one is given.
 
         :param prefix: and what follows, as for `StoreBarrier`
         :raises ValueError: variables are missing, and which, or a value is not allowed
@@ -135,6 +152,8 @@ class StoreBarrier(CrossingBarrier):
             timeout_barrier_init_secs=timeout_barrier_init_secs,
             warn_after_secs=warn_after_secs,
             on_progress=on_progress,
+            run_id=launched.run_id if run_id is None else run_id,
+            worker_threads=worker_threads,
         )
 
 
@@ -154,6 +173,8 @@ class TCPStoreBarrier(CrossingBarrier):
     :param timeout_secs: the deadline of each crossing, in seconds; None for none
     :param warn_after_secs: as in `StoreBarrier`
     :param on_progress: as in `StoreBarrier`
+    :param run_id: as in `StoreBarrier`
+    :param worker_threads: as in `StoreBarrier`
     :raises TypeError, ValueError: an argument is not what is allowed
     """
 
@@ -172,6 +193,8 @@ class TCPStoreBarrier(CrossingBarrier):
         *,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
+        run_id: str | None = None,
+        worker_threads: bool = False,
     ) -> None:
         if not isinstance(use_checkpoint_barrier_tcpstore_libuv, bool):
             raise TypeError(
@@ -187,6 +210,7 @@ class TCPStoreBarrier(CrossingBarrier):
             _checked_port(tcpstore_port),
             use_checkpoint_barrier_tcpstore_libuv,
             hosts=global_rank == 0,
+            worker_threads=worker_threads,
         )
         super().__init__(
             own_store,
@@ -197,6 +221,7 @@ class TCPStoreBarrier(CrossingBarrier):
             timeout_secs,
             warn_after_secs,
             on_progress,
+            run_id,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,16 @@ from torch_checkpointing.barriers import BarrierConfig
 from torch_checkpointing.types import RankInfo
 
 from . import _launch
-from ._stores import StoreAt
+from ._barrier import check_timeout
+from ._protocol.keys import check_prefix
+from ._store.sources import StoreAt
 from .blocking import BlockingBarrier
 from .store_barrier import StoreBarrier
 
 __all__ = ["StoreBarrierConfig"]
+
+# How many configurations without a prefix this process has built.
+_numbers = itertools.count()
 
 
 @dataclass
@@ -39,16 +45,25 @@ class StoreBarrierConfig(BarrierConfig):
 
     :ivar timeout_barrier_init_sec: how long, in seconds, connecting may take, and how long a rank
         that was restarted waits for its peers
-    :ivar prefix: managers that are in use at the same time need different ones
+    :ivar prefix: None for one that numbers the configurations as they are built in this process,
+        so that managers which are in use at the same time do not meet each other's; all ranks
+        have to build theirs in the same order, or give prefixes
     :ivar warn_after_secs: a waiting rank reports after this long, and again each such period;
         None for no reports
     """
 
     timeout_barrier_init_sec: int = 60
-    prefix: str = "torch_checkpointing"
+    prefix: str | None = None
     warn_after_secs: float | None = 30.0
 
     def __post_init__(self) -> None:
+        if check_timeout("timeout_barrier_init_sec", self.timeout_barrier_init_sec) is None:
+            raise TypeError("timeout_barrier_init_sec must be a number of seconds, not None")
+        check_timeout("warn_after_secs", self.warn_after_secs)
+        if self.prefix is None:
+            number = next(_numbers)
+            self.prefix = "torch_checkpointing" + (f" {number}" if number else "")
+        check_prefix(self.prefix)
         self._barrier: BlockingBarrier | None = None
         self._where: _Where | None = None
 
@@ -76,14 +91,15 @@ class StoreBarrierConfig(BarrierConfig):
             store,  # type: ignore[arg-type]  # or one that is not there yet
             rank=rank,
             world_size=world_size,
-            prefix=self.prefix,
+            prefix=self.prefix or "torch_checkpointing",
             timeout_barrier_init_secs=self.timeout_barrier_init_sec,
             warn_after_secs=self.warn_after_secs,
         )
-        self._barrier = BlockingBarrier(barrier)
+        blocking = BlockingBarrier(barrier)
         # As its writer is there now: one whose first write fails can tell its peers.
-        self._barrier.connect()
-        return self._barrier
+        blocking.connect()
+        self._barrier = blocking
+        return blocking
 
     @contextlib.contextmanager
     def use_in_subprocess(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""One rank at one store: its connections, its membership and the phases it awaits."""

@@ -1,0 +1,325 @@
+"""The calls of a barrier over a store, on the event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import anyio
+
+from .._barrier import (
+    CONFIGURED,
+    Barrier,
+    Configured,
+    Publish,
+    Timeout,
+    check_call_timeout,
+    check_publish,
+    check_step,
+    check_timeout,
+    check_world,
+    checked_blob,
+)
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BrokenBarrierError,
+    describe,
+)
+from .._protocol.count import COMMIT, GATHER, MAX_RANKS
+from .._protocol.keys import Keys, check_name, check_prefix
+from .._store.sources import Source
+from .._store.waiting import settled, until_done
+from .._values import BarrierProgress, BarrierResult
+from .crossing import Crossing
+from .phases import Phase
+from .publication import Publication
+from .session import PEERS_SECS, UNDO_SECS, Session
+
+_CLOSED = "it closed its barrier"
+# How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.
+_STOP_SECS = 0.4
+
+logger = logging.getLogger(__name__)
+
+
+class CrossingBarrier(Barrier):
+    """What StoreBarrier and TCPStoreBarrier share: all but where the store comes from."""
+
+    def __init__(
+        self,
+        source: Source,
+        rank: int,
+        world_size: int,
+        prefix: str,
+        timeout_barrier_init_secs: float,
+        timeout_secs: float | None,
+        warn_after_secs: float | None,
+        on_progress: Callable[[BarrierProgress], object] | None,
+        run_id: str | None = None,
+    ) -> None:
+        check_world(rank, world_size)
+        if world_size > MAX_RANKS:
+            raise ValueError(f"world size is {world_size}; at most {MAX_RANKS} ranks can meet")
+        check_prefix(prefix)
+        init_secs = check_timeout("timeout_barrier_init_secs", timeout_barrier_init_secs)
+        if init_secs is None:
+            raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
+        if run_id is not None and not isinstance(run_id, str):
+            raise TypeError(f"run_id must be a string or None, not {run_id!r}")
+        self._keys = Keys(prefix, source.namespace)
+        self._session = Session(
+            source, prefix, rank, world_size, init_secs=init_secs, run_id=run_id
+        )
+        self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
+        warn_secs = check_timeout("warn_after_secs", warn_after_secs)
+        self._warn_after_secs = math.inf if warn_secs is None else warn_secs
+        self._on_progress = on_progress
+        self._closed = False
+        # The same one most often.
+        self._checked_name = ""
+        # A barrier that is dropped without aclose() has left, too.
+        weakref.finalize(self, _abandon, self._session).atexit = False
+
+    def __repr__(self) -> str:
+        session = self._session
+        state = "closed" if self._closed else "connected" if session.stands else "not connected"
+        return (
+            f"<{type(self).__name__} {session.prefix!r}, rank {session.rank} of "
+            f"{session.world_size}, {state}>"
+        )
+
+    # -- the API -----------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        self._check_call("", None, CONFIGURED)
+        await self._crossing("", None, None).ready()
+
+    async def execute_barrier(
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+    ) -> BarrierResult:
+        timeout = self._check_call(name, step, timeout_secs)
+        crossing = self._crossing(name, step, timeout)
+        released = await crossing.decided()
+        assert released is not None
+        assert crossing.phase is not None
+        return BarrierResult(
+            name, crossing.phase.sequence, crossing.waited_secs, released.last_rank
+        )
+
+    def phase(
+        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+    ) -> AbstractAsyncContextManager[None]:
+        # What is wrong with the call is said before the body runs, not after.
+        self._check_call(name, step, timeout_secs)
+        return super().phase(name, step=step, timeout_secs=timeout_secs)
+
+    async def commit(
+        self,
+        publish: Publish,
+        *,
+        payload: bytes = b"",
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> bytes:
+        timeout = self._check_call(name, step, timeout_secs)
+        check_publish(publish)
+        check_world(leader, self._session.world_size)
+        brought = checked_blob("payload", payload)
+        crossing = self._crossing(name, step, timeout, COMMIT, leader)
+        released = await crossing.decided(brought)
+        if released is not None:
+            return released.result
+        phase = crossing.phase
+        assert phase is not None
+        return await self._publish(crossing, phase, publish)
+
+    async def all_gather(
+        self,
+        payload: bytes,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+    ) -> tuple[bytes, ...]:
+        timeout = self._check_call(name, step, timeout_secs)
+        brought = checked_blob("payload", payload)
+        crossing = self._crossing(name, step, timeout, GATHER)
+        return await crossing.gathered(brought)
+
+    async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
+        self._check_call(name, step, CONFIGURED)
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be a string, not {reason!r}")
+        session = self._session
+        crossing = self._crossing(name, step, None)
+        phase = session.awaited(name, step)
+        if phase is not None and phase.publishing is not None:
+            publishing = phase.publishing
+            publishing.stop(reason)
+            await settled(crossing.loop, publishing.settled, math.inf)
+            return bool(publishing.stopped)
+        if phase is None:
+            while not session.stands:
+                await crossing.ready()
+            if session.too_late(name, step):
+                return False
+            phase = session.begin(name, step)
+        broke = await self._break(crossing, phase, reason, session.init_secs)
+        publishing = phase.publishing
+        if publishing is not None:
+            # It began to publish in the same instant.
+            publishing.stop(reason)
+            await settled(crossing.loop, publishing.settled, math.inf)
+            return bool(publishing.stopped)
+        return broke
+
+    async def aclose(self) -> None:
+        await self._leave(_CLOSED)
+
+    async def _leave(self, reason: str) -> None:
+        session = self._session
+        self._closed = True
+        if session.foreign:
+            return
+        if session.loop is None:
+            session.leave(reason)
+            return
+        loop = session.use()
+        await self._stop_publishing()
+        leaving = session.leave(reason)
+        # A host's peers have a moment to hear of their verdicts; the rest is short.
+        try:
+            await settled(loop, leaving, loop.now() + PEERS_SECS + UNDO_SECS)
+        except BaseException as exc:
+            # It goes on by itself; a caller that is cancelled sees most of it. A coroutine that is
+            # thrown away may not wait.
+            if not isinstance(exc, GeneratorExit):
+                with anyio.CancelScope(shield=True):
+                    await until_done(loop, leaving, UNDO_SECS)
+            raise
+
+    async def _stop_publishing(self) -> None:
+        # What was published must not be declared broken: publish itself has to end first.
+        publications = [p.publishing for p in self._session.open if p.publishing is not None]
+        for publication in publications:
+            publication.stop(_CLOSED, closing=True)
+        # One that heeds its cancellation is settled soon, also for a caller who is cancelled.
+        loop = self._session.loop
+        assert loop is not None
+        deadline = loop.now() + PEERS_SECS
+        for publication in publications:
+            with anyio.CancelScope(shield=True):
+                until = min(deadline, loop.now() + _STOP_SECS)
+                await settled(loop, publication.settled, until)
+            await settled(loop, publication.settled, deadline)
+
+    async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
+        session = self._session
+        if self._closed:
+            # Its leaving has told the peers already.
+            return
+        owes = True
+        try:
+            crossing = self._crossing(name, step, UNDO_SECS)
+            if not session.stands:
+                await crossing.ready()
+            phase = session.begin(name, step)
+            owes = False
+            await self._break(crossing, phase, reason, session.patience_secs)
+        except BarrierError as exc:
+            # The caller's own exception is on its way, and matters more than this one.
+            logger.warning("%s could not be broken for its peers: %s", describe(name), exc)
+            owes = owes and not isinstance(exc, BrokenBarrierError)
+        finally:
+            if owes and not self._closed:
+                session.owe_turn(name, step, reason)
+
+    def _fail_soon(self, reason: str, name: str, step: int | None = None) -> None:
+        session = self._session
+        if self._closed or session.foreign:
+            return
+        loop = session.loop
+        if loop is None or not session.stands:
+            session.owe_turn(name, step, reason)
+            return
+        with contextlib.suppress(BarrierError, RuntimeError):
+            phase = session.begin(name, step)
+            session.give_up(phase, reason)
+            session.forget(phase)
+
+    # -- their parts -------------------------------------------------------------------
+
+    def _check_call(self, name: str, step: int | None, timeout_secs: Timeout) -> float | None:
+        if name is not self._checked_name:
+            check_name(self._keys, name)
+            self._checked_name = name
+        if step is not None:
+            check_step(step)
+        if self._closed:
+            raise BarrierClosedError(describe(self._session.prefix))
+        if isinstance(timeout_secs, Configured):
+            return self._timeout_secs
+        return check_call_timeout(timeout_secs)
+
+    def _crossing(
+        self, name: str, step: int | None, timeout: float | None, kind: int = 0, leader: int = -1
+    ) -> Crossing:
+        return Crossing(
+            self._session, name, step, timeout, self._warn_after_secs, self._on_progress, kind,
+            leader,
+        )  # fmt: skip
+
+    async def _break(
+        self, crossing: Crossing, phase: Phase, reason: str, within_secs: float
+    ) -> bool:
+        session, loop = self._session, crossing.loop
+        giving_up = session.give_up(phase, reason)
+        try:
+            if not await until_done(loop, giving_up, within_secs):
+                session.worry(phase)
+                raise BarrierConnectionError(
+                    f"{describe(phase.name, phase.sequence)}: the store did not answer in time; "
+                    "its peers are told as soon as it does"
+                )
+            return giving_up.result()
+        finally:
+            # Another call of this rank may await it still, as when a leader has the say.
+            if phase.waiter is None:
+                session.forget(phase)
+
+    async def _publish(self, crossing: Crossing, phase: Phase, publish: Publish) -> bytes:
+        session = self._session
+        if self._closed:
+            # What closes says so to the peers.
+            phase.abandoned = True
+            raise BarrierClosedError(describe(phase.name, phase.sequence))
+        publication = phase.publishing = Publication(crossing, phase)
+        try:
+            return await publication.run(publish)
+        finally:
+            phase.publishing = None
+            session.forget(phase)
+            publication.settled.resolve(None)
+
+
+def _abandon(session: Session) -> None:
+    """A barrier was dropped: leave, wherever this is called."""
+    if session.foreign or session.closing:
+        return
+    loop = session.loop
+    if loop is not None and loop.here():
+        session.leave(_CLOSED)
+    elif loop is not None and not loop.ended:
+        loop.post(lambda: session.leave(_CLOSED))
+    else:
+        session.end_with_loop()

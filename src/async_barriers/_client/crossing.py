@@ -1,0 +1,355 @@
+"""How a coroutine crosses one phase: deadline, cancellation, progress, errors.
+
+It breaks the phase where it stops waiting; the break itself goes on without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from .. import _progress
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    describe,
+    plural_ranks,
+    seconds,
+    told_by,
+)
+from .._protocol.count import EXECUTE, GATHER
+from .._protocol.verdict import Released, Verdict
+from .._reasons import reason_of
+from .._store.future import Effort
+from .._store.waiting import settled, until_done
+from .._values import BarrierProgress
+from .phases import Phase
+from .session import UNDO_SECS, Session
+
+# How long connecting that failed just in time has to say so.
+_SAYS_WHY_SECS = 0.3
+
+
+class Crossing:
+    """One rank's way through one phase, on the event loop."""
+
+    phase: Phase | None = None
+    _ask_at = math.inf
+    _lost_until = math.inf
+    _publishes = False
+    brought: tuple[bytes, ...] = ()
+
+    def __init__(
+        self,
+        session: Session,
+        name: str,
+        step: int | None,
+        timeout_secs: float | None,
+        warn_after_secs: float,
+        on_progress: Callable[[BarrierProgress], object] | None,
+        kind: int = EXECUTE,
+        leader: int = -1,
+    ) -> None:
+        loop = session.use()
+        self.loop = loop
+        self.session = session
+        self.name = name
+        self.step = step
+        self.kind = kind
+        self.leader = leader
+        self.started = loop.now()
+        self.timeout_secs = timeout_secs
+        self.deadline = math.inf if timeout_secs is None else self.started + timeout_secs
+        self._warn_after_secs = warn_after_secs
+        self._report_at = self.started + warn_after_secs
+        self._on_progress = on_progress
+        self._rejoined = False
+
+    @property
+    def waited_secs(self) -> float:
+        return self.loop.now() - self.started
+
+    async def decided(self, payload: bytes = b"") -> Released | None:
+        """Enter, and wait for the release; None for the leader of a commit in which all are in.
+
+        :raises BarrierError: as `Barrier.execute_barrier`
+        """
+        session = self.session
+        try:
+            if not session.stands:
+                try:
+                    await self.ready()
+                except BrokenBarrierError as exc:
+                    await self._after_a_rank_left(exc)
+            phase = session.begin(self.name, self.step, self.kind, self.leader, self._hold)
+            phase.rejoined = self._rejoined
+            session.enter(phase, payload)
+            await self._wait(phase)
+            if phase.to_publish:
+                self._publishes = True
+                return None
+            released = self.accept(phase)
+            if self.kind == GATHER:
+                self.brought = await self._fetched(phase)
+            return released
+        except BaseException as exc:
+            await self._stopped(exc)
+            raise
+        finally:
+            if self.phase is not None and not self._publishes:
+                session.forget(self.phase)
+
+    async def gathered(self, payload: bytes) -> tuple[bytes, ...]:
+        """As `decided`; what all ranks brought, in their order."""
+        released = await self.decided(payload)
+        assert released is not None
+        return self.brought
+
+    def _hold(self, phase: Phase) -> None:
+        phase.waiter = self.loop.waiter()
+        phase.since = self.started
+        self.phase = phase
+
+    async def ready(self) -> None:
+        """Join, or join again where the generation ended or the store was lost."""
+        session, loop = self.session, self.loop
+        # A peer that was told has used up the turn in which it was; a newcomer has yet to.
+        self._rejoined = not session.has_joined
+        within_secs = max(0.0, min(self.deadline - loop.now(), session.init_secs))
+        until = loop.now() + within_secs
+        while not session.stands:
+            if session.closing:
+                raise BarrierClosedError(describe(session.prefix))
+            joining = session.join()
+            # What fails with the time that there is says why.
+            if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, self.deadline)):
+                if (closed := session.closed_by) is not None:
+                    raise BrokenBarrierError(
+                        self.name, self._sequence(), closed.rank, closed.reason
+                    )
+                why = session.why_not
+                error = BarrierConnectionError(
+                    f"rank {session.rank} did not reach the store of {describe(session.prefix)} "
+                    f"within {seconds(within_secs)}; "
+                    + ("" if why is None else f"{told_by(why)}; ")
+                    + "is the process that hosts it up?"
+                )
+                raise error from why
+            if joining.error is not None and session.closing:
+                raise BarrierClosedError(describe(session.prefix))
+            if joining.error is not None:
+                raise _fresh(joining.error, self.name, self._sequence())
+            if loop.now() >= until and not session.stands:
+                raise BarrierConnectionError(
+                    f"rank {session.rank} could not join {describe(session.prefix)} within "
+                    f"{seconds(within_secs)}: its peers joined again meanwhile"
+                )
+
+    async def _after_a_rank_left(self, exc: BrokenBarrierError) -> None:
+        """Raise what came of the phase: another rank may have broken it before that one left."""
+        session, closed_by = self.session, self.session.closed_by
+        if session.turns is None or closed_by is None:
+            raise exc
+        phase = session.begin(self.name, self.step, self.kind, self.leader, self._hold)
+        await self._undone(phase, session.give_up(phase, closed_by.reason, by=closed_by.rank))
+        if not phase.decided:
+            raise exc
+        self.accept(phase)
+
+    def _sequence(self) -> int:
+        turns = self.session.turns
+        if self.step is not None:
+            return self.step
+        return 0 if turns is None else turns.next_sequence(self.name)
+
+    def accept(self, phase: Phase) -> Released:
+        """The release; else the error that the verdict means."""
+        error, verdict = phase.error, phase.verdict
+        if error is not None:
+            raise self._explained(phase, error)
+        if isinstance(verdict, Released):
+            return verdict
+        assert verdict is not None
+        if verdict.timeout_secs is not None:
+            raise BarrierTimeoutError(
+                phase.name,
+                phase.sequence,
+                verdict.missing,
+                verdict.timeout_secs,
+                detail=verdict.reason,
+                in_doubt=verdict.in_doubt,
+            )
+        if self.session.closing and verdict.rank == self.session.rank:
+            raise BarrierClosedError(describe(phase.name, phase.sequence))
+        raise BrokenBarrierError(
+            phase.name, phase.sequence, verdict.rank, verdict.reason, in_doubt=verdict.in_doubt
+        )
+
+    def _explained(self, phase: Phase, error: BarrierError) -> BarrierError:
+        if not isinstance(error, BarrierConnectionError):
+            return error
+        return self._lost(phase, error, in_doubt=error.in_doubt)
+
+    async def _wait(self, phase: Phase) -> None:
+        """Until it is decided, or the leader of a commit has the payloads of all."""
+        waiter = phase.waiter
+        assert waiter is not None
+        if phase.early:
+            # When to ask who has not joined again.
+            self._ask_at = self.started + self.session.init_secs
+        until = min(self.deadline, self._report_at, self._ask_at)
+        while True:
+            await waiter.wait(until)
+            if phase.is_settled():
+                return
+            if self.loop.now() >= self.deadline:
+                return await self._time_out(phase)
+            until = min(await self._watch(phase), self.deadline, self._report_at, self._ask_at)
+            if phase.is_settled():
+                return
+
+    async def _watch(self, phase: Phase) -> float:
+        """Do what is due while it waits; when to look again, at the latest."""
+        session, now = self.session, self.loop.now()
+        if phase.lost is None:
+            self._lost_until = math.inf
+        else:
+            self._lost_until = min(self._lost_until, now + UNDO_SECS)
+            if now >= self._lost_until:
+                session.worry(phase)
+                raise self._lost(phase, phase.lost)
+        if now >= self._ask_at:
+            self._ask_at = math.inf
+            absent = await self._not_joined() if phase.early else ()
+            if absent and phase.early and not phase.decided:
+                await self._miss(phase, absent)
+        if now >= self._report_at:
+            self._report_at += self._warn_after_secs
+            await self._report(phase)
+        return self._lost_until
+
+    async def _stopped(self, exc: BaseException) -> None:
+        """Break the phase, since ``exc`` ended the waiting; ``exc`` goes on."""
+        phase, session = self.phase, self.session
+        if phase is None or phase.decided or isinstance(exc, BarrierError):
+            return
+        # The turn is used up, also where it had not come to entering.
+        session.hold(phase)
+        effort = session.give_up(phase, reason_of(exc))
+        # A coroutine that is thrown away cannot wait; the break goes on without it.
+        if not isinstance(exc, GeneratorExit):
+            await self._undone(phase, effort)
+
+    async def _undone(self, phase: Phase, effort: Effort[Any]) -> bool:
+        """Wait for what undoes, shielded, since it undoes what a cancelled caller did; bounded for
+        the same reason."""
+        with anyio.CancelScope(shield=True):
+            done = await until_done(self.loop, effort, self.session.patience_secs)
+        if not done:
+            self.session.worry(phase)
+        return done
+
+    async def _time_out(self, phase: Phase) -> None:
+        assert self.timeout_secs is not None
+        effort = self.session.give_up(phase, "", self.timeout_secs)
+        await self._give_up_or_doubt(phase, effort)
+        if not phase.decided:
+            raise BarrierTimeoutError(
+                phase.name,
+                phase.sequence,
+                (),
+                self.timeout_secs,
+                detail=f"all ranks had entered and rank {phase.entry.leader} was publishing, or "
+                "died over it; look there for whether it published",
+                in_doubt=True,
+            )
+
+    async def _miss(self, phase: Phase, absent: tuple[int, ...]) -> None:
+        effort = self.session.give_up(
+            phase,
+            f"{plural_ranks(absent)} did not join again after a restart; start them again, or "
+            "allow a longer timeout_barrier_init_secs",
+            self.session.init_secs,
+            absent,
+        )
+        await self._give_up_or_doubt(phase, effort)
+        # Where all came in the meantime, and the leader publishes, it waits on.
+
+    async def _give_up_or_doubt(self, phase: Phase, effort: Effort[Any]) -> None:
+        waiting = await self._undone(phase, effort)
+        if not waiting:
+            raise self._lost(phase, phase.lost)
+
+    def _lost(
+        self, phase: Phase, exc: BaseException | None = None, *, in_doubt: bool | None = None
+    ) -> BarrierConnectionError:
+        why = "the store did not answer" if exc is None else str(exc)
+        error = BarrierConnectionError(
+            f"{describe(phase.name, phase.sequence)}: rank {self.session.rank} waited "
+            f"{seconds(self.waited_secs)}, then {why}; see whether the process that hosts the "
+            "store is alive and can be reached",
+            in_doubt=phase.entered if in_doubt is None else in_doubt,
+        )
+        error.__cause__ = exc.__cause__ if exc is not None else None
+        return error
+
+    async def _fetched(self, phase: Phase) -> tuple[bytes, ...]:
+        """What all ranks brought, in their order."""
+        fetching = self.session.start(self.session.payloads(phase))
+        until = self.deadline + UNDO_SECS
+        while not fetching.done and self.loop.now() < until:
+            await settled(self.loop, fetching, until)
+        if not fetching.done or fetching.error is not None:
+            raise self._lost(phase, fetching.error, in_doubt=False)
+        return tuple(fetching.result()[rank] for rank in range(phase.entry.world_size))
+
+    async def _not_joined(self) -> tuple[int, ...]:
+        asking = self.session.start(self.session.ask_not_joined())
+        await settled(self.loop, asking, min(self.deadline, self.loop.now() + UNDO_SECS))
+        if not asking.done or asking.error is not None:
+            return ()
+        absent: tuple[int, ...] = asking.result()
+        return absent
+
+    async def _report(self, phase: Phase) -> None:
+        asking = self.session.start(self.session.ask_missing(phase))
+        await settled(self.loop, asking, min(self.deadline, self.loop.now() + UNDO_SECS))
+        if phase.decided or not asking.done or asking.error is not None:
+            return
+        missing = asking.result()
+        if missing is None:
+            return
+        world_size = phase.entry.world_size
+        progress = BarrierProgress(
+            phase.name,
+            phase.sequence,
+            world_size - len(missing),
+            world_size,
+            missing,
+            self.waited_secs,
+        )
+        _progress.report(progress, self._on_progress)
+
+
+def _fresh(error: BaseException, name: str, sequence: int) -> BaseException:
+    """The same error for one more caller: a traceback must not grow with each."""
+    if isinstance(error, BrokenBarrierError):
+        return BrokenBarrierError(name, sequence, error.rank, error.reason)
+    again: BaseException = error
+    if isinstance(error, BarrierConnectionError):
+        # What kind it is of is ours alone to know.
+        again = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
+    elif isinstance(error, BarrierError):
+        rebuild, arguments = error.__reduce__()
+        again = rebuild(*arguments)
+    again.__cause__ = error.__cause__
+    return again
+
+
+__all__ = ["Crossing", "Verdict"]

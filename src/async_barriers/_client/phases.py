@@ -1,0 +1,167 @@
+"""The phases that one rank has begun, and the count of its turns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from .._errors import BarrierError, BrokenBarrierError
+from .._protocol.count import COMMIT
+from .._protocol.keys import PhaseKeys
+from .._protocol.membership import Membership
+from .._protocol.phase import Entry
+from .._protocol.verdict import Verdict
+from .._store.future import Effort
+from .._store.loops import Waiter
+from .._store.sources import Connection
+
+
+class Phase:
+    """One phase, as this rank knows it.
+
+    :ivar sequence: which crossing of the name it is for this rank, or its step
+    :ivar early: begun before all ranks had joined again, so that it does not count
+    :ivar payload: of one that is early, since it will enter another one with it
+    :ivar decided: the verdict or the error is known
+    :ivar entered: whether this rank may have arrived
+    :ivar entered_on: the connection on which it did; what is said there comes after its arrival
+    :ivar full: a commit in which all are in, so that only its leader settles it
+    :ivar differs: this rank named another leader of a commit than some other rank did
+    :ivar brought: the payloads of all ranks, where the leader of a commit has them
+    :ivar error: what its caller gets, where that is not what the verdict says
+    :ivar giving_up: its break is under way; whatever becomes of the caller, that goes on
+    :ivar abandoned: nobody waits for it any more
+    :ivar users: how many calls on other connections than its own may still write to its keys
+    :ivar since: when its call began, by the loop's clock
+    :ivar lost: the connection was, on which this rank had entered
+    """
+
+    # What most phases never change is the class's.
+    connection: Connection | None = None
+    entered_on: Connection | None = None
+    waiter: Waiter | None = None
+    since = 0.0
+    early = False
+    decided = False
+    entered = False
+    abandoned = False
+    giving_up = False
+    full = False
+    rejoined = False
+    differs = False
+    worried = False
+    large = False
+    users = 0
+    verdict: Verdict | None = None
+    error: BarrierError | None = None
+    lost: BarrierError | None = None
+    payload = b""
+    publishing: Any = None
+    reopening: Effort[Connection] | None = None
+    brought: dict[int, bytes] | None = None
+
+    def __init__(
+        self, membership: Membership, name: str, sequence: int, step: int | None, entry: Entry
+    ) -> None:
+        self.membership = membership
+        self.name = name
+        self.sequence = sequence
+        self.step = step
+        self.entry = entry
+
+    @property
+    def to_publish(self) -> bool:
+        """All are in a commit that this rank leads, and is to publish."""
+        return self.full and self.entry.leads and not (self.giving_up or self.decided)
+
+    def is_settled(self) -> bool:
+        """Its caller has nothing more to wait for."""
+        return self.decided or self.to_publish
+
+    def wake(self) -> None:
+        if self.waiter is not None:
+            self.waiter.wake()
+
+
+class Turns:
+    """Which crossing of each name comes next, in one generation.
+
+    What is tried before all ranks have joined again does not count: it is numbered apart. So the
+    ranks that join later are not behind those that tried in vain.
+    """
+
+    def __init__(self, membership: Membership) -> None:
+        self.membership = membership
+        # The first generation counts from its beginning: nobody has crossed anything before.
+        self.complete = membership.complete or membership.state.number == 0
+        # Phases that were tried before, which nobody needs once all have joined.
+        self.tried_early: list[tuple[Entry, Connection]] = []
+        self._next: Counter[str] = Counter()
+        self._decided: dict[str, tuple[int, str]] = {}
+
+    def next_sequence(self, name: str) -> int:
+        """The number that the next counted crossing of ``name`` would have."""
+        return self._next[name]
+
+    def begin(self, name: str, step: int | None, kind: int, leader: int) -> Phase:
+        """This rank's next phase of ``name``.
+
+        :raises BrokenBarrierError: ``step`` is not later than one that was decided
+        """
+        membership = self.membership
+        if step is None:
+            sequence = self._next[name]
+            label = f"{sequence}" if self.complete else f"e{sequence}"
+        else:
+            if (late := self.too_late(name, step)) is not None:
+                raise late
+            sequence, label = step, f"s{step}"
+        entry = Entry(
+            membership.own.phase(name, label), membership.rank, membership.world_size, kind, leader
+        )
+        phase = Phase(membership, name, sequence, step, entry)
+        phase.early = step is None and not self.complete
+        return phase
+
+    def use(self, phase: Phase) -> None:
+        """The turn is taken; the next one of the name comes after it."""
+        if phase.step is None and not (phase.early and self.complete):
+            self._next[phase.name] = max(self._next[phase.name], phase.sequence + 1)
+
+    def renumber(self, phase: Phase) -> PhaseKeys:
+        """Give a phase that was begun too early its number among those that count."""
+        sequence = self._next[phase.name]
+        self._next[phase.name] = sequence + 1
+        phase.sequence = sequence
+        phase.early = False
+        before = phase.entry
+        phase.entry = Entry(
+            self.membership.own.phase(phase.name, f"{sequence}"),
+            before.rank, before.world_size, before.kind, before.leader,
+        )  # fmt: skip
+        return before.keys
+
+    def count_from_now(self) -> None:
+        """All have joined."""
+        self.complete = True
+        self._next.clear()
+
+    def decided(self, name: str, step: int, how: str) -> None:
+        """A step of ``name`` was, here or elsewhere."""
+        if step >= self._decided.get(name, (-1, ""))[0]:
+            self._decided[name] = (step, how)
+
+    def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
+        """Why ``step`` can be crossed no more, if it cannot."""
+        decided, how = self._decided.get(name, (-1, ""))
+        if step > decided:
+            return None
+        which = "this step" if step == decided else f"step {decided}, a later one,"
+        return BrokenBarrierError(
+            name, step, self.membership.rank,
+            f"rank {self.membership.rank} came for step {step} when {which} was {how} already; a "
+            "step is decided once: go on with a later one",
+        )  # fmt: skip
+
+
+__all__ = ["COMMIT", "Phase", "Turns"]

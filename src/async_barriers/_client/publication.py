@@ -1,0 +1,162 @@
+"""A commit's leader: publish, and tell the others what came of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+
+from .._barrier import Publish, checked_blob
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BrokenBarrierError,
+    describe,
+)
+from .._protocol.verdict import Broken, Released, Verdict
+from .._reasons import reason_of
+from .._store.connecting import in_thread
+from .._store.future import Future
+from .._store.waiting import settled, until_done
+from .crossing import Crossing
+from .phases import Phase
+
+
+class Publication:
+    """One publish under way on this rank.
+
+    :ivar settled: set when the leader's word is given, or owed
+    :ivar verdict: the leader's word
+    """
+
+    def __init__(self, crossing: Crossing, phase: Phase) -> None:
+        self._crossing = crossing
+        self._phase = phase
+        self._scope = anyio.CancelScope(deadline=crossing.deadline)
+        self._stopped_for = ""
+        self._closing = False
+        # A thread cannot be cancelled, and may yet publish.
+        self._in_thread = False
+        self.verdict: Verdict | None = None
+        self.settled: Future[None] = Future()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was settled, and not by publishing."""
+        return isinstance(self.verdict, Broken)
+
+    def stop(self, reason: str, *, closing: bool = False) -> None:
+        """Cancel it, for ``reason``; because the barrier is closed, if that is why."""
+        self._stopped_for = reason
+        self._closing = closing
+        self._scope.cancel()
+
+    async def run(self, publish: Publish) -> bytes:
+        """Publish, and settle the phase by what came of that."""
+        crossing, phase = self._crossing, self._phase
+        session, loop = crossing.session, crossing.loop
+        rank = session.rank
+        returned: Any = None
+        published = False
+        verdict: Verdict
+        try:
+            with self._scope:
+                payloads = phase.brought
+                if payloads is None:
+                    fetching = session.start(session.payloads(phase))
+                    while not await settled(loop, fetching, crossing.deadline):
+                        pass
+                    payloads = fetching.result()
+                returned = await self._call(publish, payloads)
+                published = True
+        except BaseException as exc:
+            if isinstance(phase.verdict, Broken):
+                raise  # It was settled already, since the ranks named different leaders.
+            verdict = Broken(rank, f"publish failed: {reason_of(exc)}", in_doubt=self._in_thread)
+            self.verdict = verdict
+            settling = session.start(session.settle_commit(phase, verdict))
+            if not isinstance(exc, GeneratorExit):
+                with anyio.CancelScope(shield=True):
+                    if not await until_done(loop, settling, session.patience_secs):
+                        session.worry(phase)
+            raise
+        if published:
+            try:
+                verdict = Released(rank, checked_blob("publish's result", returned))
+            except (TypeError, ValueError) as exc:
+                verdict = Broken(rank, f"publish may have published, but {exc}", in_doubt=True)
+        elif crossing.timeout_secs is not None and loop.now() >= crossing.deadline:
+            reason = f"rank {rank} was still publishing, and was stopped"
+            verdict = Broken(rank, reason, crossing.timeout_secs, in_doubt=self._in_thread)
+        else:
+            verdict = Broken(rank, self._stopped_for, in_doubt=self._in_thread)
+        return await self._settle(verdict, published)
+
+    async def _settle(self, verdict: Verdict, published: bool) -> bytes:
+        crossing, phase = self._crossing, self._phase
+        session = crossing.session
+        settling = session.start(session.settle_commit(phase, verdict))
+        loop, patience_secs = crossing.loop, session.patience_secs
+        try:
+            done = await settled(loop, settling, loop.now() + patience_secs)
+        except BaseException:
+            # Shielded only now, since a scope for each commit costs as much as a round trip.
+            with anyio.CancelScope(shield=True):
+                await until_done(loop, settling, patience_secs)
+            raise
+        if not done or settling.error is not None:
+            if not done:
+                session.worry(phase)
+            raise BarrierConnectionError(
+                f"{describe(phase.name, phase.sequence)}: rank {session.rank} "
+                f"{'published' if published else 'did not publish'}, but "
+                f"{'this barrier was closed' if self._closing else 'the store was lost'} before "
+                "its peers could be told",
+                in_doubt=True,
+            )
+        self.verdict = settling.result()
+        if self._closing and self.verdict == Broken(session.rank, self._stopped_for):
+            raise BarrierClosedError(describe(phase.name, phase.sequence))
+        return crossing.accept(phase).result
+
+    async def _call(self, publish: Publish, payloads: Mapping[int, bytes]) -> Any:
+        if not is_async(publish):
+            self._in_thread = True
+            called = self._crossing.session.start(
+                in_thread(
+                    self._crossing.loop, "publish", functools.partial(_try, publish, payloads)
+                )
+            )
+            while not await settled(self._crossing.loop, called, self._crossing.deadline):
+                await anyio.lowlevel.checkpoint()
+            self._in_thread = False
+            returned, error = called.result()
+            if error is not None:
+                raise error
+        else:
+            returned = publish(payloads)
+        return await returned if inspect.isawaitable(returned) else returned
+
+
+def _try(publish: Publish, payloads: Mapping[int, bytes]) -> tuple[Any, BaseException | None]:
+    """What came of it; an error of the user's is raised for its caller alone."""
+    try:
+        return publish(payloads), None
+    except BaseException as exc:
+        return None, exc
+
+
+def is_async(function: object) -> bool:
+    """Whether calling it gives a coroutine, as far as can be told without calling it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  (that of an object)
+    )
+
+
+__all__ = ["BarrierError", "BrokenBarrierError", "Publication", "is_async"]

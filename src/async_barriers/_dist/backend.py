@@ -1,0 +1,189 @@
+"""A process group, and its collectives on bytes and numbers, each of which can be given up."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions
+
+from .._errors import BarrierConnectionError, told_by
+from .arrivals import ArrivalLog
+from .departures import Gone, Lookout
+from .gloo import make_group
+from .group import Group
+
+# gloo cannot be woken, so a thread that waits for it looks up this often to see whether it
+# may end. It learns of the collective's own end at once.
+_LOOK_UP = timedelta(milliseconds=250)
+# gloo's operations must outlast every deadline: one that times out kills the group.
+_FOREVER = timedelta(days=365)
+
+# Whether a collective cannot come to its end without a rank that is gone.
+Hopeless = Callable[[Gone], bool]
+
+
+class Backend:
+    """The collectives block, and raise these errors:
+
+    :raises BarrierConnectionError: the group failed, or it was given up
+    :raises Departed: a rank has left without whom it cannot end; see `Hopeless`
+    """
+
+    def __init__(self, group: Group, log: ArrivalLog, given: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._log = log
+        self._own = given is None
+        # A ProcessGroup or, for ours, a bare backend that torch's own list of groups does
+        # not know: torch's stubs have no name for what is common to them.
+        self._backend: Any = given
+        # Once only: a group that was lost is not made again.
+        self._made = given is not None
+        self._given_up = threading.Event()
+        self._stuck = False
+
+    def connect(self) -> None:
+        """Make the group, unless one was given; blocks until every rank does."""
+        if not self._made:
+            with _translated():
+                self._backend = make_group(self._group, self._log, self._given_up)
+            self._made = True
+
+    def give_up(self) -> None:
+        """From any thread: stop waiting for peers that may never come."""
+        self._given_up.set()
+
+    def let_go(self) -> None:
+        """Use it no more."""
+        backend, self._backend = self._backend, None
+        if self._stuck:
+            # Its destructor would wait for the collective, and so would the interpreter's
+            # exit: one reference too many keeps it from ever being run.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
+        # Ours goes with its last reference, here and not on an event loop: that takes a while.
+        del backend
+
+    def forsake(self) -> None:
+        """In a forked child: it is the parent's, and its destructor needs the parent's threads."""
+        self._stuck = True
+        self.let_go()
+
+    def maxima(self, values: Sequence[int], hopeless: Hopeless) -> list[int]:
+        """Of each of the values that the ranks have."""
+        tensor = self._numbers(values)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        options.timeout = _FOREVER
+        self._make(lambda backend: backend.allreduce([tensor], options), hopeless)
+        return [int(value) for value in tensor.tolist()]
+
+    def all_gather(self, payload: bytes, hopeless: Hopeless) -> tuple[bytes, ...]:
+        """What all bring."""
+        brought = self._padded(payload, hopeless)
+        found = [torch.empty_like(brought) for _ in range(self._group.size)]
+        options = AllgatherOptions()
+        options.timeout = _FOREVER
+        self._make(lambda backend: backend.allgather([found], [brought], options), hopeless)
+        return tuple(map(_unpadded, found))
+
+    def gather(self, payload: bytes, leader: int, hopeless: Hopeless) -> dict[int, bytes]:
+        """What all bring, on the ``leader`` alone."""
+        brought = self._padded(payload, hopeless)
+        leads = leader == self._group.rank
+        found = [[torch.empty_like(brought) for _ in range(self._group.size)]] if leads else []
+        options = dist.GatherOptions()
+        options.rootRank, options.timeout = leader, _FOREVER
+        self._make(lambda backend: backend.gather(found, [brought], options), hopeless)
+        return dict(enumerate(map(_unpadded, found[0]))) if leads else {}
+
+    def share(
+        self, source: int, numbers: Sequence[int], message: bytes, hopeless: Hopeless
+    ) -> tuple[list[int], bytes]:
+        """What the ``source`` says, on all."""
+        head = self._numbers([*numbers, len(message)])
+        self._broadcast(head, source, hopeless)
+        *said, size = map(int, head.tolist())
+        # There are no empty ones, and only the source has more to say.
+        body = self._bytes(message.ljust(max(1, size), b"\0"))
+        self._broadcast(body, source, hopeless)
+        return said, body.cpu().numpy().tobytes()[:size]
+
+    def _broadcast(self, tensor: torch.Tensor, source: int, hopeless: Hopeless) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = source, 0, _FOREVER
+        self._make(lambda backend: backend.broadcast([tensor], options), hopeless)
+
+    def _make(self, collective: Callable[[Any], dist.Work], hopeless: Hopeless) -> None:
+        """Begin it, and wait for its end."""
+        lookout = Lookout(self._log.gone, hopeless)
+        try:
+            with _translated():
+                self._wait_for(collective(self._backend), lookout)
+        except BarrierConnectionError:
+            # Who leaves closes its connections, as one that dies does.
+            if not self._given_up.is_set():
+                lookout.look_now()
+            raise
+
+    def _wait_for(self, work: dist.Work, lookout: Lookout) -> None:
+        self._stuck = True
+        while not _has_ended(work):
+            if self._given_up.is_set():
+                raise BarrierConnectionError("the collective was given up")
+            lookout.look()
+        self._stuck = False
+        try:
+            # Returns at once; raises if it failed.
+            work.wait()
+        except RuntimeError:
+            # The group is of no more use. If it is ours it ends here, and that is how peers learn
+            # of it who wait for us. The error's traceback would keep the work, and that the group.
+            self._backend = None
+            del work
+            raise
+
+    def _padded(self, payload: bytes, hopeless: Hopeless) -> torch.Tensor:
+        # It comes behind its length and is filled up to the longest.
+        (longest,) = self.maxima([len(payload)], hopeless)
+        return self._bytes(len(payload).to_bytes(8, "big") + payload.ljust(longest, b"\0"))
+
+    def _numbers(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _bytes(self, value: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(value), dtype=torch.uint8).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        # The CPU where the group serves it; a group we were given may be a GPU's alone.
+        kinds = [torch.device("cpu")] if self._own else self._backend._device_types
+        return next((kind for kind in kinds if kind.type == "cpu"), kinds[0])
+
+
+def _unpadded(tensor: torch.Tensor) -> bytes:
+    piece = tensor.cpu().numpy().tobytes()
+    return piece[8 : 8 + int.from_bytes(piece[:8], "big")]
+
+
+def _has_ended(work: dist.Work) -> bool:
+    """Wait a moment for it."""
+    with contextlib.suppress(RuntimeError):
+        work.wait(_LOOK_UP)
+    return work.is_completed()
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """torch's errors become ours."""
+    try:
+        yield
+    except RuntimeError as exc:
+        raise BarrierConnectionError(
+            f"the process group failed ({told_by(exc)}); see whether a peer died"
+        ) from exc

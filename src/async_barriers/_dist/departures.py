@@ -1,0 +1,94 @@
+"""Those who have left a DistBarrier or given it up, and looking out for them while waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .._errors import BarrierConnectionError, in_one_line
+from .._store.worker import Promise
+
+# When a rank that waits looks for the first time whether others have left, and how often at least.
+_LOOK_SECS, _LOOK_SECS_AT_MOST = 1.0, 10.0
+# How long is waited for the store where it explains something.
+MOMENT_SECS = 0.3
+
+
+class Gone(NamedTuple):
+    """A rank that has given up, or left.
+
+    :ivar entered: the last call that it has entered or will
+    :ivar served: the last call in which it takes part to the end
+    """
+
+    rank: int
+    entered: int
+    served: int
+    reason: str
+
+    def encode(self) -> bytes:
+        return f"{self.rank} {self.entered} {self.served} {in_one_line(self.reason)}\n".encode()
+
+
+def decode(log: bytes) -> list[Gone]:
+    """What each rank has noted last of itself; who noted something first comes first."""
+    found: dict[int, Gone] = {}
+    for line in log.decode(errors="replace").splitlines():
+        rank, entered, served, reason = line.split(" ", 3)
+        found[int(rank)] = Gone(int(rank), int(entered), int(served), reason)
+    return list(found.values())
+
+
+class Departed(Exception):
+    """One that has to take part in a collective has left, or given up before."""
+
+    def __init__(self, gone: Gone) -> None:
+        super().__init__(gone.reason)
+        self.gone = gone
+
+
+class Lookout:
+    """Looks now and then, while something is waited for, whether it can come at all.
+
+    :param ask: asks who is gone
+    :param hopeless: whether it cannot, without such a rank
+    """
+
+    def __init__(
+        self, ask: Callable[[], Promise[list[Gone]]], hopeless: Callable[[Gone], bool]
+    ) -> None:
+        self._ask = ask
+        self._hopeless = hopeless
+        self._pause = _LOOK_SECS
+        self._next = time.monotonic() + _LOOK_SECS
+        self._asked: Promise[list[Gone]] | None = None
+
+    def look(self) -> None:
+        """Does not block.
+
+        :raises Departed: somebody has left without whom it cannot come
+        """
+        asked = self._asked
+        if asked is not None and asked.done():
+            self._asked = None
+            self._judge(asked)
+        if self._asked is None and time.monotonic() >= self._next:
+            self._pause = min(2 * self._pause, _LOOK_SECS_AT_MOST)
+            self._next = time.monotonic() + self._pause
+            self._asked = self._ask()
+
+    def look_now(self) -> None:
+        """As `look`, but blocks for a moment, since something else has failed already."""
+        asked = self._ask()
+        if asked.wait(MOMENT_SECS):
+            self._judge(asked)
+
+    def _judge(self, asked: Promise[list[Gone]]) -> None:
+        try:
+            found = asked.result()
+        except BarrierConnectionError:
+            return  # It costs the names only.
+        for gone in found:
+            if self._hopeless(gone):
+                raise Departed(gone)

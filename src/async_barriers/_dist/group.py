@@ -1,0 +1,104 @@
+"""The process group that a DistBarrier is for, its store, and the barrier's number there."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore
+
+from .._errors import BarrierConnectionError, told_by
+from .._launch import group_store
+from .._store.connecting import NotUnderstood, connect, copy_of
+from .._store.future import Effort
+from .._store.loops import PrivateLoop
+from .._store.threads import BlockingStore, innermost
+
+# How often it is seen whether connecting was given up.
+_LOOK_UP_SECS = 0.1
+# How many barriers each group has had. A group that is gone is forgotten.
+_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
+
+
+class Group:
+    """The group that one DistBarrier is for, and which of its barriers this one is.
+
+    Barriers are numbered when they are built, so that it does not matter in which order the
+    ranks connect them; and apart from torch's own count of groups, so that the training may
+    make groups in another thread meanwhile.
+
+    :ivar root: what all keys of this barrier in the group's store begin with
+    """
+
+    def __init__(self, given: dist.ProcessGroup | None) -> None:
+        self._given = given
+        self._numbered: weakref.ref[dist.ProcessGroup] | None = None
+        self.rank = 0
+        self.size = 1
+        self.root = ""
+        if given is not None or dist.is_initialized():
+            self.identify()
+
+    def identify(self) -> None:
+        """Find the group; once more if the default group may be another by now.
+
+        :raises BarrierConnectionError: there is no default group
+        """
+        group = self._group
+        if self._numbered is None or self._numbered() is not group:
+            number = next(_numbers.setdefault(group, itertools.count()))
+            self._numbered = weakref.ref(group)
+            self.rank, self.size = group.rank(), group.size()
+            self.root = f"async_barriers/dist/{number}/"
+
+    def open_store(self, secs: float, given_up: threading.Event) -> BlockingStore:
+        """A connection of our own to the group's store. Blocks, unless it is ``given_up``.
+
+        :raises BarrierConnectionError: it does not answer within ``secs``, or there is none
+        """
+        store = self._store
+        base = innermost(store)
+        if isinstance(base, TCPStore):
+            # c10d's constructor never returns from a server that is silent.
+            _await_answer(base.host, base.port, secs, given_up)
+        try:
+            return BlockingStore(copy_of(store))
+        except Exception as exc:
+            raise BarrierConnectionError(f"the store was lost ({told_by(exc)})") from exc
+
+    @property
+    def _store(self) -> Store:
+        """The group's own handle; not to be talked through."""
+        try:
+            return group_store(self._group)
+        except ValueError as exc:
+            raise BarrierConnectionError("the process group has no store") from exc
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        # Not held on to, if it is not ours: whoever tears torch down means all of it.
+        group = self._given or dist.group.WORLD
+        if group is None:
+            raise BarrierConnectionError(
+                "a DistBarrier needs a process group: call torch.distributed."
+                "init_process_group() first, or give it one"
+            )
+        return group
+
+
+def _await_answer(host: str, port: int, secs: float, given_up: threading.Event) -> None:
+    """Block until a store answers there."""
+    loop = PrivateLoop()
+    greeting = Effort(connect(loop, host, port, loop.now() + secs))
+    try:
+        while not greeting.done and not given_up.is_set():
+            loop.run(lambda: greeting.done, loop.now() + _LOOK_UP_SECS)
+        greeting.stop(BarrierConnectionError("connecting was given up"))
+        greeting.result().close()
+    except NotUnderstood:
+        pass  # c10d's own client may.
+    finally:
+        loop.close()

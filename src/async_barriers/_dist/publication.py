@@ -1,0 +1,118 @@
+"""A commit's leader: gather, publish, and tell the others what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import anyio
+
+from .._barrier import Publish, checked_blob
+from .._errors import (
+    BarrierClosedError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    describe,
+    seconds,
+)
+from .._publish import Publishing
+from .._reasons import reason_of
+from .._store.worker import Promise
+from .call import or_inf
+from .calls import Calls
+from .collectives import FAILED, IN_DOUBT, PUBLISHED, Word
+
+
+class Publication:
+    """One commit that this rank leads."""
+
+    def __init__(self, calls: Calls, name: str, step: int | None, timeout: float | None) -> None:
+        self._calls = calls
+        self._name = name
+        self._step = step
+        self._timeout = or_inf(timeout)
+        self._scope = anyio.CancelScope()
+        self._closed = self._published = False
+        # Told to the peers by the collectives' thread. Not awaited: what the leader knows does not
+        # depend on who hears it. The next call queues up behind it.
+        self._word: Promise[Word] = Promise()
+
+    def stop(self) -> None:
+        """Cancel it, because the barrier is closed."""
+        self._closed = True
+        self._scope.cancel()
+
+    async def run(self, publish: Publish, payload: bytes) -> bytes:
+        """What is published."""
+        self._scope.deadline = anyio.current_time() + self._timeout
+        try:
+            sequence, payloads = await self._gathered(payload)
+            return await self._publish(Publishing(publish, self._calls.use()), payloads, sequence)
+        except BaseException as exc:
+            # They have been told, unless a signal handler raised it in between.
+            self._tell_failed(f"publish failed: {reason_of(exc)}", self._published)
+            raise
+
+    async def _gathered(self, payload: bytes) -> tuple[int, dict[int, bytes]]:
+        collectives, step = self._calls.collectives, self._step
+        gathered: Promise[dict[int, bytes]] = Promise()
+        try:
+            return await self._calls.run(
+                self._name,
+                step,
+                None if self._timeout == math.inf else self._timeout,
+                lambda: collectives.lead(payload, step, gathered, self._word),
+                gathered,
+            )
+        except BarrierError as exc:
+            # The leader knows that it has not published.
+            exc.in_doubt = False
+            raise
+
+    async def _publish(
+        self, publishing: Publishing, payloads: Mapping[int, bytes], sequence: int
+    ) -> bytes:
+        calls, rank = self._calls, self._calls.group.rank
+        if self._closed:
+            # In the very moment in which all were in.
+            raise self._stopped(publishing, sequence)
+        try:
+            with self._scope:
+                returned = await publishing.call(payloads)
+        except BaseException as exc:
+            self._tell_failed(f"publish failed: {reason_of(exc)}", publishing.in_thread)
+            if not isinstance(exc, Exception):
+                calls.break_for_good(f"a commit ended early ({reason_of(exc)})")
+            raise
+        if self._scope.cancelled_caught:
+            raise self._stopped(publishing, sequence)
+        self._published = True
+        try:
+            result = checked_blob("publish's result", returned)
+        except (TypeError, ValueError) as exc:
+            reason = f"publish may have published, but {exc}"
+            self._word.settle(Word(IN_DOUBT, reason.encode()))
+            raise BrokenBarrierError(self._name, sequence, rank, reason, in_doubt=True) from exc
+        self._word.settle(Word(PUBLISHED, result))
+        return result
+
+    def _stopped(self, publishing: Publishing, sequence: int) -> BarrierError:
+        """Why, once its scope was cancelled."""
+        name, calls, in_doubt = self._name, self._calls, publishing.in_thread
+        error: BarrierError
+        if self._closed:
+            self._tell_failed("it closed its barrier while it was publishing", in_doubt)
+            error = BarrierClosedError(describe(name, sequence))
+            error.in_doubt = in_doubt
+            return error
+        reason = f"rank {calls.group.rank} was still publishing, and was stopped"
+        error = BarrierTimeoutError(
+            name, sequence, (), self._timeout, detail=reason, in_doubt=in_doubt
+        )
+        self._tell_failed(str(error), in_doubt)
+        calls.break_for_good(f"a commit timed out after {seconds(self._timeout)}")
+        return error
+
+    def _tell_failed(self, reason: str, in_doubt: bool) -> None:
+        self._word.settle(Word(IN_DOUBT if in_doubt else FAILED, reason.encode()))

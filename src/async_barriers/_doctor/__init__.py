@@ -1,0 +1,1 @@
+"""What is measured of a job's barriers, and what is said about it."""

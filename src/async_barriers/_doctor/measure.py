@@ -1,0 +1,214 @@
+"""What one rank measures of its store, its crossings and its event loop, gathered on rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+
+import anyio
+from anyio.abc import TaskStatus
+
+from .._client.barrier import CrossingBarrier
+from .._errors import BarrierConnectionError, BarrierError, seconds
+from .._protocol.store import Read
+from .._store.connecting import in_thread
+from .._store.future import Effort
+from .._store.loops import Loop, loop_here
+from .._store.sources import Connection, Source
+from .._store.waiting import settled
+
+_ROUND_TRIPS = 100
+_LAG_SECS = 0.005
+_KEY = "async_barriers/doctor"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of many measurements: what is usual, and what is rare. In seconds."""
+
+    median: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one rank knows.
+
+    No clock is compared with another rank's: who is late is told by who came last in each
+    phase, and by how long the others waited.
+    """
+
+    rank: int
+    world_size: int
+    generation: int
+    host: str
+    versions: dict[str, str]
+    connect_secs: float
+    round_trip: Spread
+    crossing: Spread
+    loop_lag: Spread
+    last_ranks: dict[int, int]
+    """How often each rank was the last to enter; those that never were are left out."""
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+def decode(payload: bytes) -> Facts:
+    """The inverse of `Facts.encode`."""
+    read = json.loads(payload)
+    for name in ("round_trip", "crossing", "loop_lag"):
+        read[name] = Spread(**read[name])
+    read["last_ranks"] = {int(rank): times for rank, times in read["last_ranks"].items()}
+    return Facts(**read)
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Of at least one sample."""
+    ordered = sorted(samples)
+    return Spread(ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100])
+
+
+async def examine(
+    barrier: CrossingBarrier,
+    source: Source,
+    judge: Callable[[list[Facts]], bool],
+    *,
+    crossings: int,
+    timeout_secs: float,
+) -> bool:
+    """Measure, together with all other ranks.
+
+    :param source: where the barrier's store is
+    :param judge: called on rank 0 alone, with the facts of all ranks
+    :return: what ``judge`` returned, on every rank
+    :raises BarrierError: the store was not reached, a rank did not come, or one gave up
+    """
+    await barrier.connect()
+    # Everyone is there, and every connection is open, before anything is timed.
+    await barrier.execute_barrier("hello")
+    connect_secs, round_trip, installed = await _measure_store(source, timeout_secs)
+    waited, lags, last_ranks = await _measure_crossings(barrier, crossings)
+    session = barrier._session
+    membership = session.membership
+    facts = Facts(
+        session.rank,
+        session.world_size,
+        # None where it is over in this very moment, as the next call will say.
+        -1 if membership is None else membership.state.number,
+        socket.gethostname(),
+        installed,
+        connect_secs,
+        round_trip,
+        spread(waited),
+        spread(lags),
+        dict(last_ranks),
+    )
+
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        return b"ok" * judge(_joined([decode(payloads[rank]) for rank in sorted(payloads)]))
+
+    return await barrier.commit(publish, payload=facts.encode(), name="facts") == b"ok"
+
+
+def _joined(ranks: list[Facts]) -> list[Facts]:
+    """Who came last is known to that rank, and to others only where they had to wait for it."""
+    last_ranks = {facts.rank: facts.last_ranks.get(facts.rank, 0) for facts in ranks}
+    last_ranks = {rank: times for rank, times in last_ranks.items() if times}
+    return [replace(facts, last_ranks=last_ranks) for facts in ranks]
+
+
+async def _measure_crossings(
+    barrier: CrossingBarrier, crossings: int
+) -> tuple[list[float], list[float], Counter[int]]:
+    waited: list[float] = []
+    lags: list[float] = []
+    last_ranks: Counter[int] = Counter()
+    failed: BarrierError | None = None
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(_watch_loop, lags)
+        # An error that left the task group would come out in an ExceptionGroup.
+        try:
+            for _ in range(crossings):
+                result = await barrier.execute_barrier("crossing")
+                waited.append(result.waited_secs)
+                if result.last_rank is not None:
+                    last_ranks[result.last_rank] += 1
+        except BarrierError as exc:
+            failed = exc
+        tasks.cancel_scope.cancel()
+    if failed is not None:
+        raise failed
+    return waited, lags, last_ranks
+
+
+async def _measure_store(
+    source: Source, timeout_secs: float
+) -> tuple[float, Spread, dict[str, str]]:
+    loop = loop_here(None)
+    began = loop.now()
+    deadline = began + timeout_secs
+    opening = Effort(source.open(loop, deadline))
+    if await settled(loop, opening, deadline):
+        connection = opening.result()
+        connect_secs = loop.now() - began
+        try:
+            trips = Effort(_measure_trips(connection))
+            if await settled(loop, trips, deadline):
+                return connect_secs, spread(trips.result()), await _found_versions(loop)
+        finally:
+            connection.close(reset=connection.unsaid)
+    raise BarrierConnectionError(f"the store did not answer within {seconds(timeout_secs)}")
+
+
+async def _measure_trips(connection: Connection) -> list[float]:
+    trips = []
+    for _ in range(_ROUND_TRIPS):
+        started = time.perf_counter()
+        await connection.call(Read(_KEY))
+        trips.append(time.perf_counter() - started)
+    return trips
+
+
+async def _found_versions(loop: Loop) -> dict[str, str]:
+    # In a thread, because looking for packages reads the disk.
+    found: Effort[dict[str, str]] = Effort(in_thread(loop, "versions", versions))
+    await settled(loop, found, math.inf)
+    return found.result()
+
+
+async def _watch_loop(lags: list[float], *, task_status: TaskStatus[None]) -> None:
+    """How much later than asked for this task goes on."""
+    while True:
+        due = anyio.current_time() + _LAG_SECS
+        await anyio.sleep_until(due)
+        if not lags:
+            task_status.started()
+        lags.append(anyio.current_time() - due)
+
+
+def versions() -> dict[str, str]:
+    """Of what all ranks should have the same of."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "anyio", "async-barriers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a checkout on PYTHONPATH
+            found[package] = "not installed"
+    return found
+
+
+def probe(host: str, port: int) -> str:
+    """What is seen at an address, in words, for a barrier that could not connect; blocks."""
+    try:
+        socket.create_connection((host, port), timeout=5.0).close()
+    except OSError as exc:
+        return f"nothing answers at {host}:{port} ({exc})"
+    return f"something answers at {host}:{port}, but it may be no store"

@@ -1,0 +1,208 @@
+"""The names of all keys in the store; pure functions, no store in sight.
+
+Law 9 rests on this module: user text stands behind its own length, so that no choice of
+prefix and name lets two keys collide ("ckpt1" + "0" is not "ckpt" + "10" here). Every generation
+has an identity that is never used again, so that no key of one is ever a key of another.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+# TCPStore refuses keys over 8 KiB by dropping the connection. The rest is left for the
+# prefixes of PrefixStores that wrap the store we are given.
+MAX_KEY_BYTES = 7 * 1024
+# What follows a phase's path: at most "/payload/" and a rank.
+_LONGEST_FIELD = 32
+_LONGEST_SEQUENCE = "s" + "9" * 20
+_LONGEST_GENERATION = "9" * 10 + "-" + "f" * 16
+
+
+def _measured(text: str) -> str:
+    return f"{len(text.encode())}:{text}"
+
+
+class PhaseKeys:
+    """The keys of one phase.
+
+    :ivar path: what all of them begin with
+    :ivar log: the ranks that entered, one a line
+    :ivar count: the register that decides; see `_count`
+    :ivar released: written when all are in, by the last; ranks wait for it, in a commit the leader
+    """
+
+    __slots__ = ("count", "departed", "log", "path", "released")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.log = path + "/log"
+        self.count = path + "/count"
+        self.released = path + "/released"
+        self.departed = path + "/departed"
+
+    @property
+    def reason(self) -> str:
+        """Why it is broken; written before it is, and the first one stays."""
+        return self.path + "/reason"
+
+    @property
+    def word(self) -> str:
+        """`commit` only: what the leader says came of it."""
+        return self.path + "/word"
+
+    @property
+    def settled(self) -> str:
+        """`commit` only: written with the word; all but the leader wait for it.
+
+        A key of its own that nobody reads, since to read one (see `wire`) wakes who waits for it.
+        """
+        return self.path + "/settled"
+
+    @property
+    def terms(self) -> str:
+        """`commit` only: the leader that the first rank named."""
+        return self.path + "/terms"
+
+    @property
+    def summary(self) -> str:
+        """Who had entered, as one rank found it for all that ask."""
+        return self.path + "/summary"
+
+    @property
+    def brought(self) -> str:
+        """What the ranks brought, one after another; see `_payloads`."""
+        return self.path + "/brought"
+
+    def payload(self, rank: int) -> str:
+        """What ``rank`` brought, where it is too large to stand among the others'."""
+        return f"{self.path}/payload/{rank}"
+
+
+class Keys:
+    """All keys of one barrier prefix.
+
+    :param namespace: what they begin with, where other ranks call the same store otherwise
+    """
+
+    def __init__(self, prefix: str, namespace: str = "") -> None:
+        self.prefix = prefix
+        self.root = f"{namespace}async_barriers/{_measured(prefix)}"
+
+    @property
+    def state(self) -> str:
+        """The generation in force: a register that only `compare_set` changes."""
+        return f"{self.root}/state"
+
+    def member(self, rank: int) -> str:
+        """The life that holds ``rank``, and the generation that it joined last."""
+        return f"{self.root}/member/{rank}"
+
+    @property
+    def commits(self) -> str:
+        """What the last commits published."""
+        return f"{self.root}/commits"
+
+    def generation(self, identity: str) -> GenerationKeys:
+        return GenerationKeys(f"{self.root}/{identity}")
+
+    @cached_property
+    def overhead(self) -> int:
+        """How long a key is at most, in bytes, without the name of its phase."""
+        longest = self.generation(_LONGEST_GENERATION).phase("", _LONGEST_SEQUENCE).path
+        # "0:" grows by at most three digits.
+        return len(longest.encode()) + 3 + _LONGEST_FIELD
+
+
+class GenerationKeys:
+    """The keys of one generation."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    @property
+    def roll(self) -> str:
+        """How many joined, how many left, and whether a host waits for that, in one counter."""
+        return f"{self.root}/roll"
+
+    @property
+    def closed(self) -> str:
+        """Who left first, and why; written once."""
+        return f"{self.root}/closed"
+
+    @property
+    def host_leaves(self) -> str:
+        """Written when the process that hosts the store wants to leave."""
+        return f"{self.root}/host_leaves"
+
+    @property
+    def all_left(self) -> str:
+        """Written when nobody needs the store any more that a host waits for."""
+        return f"{self.root}/all_left"
+
+    @property
+    def interrupted(self) -> str:
+        """The names that were waited for when the generation before it ended."""
+        return f"{self.root}/interrupted"
+
+    @property
+    def threaded(self) -> str:
+        """How many ranks wait for their bell alone, and not for what a phase releases."""
+        return f"{self.root}/threaded"
+
+    @property
+    def common(self) -> list[str]:
+        """All of its own keys that are neither one rank's nor a phase's."""
+        return [
+            self.roll, self.closed, self.host_leaves, self.all_left, self.threaded,
+            self.interrupted,
+        ]  # fmt: skip
+
+    def bell(self, rank: int) -> str:
+        """Has ``rank`` look around."""
+        return f"{self.root}/bell/{rank}"
+
+    def asked(self, rank: int) -> str:
+        """The keys that ``rank`` is to write, to show that it lives."""
+        return f"{self.root}/asked/{rank}"
+
+    def answer(self, token: str) -> str:
+        return f"{self.root}/answer/{token}"
+
+    def latest(self, name: str) -> str:
+        """The latest step of ``name`` that was broken, until all ranks are past it."""
+        return f"{self.root}/latest/{_measured(name)}"
+
+    def phase(self, name: str, sequence: str) -> PhaseKeys:
+        return PhaseKeys(f"{self.root}/phase/{_measured(name)}/{sequence}")
+
+
+def check_prefix(prefix: str) -> None:
+    """Refuse a prefix that no key could carry."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, not {prefix!r}")
+    if not prefix:
+        raise ValueError("prefix is empty; it must be a non-empty string")
+    # "0:" grows by at most three digits.
+    _check_length("prefix", prefix, Keys("").overhead + 3)
+
+
+def check_name(keys: Keys, name: str) -> None:
+    """Refuse a phase name that is too long for the store."""
+    if type(name) is str and len(name) < 256 and name.isascii() and len(keys.prefix) < 1024:
+        return  # Most often.
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, not {name!r}")
+    _check_length("name", name, keys.overhead)
+
+
+def _check_length(what: str, text: str, overhead: int) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"{what} {text!r} cannot be written as UTF-8: {exc.reason}") from exc
+    allowed = MAX_KEY_BYTES - overhead
+    if size > allowed:
+        raise ValueError(
+            f"{what} is too long for the store: {size} bytes as UTF-8 ({text[:40]!r}...), "
+            f"at most {allowed} are allowed here"
+        )

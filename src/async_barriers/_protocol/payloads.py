@@ -1,0 +1,50 @@
+"""What ranks bring to a commit or a gathering, in one key for all; pure functions.
+
+Each appends its own, so that whoever needs them reads one key. What is large stands in a key of its
+own, and is announced here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .._errors import BarrierError
+from .keys import PhaseKeys
+from .store import Append, Request, Set
+
+# 16,384 ranks that bring as much as this fill half of what c10d's server takes in one value.
+SMALL_BYTES = 256
+_HEAD = re.compile(rb"([0-9]{1,5}) ([0-9]{1,3}|-)\n")
+
+
+def bringing(keys: PhaseKeys, rank: int, payload: bytes) -> list[Request]:
+    """What a rank says to bring ``payload``, before it arrives."""
+    if len(payload) <= SMALL_BYTES:
+        return [Append(keys.brought, b"%d %d\n%s" % (rank, len(payload), payload))]
+    return [Set(keys.payload(rank), payload), Append(keys.brought, b"%d -\n" % rank)]
+
+
+def brought(value: bytes | None, world_size: int) -> tuple[dict[int, bytes], list[int]]:
+    """The payloads that stand there, and the ranks whose payloads stand elsewhere.
+
+    :raises BarrierError: something else wrote there
+    """
+    found: dict[int, bytes] = {}
+    large: list[int] = []
+    at, value = 0, value or b""
+    while at < len(value):
+        head = _HEAD.match(value, at)
+        if head is None or int(head[1]) >= world_size:
+            break
+        rank, at = int(head[1]), head.end()
+        if head[2] == b"-":
+            large.append(rank)
+        else:
+            found[rank] = value[at : at + int(head[2])]
+            at += int(head[2])
+    if at != len(value) or len({*found, *large}) != world_size:
+        raise BarrierError(
+            "something else wrote to the payloads of this phase in the store "
+            f"({value[at : at + 40]!r}, {len({*found, *large})} of {world_size} are there)"
+        )
+    return found, large

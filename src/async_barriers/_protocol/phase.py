@@ -1,0 +1,387 @@
+"""One phase: what a rank writes to enter, to give up, to look and to depart, and in which order.
+
+The verdict is a function of the phase's count (see `count`); docs/design.md argues why. Everything
+else explains: the log names who entered, the reason says who broke it and why, and ``released`` is
+a bell. The coroutines here await nothing but a store, and keep nothing in between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from .._errors import BarrierConnectionError
+from . import count as counts
+from .count import CALLS, COMMIT, EXECUTE, Count
+from .keys import PhaseKeys
+from .payloads import SMALL_BYTES, bringing, brought
+from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, Store
+from .verdict import (
+    Broken,
+    Released,
+    Verdict,
+    decode_reason,
+    decode_word,
+    encode_reason,
+    encode_word,
+    missing,
+    number,
+    ranges,
+    show,
+    unranged,
+)
+
+_ARRIVAL = re.compile(rb"([0-9]{1,5})(?: c([0-9]{1,5}))?")
+# So few that each rank may read all arrivals to learn who is missing.
+_FEW = 256
+
+
+class Forgotten(BarrierConnectionError):
+    """The store has nothing of a phase that this rank had entered, or of its membership."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the store no longer knows that this rank had entered (it was built anew, or its keys "
+            "were deleted)",
+            in_doubt=True,
+        )
+
+
+class Entry:
+    """What one rank has to say in one phase. Nothing changes one.
+
+    :ivar kind: of call: `count.EXECUTE`, `COMMIT` or `GATHER`
+    :ivar leader: of a commit
+    :ivar leads: whether it is this rank
+    """
+
+    __slots__ = ("keys", "kind", "leader", "leads", "rank", "world_size")
+
+    def __init__(
+        self, keys: PhaseKeys, rank: int, world_size: int, kind: int = EXECUTE, leader: int = -1
+    ) -> None:
+        self.keys = keys
+        self.rank = rank
+        self.world_size = world_size
+        self.kind = kind
+        self.leader = leader
+        self.leads = kind == COMMIT and leader == rank
+
+    @property
+    def world(self) -> tuple[int, int]:
+        """What a full count is of: so many ranks, with this kind of call."""
+        return self.world_size, self.kind
+
+    @property
+    def call(self) -> str:
+        return f"commit(leader={self.leader})" if self.kind == COMMIT else CALLS[self.kind]
+
+    @property
+    def awaited(self) -> str:
+        """What this rank waits for once it has entered."""
+        follows = self.kind == COMMIT and not self.leads
+        return self.keys.settled if follows else self.keys.released
+
+
+def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
+    """What a rank says to arrive; `entered` tells what the answers mean.
+
+    The name stands in the log before it is counted, in one message: whoever finds a full count
+    finds all names. In the same message it begins to wait for what releases the phase.
+    """
+    keys = entry.keys
+    call = b" c%d" % entry.leader if entry.kind == COMMIT else b""
+    requests: list[Request] = [
+        Append(keys.log, b"%d%s\n" % (entry.rank, call)),
+        Add(keys.count, counts.entry(entry.rank, entry.kind)),
+    ]
+    if entry.kind == EXECUTE:
+        return requests
+    if entry.kind == COMMIT:
+        mine = b"%d by %d" % (entry.leader, entry.rank)
+        requests.insert(0, CompareSet(keys.terms, b"", mine))
+    return bringing(keys, entry.rank, payload) + requests
+
+
+def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
+    """What the count was when this rank arrived, or why the phase is broken by its arrival."""
+    count = counts.of_sum(answers[-1])
+    if count.broken:
+        return count
+    if entry.kind == COMMIT and not answers[0].startswith(b"%d by " % entry.leader):
+        leader, _, rank = answers[0].decode(errors="replace").partition(" by ")
+        return _different(entry.rank, entry.call, f"rank {rank}", f"commit(leader={leader})")
+    if count.differs(entry.kind):
+        others = [kind for kind in range(len(CALLS)) if kind != entry.kind]
+        other = next(
+            (CALLS[k] for k in others if _other_call(count, entry.kind, k)), "another call"
+        )
+        return _different(entry.rank, entry.call, "others", other)
+    if count.arrived >= entry.world_size and count.foul(entry.world_size):
+        return Broken(
+            None,
+            f"{count.arrived} arrivals were counted, but not those of ranks 0 to "
+            f"{entry.world_size - 1}; do two processes share a rank, or did something else write "
+            "to its keys?",
+        )
+    return count
+
+
+def differing(log: bytes | None) -> Broken | None:
+    """Why a commit is broken whose ranks do not name one leader; None if they do."""
+    first: tuple[str, str] | None = None
+    for line in (log or b"").splitlines():
+        if (match := _ARRIVAL.fullmatch(line)) is None:
+            continue
+        rank, leader = match[1].decode(), match[2]
+        call = "another call" if leader is None else f"commit(leader={leader.decode()})"
+        if first is None:
+            first = rank, call
+        elif call != first[1]:
+            return _different(int(rank), call, f"rank {first[0]}", first[1])
+    return None
+
+
+def _other_call(count: Count, kind: int, other: int) -> bool:
+    """Whether all but the last one may have made the ``other`` call."""
+    return count.kinds - kind == other * (count.arrived - 1)
+
+
+def _different(rank: int, call: str, others: str, other: str) -> Broken:
+    return Broken(
+        rank, f"it called {call} where {others} called {other}; all ranks must make the same call"
+    )
+
+
+async def look(store: Store, entry: Entry, *, entered: bool = True) -> Verdict | Count:
+    """What was decided by now; the count while nothing is, or a commit's leader has the say.
+
+    :raises Forgotten: this rank had entered, and the store knows nothing of that
+    """
+    value, reason = await store.call(Read(entry.keys.count), Read(entry.keys.reason))
+    return await judge(store, entry, value, reason, entered=entered)
+
+
+async def judge(
+    store: Store, entry: Entry, value: bytes | None, reason: bytes | None, *, entered: bool = True
+) -> Verdict | Count:
+    """As `look`, of a count and a reason that were read."""
+    if entered and not value:
+        raise Forgotten
+    while not counts.is_count(value):
+        reason, value = await _foul(store, entry, value or b"")
+    count = counts.of_value(value)
+    if count.broken:
+        if reason is None:
+            # It is written before the phase is broken, so it is there now.
+            (reason,) = await store.call(Read(entry.keys.reason))
+        return decode_reason(reason)
+    if not count.full(entry.world_size, entry.kind):
+        return count
+    if entry.kind != COMMIT:
+        return await released(store, entry)
+    (word,) = await store.call(Read(entry.keys.word))
+    try:
+        if word is None:
+            # Its leader may wait to hear that all are in, from a rank that died before it said so.
+            await released(store, entry)
+            return count
+        return decode_word(word)
+    except ValueError:
+        return count  # Something else wrote there, and its leader may yet put it right.
+
+
+async def _foul(store: Store, entry: Entry, value: bytes) -> tuple[bytes, bytes]:
+    """Break a phase whose count is no number, so that those who come later can add to it.
+
+    What the reason and the count are then: a rank may have entered, or another one broken it.
+    """
+    mine = encode_reason(
+        Broken(None, f"something else wrote {show(value)} where its arrivals are counted")
+    )
+    reason, now = await store.call(
+        CompareSet(entry.keys.reason, b"", mine),
+        CompareSet(entry.keys.count, value, counts.of_sum(0).broken_value),
+    )
+    return reason, now
+
+
+async def released(store: Store, entry: Entry) -> Released:
+    """Who came last; where that rank died before it could say so, this one wakes the others."""
+    (last,) = await store.call(CompareSet(entry.keys.released, b"", b"?"))
+    if last == b"?":
+        # Once more, since a server without libuv wakes nobody for a compare-and-set.
+        await store.call(Set(entry.keys.released, last), Read(entry.keys.count))
+    return Released(number(last))
+
+
+async def confirm(store: Store, entry: Entry) -> Released | None:
+    """Who came last, where a rank was woken that has waited for long.
+
+    None where the count is not full: something else woke it.
+    """
+    (value,) = await store.call(Read(entry.keys.count))
+    if not counts.is_count(value) or not counts.of_value(value).full(entry.world_size, entry.kind):
+        return None
+    # Not before: to read what others wait for wakes them, and they would wake this one.
+    (last,) = await store.call(Read(entry.keys.released))
+    return Released(number(last))
+
+
+async def give_up(
+    store: Store, entry: Entry, broken: Broken, *, entered: bool, names_missing: bool = False
+) -> tuple[Verdict | Count, bool]:
+    """Break the phase, unless it is decided; what was decided, and whether this call broke it.
+
+    A commit in which all are in is answered by its count: its leader has the say.
+
+    :param names_missing: by what the log says now; where it is for ``broken`` to name them,
+        nothing is looked up
+    """
+    keys = entry.keys
+    reads: list[Request] = [Read(keys.count), Read(keys.reason)]
+    if names_missing:
+        reads.append(Read(keys.log))
+    value, reason, *log = await store.call(*reads)
+    while True:
+        if not counts.is_count(value):
+            reason, value = await _foul(store, entry, value or b"")
+            if value == counts.of_sum(0).broken_value:
+                return decode_reason(reason), True
+            continue
+        judged = await judge(store, entry, value, reason, entered=entered)
+        if not isinstance(judged, Count) or judged.full(entry.world_size, entry.kind):
+            if reason is not None and not isinstance(judged, Broken):
+                # The last one entered in between, so that nobody asks for a reason.
+                await store.call(Delete(keys.reason))
+            return judged, False
+        if log:
+            broken = replace(broken, missing=missing(log[0], entry.world_size))
+            log = []
+        held, wanted = value or b"", judged.broken_value
+        # In one message, so that no reason is left without a break by a rank that is killed here.
+        reason, value = await store.call(
+            CompareSet(keys.reason, b"", encode_reason(broken)),
+            CompareSet(keys.count, held, wanted),
+        )
+        if value == wanted:
+            return decode_reason(reason), True
+        if value == held:
+            # So answers a key that is absent: it was deleted since it was read.
+            await store.call(Delete(keys.reason))
+            raise Forgotten
+        # Somebody entered, or broke it, in between: look at that.
+
+
+async def settle(store: Store, entry: Entry, verdict: Verdict, threaded: str) -> bool:
+    """The leader's word on a commit in which all are in; it gives one, and may repeat it.
+
+    :param threaded: the key that tells whether there are ranks to ring for, which is answered
+    """
+    keys = entry.keys
+    # Plain writes: nobody else writes there, and an answer would bring the whole word back.
+    (rings,) = await store.call(
+        Set(keys.word, encode_word(verdict)),
+        Set(keys.settled, b"%d" % entry.rank),
+        Read(threaded),
+    )
+    return rings is not None
+
+
+async def hear(store: Store, entry: Entry) -> Verdict | None:
+    """What the leader of a commit said; None while it has not."""
+    (word,) = await store.call(Read(entry.keys.word))
+    return None if word is None else decode_word(word)
+
+
+async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | None:
+    """What every rank brought; None where not all are in, or it is broken.
+
+    Where all are in a commit, but do not name one leader, the register cannot say so. The log can,
+    which is complete then, so that all who read it find the same.
+
+    :raises BarrierError: something else wrote there
+    """
+    keys = entry.keys
+    reads: list[Request] = [Read(keys.count), Read(keys.brought)]
+    if entry.kind == COMMIT:
+        reads.append(Read(keys.log))
+    value, found, *log = await store.call(*reads)
+    if not counts.is_count(value) or not counts.of_value(value).full(entry.world_size, entry.kind):
+        return None
+    if log and (disagreement := differing(log[0])) is not None:
+        return disagreement
+    payloads, large = brought(found, entry.world_size)
+    if large:
+        values = await store.call(*[Read(entry.keys.payload(rank)) for rank in large])
+        payloads |= {rank: value or b"" for rank, value in zip(large, values, strict=True)}
+    return {rank: payloads[rank] for rank in range(entry.world_size)}
+
+
+async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
+    """Who has not entered.
+
+    Up to 256 ranks each read the log. In larger worlds one rank reads it and leaves a summary,
+    which serves the others for as long as nobody enters.
+    """
+    keys = entry.keys
+    if entry.world_size <= _FEW:
+        (log,) = await store.call(Read(keys.log))
+        return missing(log, entry.world_size)
+    value, summary = await store.call(Read(keys.count), Read(keys.summary))
+    arrived, _, ranked = (summary or b"").partition(b":")
+    try:
+        if arrived == b"%d" % counts.of_value(value).arrived:
+            return unranged(ranked.decode())
+    except ValueError:
+        pass  # Something else wrote it.
+    value, log = await store.call(Read(keys.count), Read(keys.log))
+    absent = missing(log, entry.world_size)
+    try:
+        arrived = b"%d" % counts.of_value(value).arrived
+    except ValueError:
+        return absent
+    await store.call(
+        CompareSet(keys.summary, summary or b"", arrived + b":" + ranges(absent).encode())
+    )
+    return absent
+
+
+def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Request]:
+    """What the last rank to depart deletes; of a broken phase, what any call may have written.
+
+    :param large: the ranks that are known to have brought payloads of keys of their own
+    """
+    keys = entry.keys
+    names = [keys.log, keys.count, keys.released, keys.departed]
+    if broken:
+        names.append(keys.reason)
+    if entry.world_size > _FEW:
+        names.append(keys.summary)
+    if broken or entry.kind == COMMIT:
+        names += [keys.word, keys.settled, keys.terms]
+    if broken or entry.kind != EXECUTE:
+        names.append(keys.brought)
+    names += map(keys.payload, large)
+    return [DeleteMany(names)]
+
+
+__all__ = [
+    "SMALL_BYTES",
+    "Entry",
+    "Forgotten",
+    "collect",
+    "confirm",
+    "entered",
+    "entering",
+    "give_up",
+    "hear",
+    "judge",
+    "look",
+    "released",
+    "settle",
+    "spent",
+    "survey",
+]

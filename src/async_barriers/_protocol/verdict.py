@@ -1,0 +1,136 @@
+"""What comes of a phase, and how it is written; pure functions and frozen values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .._errors import in_one_line
+
+# What a leader's word begins with; rubbish does not.
+_PUBLISHED, _NOT_PUBLISHED = b"published\n", b"broken\n"
+# What reading a value raises that something else wrote.
+RUBBISH = (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Released:
+    """Every rank entered (and, in a commit, the leader published ``result``).
+
+    :ivar last_rank: who came last; None where that is not known
+    """
+
+    last_rank: int | None = None
+    result: bytes = b""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """``rank`` broke it. With ``timeout_secs`` it was a deadline, and ``missing`` is who lacked."""
+
+    rank: int | None
+    reason: str
+    timeout_secs: float | None = None
+    missing: tuple[int, ...] = ()
+    in_doubt: bool = False
+
+
+Verdict = Released | Broken
+
+
+def encode_reason(broken: Broken) -> bytes:
+    """Why a phase is broken, as it stands in the store."""
+    entry: dict[str, object] = {"rank": broken.rank, "reason": in_one_line(broken.reason)}
+    if broken.timeout_secs is not None:
+        entry |= {"timeout_secs": broken.timeout_secs, "missing": ranges(broken.missing)}
+    if broken.in_doubt:
+        entry["in_doubt"] = True
+    return json.dumps(entry).encode()
+
+
+def decode_reason(value: bytes | None) -> Broken:
+    """The inverse; what something else wrote is a reason of its own kind."""
+    if value is None:
+        return Broken(None, "no reason was given")
+    try:
+        entry: dict[str, Any] = json.loads(value)
+        broken = Broken(
+            entry["rank"],
+            entry["reason"],
+            entry.get("timeout_secs"),
+            unranged(entry.get("missing", "")),
+            bool(entry.get("in_doubt", False)),
+        )
+        if not (
+            isinstance(broken.rank, int | None)
+            and isinstance(broken.reason, str)
+            and isinstance(broken.timeout_secs, int | float | None)
+        ):
+            raise ValueError(value)
+    except RUBBISH:
+        return Broken(None, f"something else wrote {show(value)} where the reason stands")
+    return broken
+
+
+def encode_word(verdict: Verdict) -> bytes:
+    """What a commit's leader says of it."""
+    if isinstance(verdict, Released):
+        return _PUBLISHED + verdict.result
+    return _NOT_PUBLISHED + encode_reason(verdict)
+
+
+def decode_word(value: bytes) -> Verdict:
+    """The inverse.
+
+    :raises ValueError: something else wrote it
+    """
+    if value.startswith(_PUBLISHED):
+        return Released(None, value[len(_PUBLISHED) :])
+    if value.startswith(_NOT_PUBLISHED):
+        return decode_reason(value[len(_NOT_PUBLISHED) :])
+    raise ValueError(show(value))
+
+
+def missing(log: bytes | None, world_size: int) -> tuple[int, ...]:
+    """The ranks without a line in a phase's log, sorted. Lines that are none are passed over."""
+    entered = {number(line) for line in (log or b"").split()}
+    return tuple(rank for rank in range(world_size) if rank not in entered)
+
+
+def ranges(ranks: Iterable[int]) -> str:
+    """``3,5-9``: thousands of missing ranks are mostly neighbours."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def unranged(text: str) -> tuple[int, ...]:
+    """The inverse.
+
+    :raises ValueError: it is none, or names more ranks than any world has
+    """
+    ranks: list[int] = []
+    for span in text.split(",") if text else ():
+        first, _, last = span.partition("-")
+        if int(last or first) > 1 << 20:
+            raise ValueError(text)
+        ranks.extend(range(int(first), int(last or first) + 1))
+    return tuple(ranks)
+
+
+def number(value: bytes | None) -> int | None:
+    """The number that stands there; None where there is none, or something else wrote it."""
+    if value and len(value) < 20 and value.isdigit():
+        return int(value)
+    return None
+
+
+def show(value: bytes) -> str:
+    """For messages: what stands somewhere, or how it begins."""
+    return repr(value[:60].decode(errors="replace"))

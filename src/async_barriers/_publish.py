@@ -1,0 +1,59 @@
+"""Calling a user's ``publish``: a coroutine function here, a plain one in a thread of ours."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ._barrier import Publish
+from ._errors import BarrierError
+from ._store.loops import Loop
+from ._store.promises import told
+from ._store.worker import Worker
+
+
+class Publishing:
+    """One call of ``publish``.
+
+    :ivar in_thread: it runs in a thread, which cannot be cancelled, and may yet publish
+    """
+
+    def __init__(self, publish: Publish, loop: Loop) -> None:
+        self.in_thread: bool = False
+        self._publish = publish
+        self._loop = loop
+
+    async def call(self, payloads: Mapping[int, bytes]) -> Any:
+        """What it returns.
+
+        **Cancellation:** goes through to a coroutine; a thread goes on by itself.
+        """
+        returned: Any
+        if _is_async(self._publish):
+            returned = self._publish(payloads)
+        else:
+            returned = await self._called_in_thread(payloads)
+        return await returned if inspect.isawaitable(returned) else returned
+
+    async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:
+        worker = Worker("publish")
+        try:
+            called = worker.submit(functools.partial(self._publish, payloads))
+        except RuntimeError as exc:
+            raise BarrierError(f"publish needs a thread, and none can be had ({exc})") from exc
+        worker.retire()
+        self.in_thread = True
+        await told(self._loop, called)
+        self.in_thread = False
+        return called.result()
+
+
+def _is_async(function: object) -> bool:
+    """Whether calling it gives a coroutine, as far as can be told without calling it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  (that of an object)
+    )

@@ -1,0 +1,317 @@
+"""How connections come about, and a store that this process hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import FileStore, Store, TCPStore
+
+from .._errors import BarrierConnectionError, seconds, told_by
+from . import wire
+from .connection import SocketConnection
+from .future import Effort, Future
+from .loops import Loop
+from .threads import ThreadedConnection, innermost
+from .waiting import sleep, within, writable
+from .worker import Promise, Worker
+
+_RETRY_SECS = 0.1
+# How long one address is tried before the next is tried beside it.
+_HEAD_START_SECS = 0.25
+_HOSTED_TIMEOUT = timedelta(seconds=300)
+
+Addresses = list[tuple[Any, ...]]
+
+
+class NotUnderstood(BarrierConnectionError):
+    """Something answers, but not as the server of a TCPStore does."""
+
+
+async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
+    """Make one blocking call in a thread of its own."""
+    worker = Worker(name)
+    came: Future[Any] = Future()
+    promise: Promise[Any] = Promise()
+
+    def told() -> None:
+        try:
+            came.resolve(promise.result())
+        except BaseException as exc:
+            came.fail(exc)
+
+    try:
+        worker.submit(call, promise)
+    except RuntimeError as exc:
+        raise BarrierConnectionError(
+            f"no thread can be had ({exc}); this process or its user has reached a limit of "
+            "threads (ulimit -u, pids.max)"
+        ) from exc
+    worker.retire()
+    promise.when_settled(lambda: loop.post(told))
+    return await came
+
+
+async def connect(
+    loop: Loop,
+    host: str,
+    port: int,
+    deadline: float,
+    failures: list[BaseException] | None = None,
+) -> SocketConnection:
+    """A connection to the server of a TCPStore, which has said that it is one.
+
+    Tries until it works, or the loop's clock says ``deadline``: its host may come later.
+
+    :param failures: the latest one is kept there, for those who do not wait as long
+    :raises NotUnderstood: what answers is none
+    :raises BarrierConnectionError: nobody answered by then, and why
+    """
+    began = loop.now()
+    failures = [] if failures is None else failures
+    where = f"{host}:{port}"
+    why: BaseException = TimeoutError("there was no time left")
+    tries = 0
+    while loop.now() < deadline or not tries:
+        tries += 1
+        try:
+            for_this = max(deadline - loop.now(), 0.05)
+            sock = await _first(loop, await _resolve(loop, host, port), for_this)
+            connection = await _greet(loop, sock, where, max(deadline - loop.now(), 0.05))
+            failures.clear()
+            return connection
+        except NotUnderstood as exc:
+            why = exc
+            if tries > 3:
+                raise
+        except OSError as exc:
+            why = exc
+        failures[:] = [why]
+        await sleep(loop, min(_RETRY_SECS, max(0.0, deadline - loop.now())))
+    advice = (
+        "this process has no descriptors left (ulimit -n)"
+        if isinstance(why, OSError) and why.errno in (errno.EMFILE, errno.ENFILE)
+        else "is the process that hosts it up, and do address and port agree?"
+    )
+    raise BarrierConnectionError(
+        f"no store answers at {where} after {seconds(loop.now() - began)} ({told_by(why)}); "
+        + advice
+    ) from why
+
+
+async def _resolve(loop: Loop, host: str, port: int) -> Addresses:
+    try:
+        # An address needs no look-up.
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass
+    found = await in_thread(
+        loop, "names", lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    )
+    return list(found)
+
+
+async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket:
+    """A socket to the first address that takes one; each is tried beside those before it."""
+    deadline = loop.now() + secs
+    failure: OSError = TimeoutError(errno.ETIMEDOUT, "connecting timed out")
+    opened: Future[socket.socket] = Future()
+    failed: list[OSError] = []
+    attempts: list[Effort[None]] = []
+
+    async def attempt(address: tuple[Any, ...]) -> None:
+        family, kind, protocol, _, at = address
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as exc:
+            failed.append(exc)
+            return
+        try:
+            sock.setblocking(False)
+            if family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = sock.connect_ex(at)
+            if code == errno.EINPROGRESS:
+                if not await within(loop, writable(loop, sock), deadline - loop.now()):
+                    raise TimeoutError(errno.ETIMEDOUT, "connecting timed out")
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            loop.unwatch(sock)
+            if opened.done:
+                sock.close()
+            else:
+                opened.resolve(sock)
+        except OSError as exc:
+            loop.unwatch(sock)
+            sock.close()
+            failed.append(exc)
+            if len(failed) == len(addresses):
+                opened.fail(failed[0])
+        except BaseException:
+            loop.unwatch(sock)
+            sock.close()
+            raise
+
+    try:
+        for number, address in enumerate(addresses):
+            attempts.append(Effort(attempt(address)))
+            if number + 1 < len(addresses):
+                head_start = min(_HEAD_START_SECS, secs / len(addresses))
+                await within(loop, attempts[-1], head_start)
+                if opened.done:
+                    break
+        if not opened.done:
+            if len(failed) == len(addresses):
+                raise failed[0]
+            if not await within(loop, opened, deadline - loop.now()):
+                raise failed[0] if failed else failure
+        return opened.result()
+    finally:
+        for other in attempts:
+            other.stop(BarrierConnectionError("another address was quicker"))
+
+
+async def _greet(loop: Loop, sock: socket.socket, where: str, secs: float) -> SocketConnection:
+    connection = SocketConnection(sock, loop, where)
+    number = os.getpid() & 0x7FFFFFFF
+    answer = connection.say_hello(number)
+    try:
+        came = await within(loop, answer, secs)
+    except BaseException:
+        connection.close(reset=True)
+        raise
+    if not came:
+        connection.close(reset=True)
+        raise TimeoutError(errno.ETIMEDOUT, "it accepts connections, but says nothing")
+    if answer.error is not None or answer.result()[0] != wire.echo(number):
+        cause = answer.error and answer.error.__cause__
+        connection.close(reset=True)
+        if isinstance(cause, ConnectionError):
+            # It hung up: perhaps it is just ending, or beginning.
+            raise cause
+        said = "" if answer.error is not None else f" ({answer.result()[0]!r})"
+        raise NotUnderstood(f"what listens at {where} does not answer as a TCPStore does{said}")
+    return connection
+
+
+async def connect_by_threads(
+    loop: Loop, open_store: Callable[[], Store], deadline: float, what: str
+) -> ThreadedConnection:
+    """A connection whose calls c10d's own client makes, in threads.
+
+    :raises BarrierConnectionError: it was not open by ``deadline``
+    """
+    connection = ThreadedConnection(open_store, loop)
+    opened = connection.open()
+    try:
+        came = await within(loop, opened, deadline - loop.now())
+    except BaseException:
+        connection.close(reset=True)
+        raise
+    if not came:
+        connection.close(reset=True)
+        raise BarrierConnectionError(f"{what} did not answer in time")
+    if opened.error is not None:
+        connection.close(reset=True)
+        raise BarrierConnectionError(
+            f"{what} cannot be reached ({opened.error})"
+        ) from opened.error.__cause__
+    return connection
+
+
+def copy_of(store: Store) -> Store:
+    """A store of our own that leads where ``store`` leads; its owner's timeout stays as it is."""
+    base: Any = innermost(store)
+    if isinstance(base, FileStore):
+        # A clone would count as one of the users that have to be gone before the file is deleted.
+        return FileStore(base.path)  # type: ignore[attr-defined]
+    try:
+        return store.clone()  # type: ignore[attr-defined,no-any-return]
+    except RuntimeError as exc:
+        if "pure virtual" not in str(exc):
+            raise
+        # A store written in Python that has no clones; it has to be thread-safe.
+        return store
+
+
+def client_of(host: str, port: int) -> TCPStore:
+    """c10d's client of a TCPStore. Blocks; to be called when the server is known to answer."""
+    return TCPStore(
+        host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+    )
+
+
+def host_store(host: str, port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
+    """The server of a TCPStore in this process; blocks.
+
+    :param shared: whether others in this process may host at the same port: all get one server
+    :raises OSError: the port is taken, or cannot be listened at
+    """
+    # c10d says that it is taken in a trace on stderr, so it is looked at before.
+    if port and not (shared and hosted_here(port)):
+        _probe_port(port)
+    try:
+        return TCPStore(
+            host,
+            port,
+            is_master=True,
+            timeout=_HOSTED_TIMEOUT,
+            wait_for_workers=False,
+            use_libuv=use_libuv,
+            multi_tenant=shared,
+        )
+    except Exception as exc:
+        taken = "EADDRINUSE" in str(exc) or "already in use" in str(exc)
+        raise OSError(errno.EADDRINUSE if taken else errno.EIO, told_by(exc)) from exc
+
+
+def _probe_port(port: int) -> None:
+    family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
+    try:
+        probe = socket.socket(family, socket.SOCK_STREAM)
+    except OSError:
+        probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    with probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if probe.family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        probe.bind(("", port))
+        probe.listen(1)
+
+
+def listening(port: int) -> set[str]:
+    """What listens at ``port`` on this machine, as /proc names it; empty where it cannot tell."""
+    inodes = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        try:
+            with open(table) as lines:
+                rows = [line.split() for line in list(lines)[1:]]
+        except OSError:
+            continue
+        for row in rows:
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{row[9]}]")
+    return inodes
+
+
+def opened_by(process: str) -> set[str]:
+    """What the descriptors of a process lead to, as far as this one may know."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{process}/fd"):
+            # It may close it meanwhile.
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{process}/fd/{fd}"))
+    return found
+
+
+def hosted_here(port: int) -> bool:
+    """Whether this process listens at ``port``; False where the system cannot tell."""
+    inodes = listening(port)
+    return bool(inodes and inodes & opened_by("self"))

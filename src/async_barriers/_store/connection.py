@@ -1,0 +1,359 @@
+"""A connection of our own to a TCPStore: requests out, answers in, never a blocking call."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+import sys
+import termios
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .._errors import BarrierConnectionError, told_by
+from .._protocol.store import DeleteMany, Request
+from . import wire
+from .future import Future
+from .loops import Loop
+
+_MOST = 1 << 18
+# No program is ended by writing to who has hung up.
+_UNHARMED = getattr(socket, "MSG_NOSIGNAL", 0)
+_RESET = struct.pack("ii", 1, 0)
+_LINGER_SECS = 2.0
+
+
+Heard = Callable[[list[Any]], object]
+
+
+class _Message(Future[list[Any]]):
+    """Requests under way.
+
+    :ivar kinds: of the answers that will come
+    :ivar late: what went out of the outbox with it: where its answers end, and who hears them
+    """
+
+    __slots__ = ("kinds", "late")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[int] = []
+        self.late: list[tuple[int, Heard]] = []
+
+    def answer(self, answers: list[Any]) -> None:
+        """All answers are there."""
+        begin = 0
+        for end, heard in self.late:
+            heard(answers[begin:end])
+            begin = end
+        self.resolve(answers[begin:] if begin else answers)
+
+
+# What is due in place of a message's answers: the one byte of a wait, of one that nobody is called
+# for any more and that ends by itself, or of a cancellation.
+_WAKE, _SPENT, _CANCELLATION = _Message(), _Message(), _Message()
+_BYTES = (_WAKE, _SPENT, _CANCELLATION)
+
+
+class SocketConnection:
+    """Speaks to the server of a TCPStore over a non-blocking socket, on any loop.
+
+    Answers are told apart by their order alone. At most one key is waited for; requests that are
+    sent meanwhile cancel the wait and ask for it anew, so that its one byte, which may come at any
+    time, is never taken for the beginning of another answer.
+
+    :ivar on_wake: called when the awaited key was written
+    :ivar on_lost: called once, when the connection is of no more use
+    :ivar outbox: what may go out with the next message, each with what hears the answers
+    """
+
+    waits = True
+
+    def __init__(self, sock: socket.socket, loop: Loop, where: str) -> None:
+        self.on_wake: Callable[[], object] | None = None
+        self.on_lost: Callable[[BarrierConnectionError], object] | None = None
+        self.outbox: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
+        self.lost: BarrierConnectionError | None = None
+        self._socket = sock
+        self._loop = loop
+        self._where = where
+        # Whose answers have yet to come, in their order; a wait's byte is the last one.
+        self._due: deque[_Message] = deque()
+        self._awaited: str | None = None
+        self._unsaid = bytearray()
+        self._heard = b""
+        self._writing = False
+        loop.watch_readable(sock, self.read)
+
+    # -- out ---------------------------------------------------------------------------
+
+    def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
+        """As `Store.call`; what was put into the outbox goes out before."""
+        message = _Message()
+        if self.lost is not None:
+            message.fail(_again(self.lost))
+            return message
+        due, kinds = self._due, message.kinds
+        said: list[bytes] = []
+        if due and due[-1] is _WAKE:
+            due[-1] = _CANCELLATION
+            said.append(wire.CANCEL_WAIT)
+        if self.outbox:
+            end = 0
+            for late, heard in self.outbox:
+                end += self._say(late, said, kinds)
+                message.late.append((end, heard))
+            self.outbox.clear()
+        self._say(requests, said, kinds)
+        if kinds:
+            due.append(message)
+        if wait is not None:
+            self._awaited = wait
+        if self._awaited is not None:
+            said.append(wire.wait(self._awaited))
+            due.append(_WAKE)
+        self._send(b"".join(said))
+        if not kinds:
+            message.answer([])
+        return message
+
+    def fulfil(self, *requests: Request) -> None:
+        """Send what writes the awaited key, and is not answered: nobody is called any more.
+
+        The wait's own byte comes before the answers to whatever is said next.
+        """
+        self.stop_waiting()
+        if self.lost is None:
+            if self._due and self._due[-1] is _WAKE:
+                self._due[-1] = _SPENT
+            said: list[bytes] = []
+            self._say(requests, said, [])
+            self._send(b"".join(said))
+
+    @staticmethod
+    def _say(requests: Iterable[Request], said: list[bytes], kinds: list[int]) -> int:
+        """Add the bytes of requests and the kinds of their answers; how many are wanted."""
+        table, answered = wire.SAID, 0
+        for request in requests:
+            say, kind = table[type(request)]
+            said.append(say(request))
+            if kind == wire.UNWANTED:
+                many = len(request.keys) if type(request) is DeleteMany else 1
+                if kinds and kinds[-1] < 0:
+                    kinds[-1] -= many
+                elif many:
+                    kinds.append(-many)
+            elif kind != wire.SILENT:
+                answered += 1
+                kinds.append(kind)
+        return answered
+
+    def stop_waiting(self) -> None:
+        """Call nobody any more; the wait itself is cancelled with the next message."""
+        self._awaited = None
+        self.on_wake = None
+
+    def say_hello(self, number: int) -> Future[list[Any]]:
+        """Begin, as c10d's client does; answered by the `wire.echo`."""
+        message = _Message()
+        message.kinds.append(wire.ECHO)
+        self._due.append(message)
+        self._send(wire.hello(number))
+        return message
+
+    def _send(self, said: bytes) -> None:
+        if self.lost is not None:
+            return
+        if self._unsaid:
+            self._unsaid += said
+            return
+        try:
+            sent = self._socket.send(said, _UNHARMED)
+        except BlockingIOError:
+            sent = 0
+        except OSError as exc:
+            self._lose(exc)
+            return
+        if sent < len(said):
+            self._unsaid += said[sent:]
+            self._writing = True
+            self._loop.watch_writable(self._socket, self.write)
+
+    def write(self) -> None:
+        """The socket can be written to."""
+        try:
+            if self._unsaid:
+                del self._unsaid[: self._socket.send(self._unsaid, _UNHARMED)]
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._lose(exc)
+            return
+        if not self._unsaid and self._writing:
+            self._writing = False
+            self._loop.unwatch_writable(self._socket)
+
+    # -- in ----------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """The socket can be read from."""
+        try:
+            heard = self._socket.recv(_MOST)
+            if not heard:
+                raise ConnectionResetError(errno.ECONNRESET, "the server hung up")
+            if self._heard:
+                heard, self._heard = self._heard + heard, b""
+            self._hear(heard)
+        except BlockingIOError:
+            return
+        except (OSError, ValueError) as exc:
+            self._lose(exc)
+        except BaseException as exc:
+            # Raised in the middle of an answer, by a signal handler: what was heard is not known
+            # any more. What was begun here is settled on another connection.
+            self._lose(exc)
+            raise
+
+    def _hear(self, heard: bytes) -> None:
+        due = self._due
+        at, end = 0, len(heard)
+        while due and at < end and self.lost is None:
+            message = due[0]
+            if message in _BYTES:
+                byte = heard[at]
+                at += 1
+                if byte > wire.CANCELLED:
+                    raise ValueError(f"byte {byte} where a wait ends")
+                if message is _WAKE:
+                    due.popleft()
+                    if self._awaited is not None:
+                        self._awaited = None
+                        if self.on_wake is not None:
+                            self.on_wake()
+                elif message is _SPENT or byte == wire.CANCELLED:
+                    # The wait may have ended by itself just before; then two bytes come.
+                    due.popleft()
+                continue
+            try:
+                answers, at = wire.hear(message.kinds, heard, at)
+            except wire.Incomplete:
+                break
+            due.popleft()
+            message.answer(answers)
+        if at < end and self.lost is None:
+            if not due:
+                raise ValueError("more came than was asked for")
+            self._heard = heard[at:]
+
+    # -- its end -----------------------------------------------------------------------
+
+    def move(self, loop: Loop) -> None:
+        """Go on on another loop."""
+        if self.lost is None and loop is not self._loop:
+            self._loop.unwatch(self._socket)
+            self._loop = loop
+            loop.watch_readable(self._socket, self.read)
+            if self._unsaid:
+                self._writing = True
+                loop.watch_writable(self._socket, self.write)
+
+    @property
+    def unsaid(self) -> bool:
+        """Whether something has yet to be sent or answered."""
+        return bool(self._unsaid or any(m not in (_WAKE, _SPENT) for m in self._due))
+
+    def close(self, *, reset: bool = False) -> None:
+        """Let go of the socket.
+
+        :param reset: so that nothing that was sent and has not arrived comes later
+        """
+        self.on_lost = None
+        self._end(BarrierConnectionError("this connection to the store was closed"), reset=reset)
+
+    def _lose(self, exc: BaseException) -> None:
+        error = BarrierConnectionError(
+            f"the connection to the store at {self._where} was lost ({told_by(exc)})"
+        )
+        error.__cause__ = exc if isinstance(exc, Exception) else None
+        self._end(error, reset=True)
+
+    def _end(self, error: BarrierConnectionError, *, reset: bool) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        self._loop.unwatch(self._socket)
+        self._let_go(reset=reset)
+        self._unsaid.clear()
+        due, self._due = self._due, deque()
+        on_lost, self.on_lost, self.on_wake = self.on_lost, None, None
+        for message in due:
+            if message not in _BYTES:
+                message.fail(_again(error))
+        if on_lost is not None:
+            on_lost(error)
+
+    def _let_go(self, *, reset: bool) -> None:
+        """Close the socket; where answers will still come, hear them first, for a moment.
+
+        A server whose answer finds nobody says so on its stderr.
+        """
+        sock, loop = self._socket, self._loop
+        answers = any(message is not _WAKE for message in self._due)
+        try:
+            unsent = bool(self._unsaid) or _unsent(sock)
+            if unsent and reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            elif answers and not loop.ended:
+                sock.shutdown(socket.SHUT_WR)
+                _Linger(sock, loop)
+                return
+        except OSError:
+            pass  # It is gone already.
+        sock.close()
+
+    def forsake(self) -> None:
+        """In a forked child: close the descriptor, which stays open in the parent; say nothing."""
+        self.lost = BarrierConnectionError("this connection is another process's")
+        self._socket.close()
+
+
+class _Linger:
+    """Reads what comes to a socket that is done with, until the server hangs up as well."""
+
+    def __init__(self, sock: socket.socket, loop: Loop) -> None:
+        self._socket = sock
+        self._loop = loop
+        loop.watch_readable(sock, self._read)
+        self._timer = loop.call_at(loop.now() + _LINGER_SECS, self._close)
+        self._not_at_end = loop.at_end(self._close)
+
+    def _read(self) -> None:
+        try:
+            if self._socket.recv(_MOST):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._close()
+
+    def _close(self) -> None:
+        self._timer.cancel()
+        self._not_at_end()
+        self._loop.unwatch(self._socket)
+        self._socket.close()
+
+
+def _unsent(sock: socket.socket) -> bool:
+    """Whether the kernel has something that it could not bring to the server yet."""
+    waiting = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)
+    return bool(int.from_bytes(waiting, sys.byteorder))
+
+
+def _again(error: BarrierConnectionError) -> BarrierConnectionError:
+    """The same for another caller; an error that is raised twice grows a traceback of both."""
+    copy = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
+    copy.__cause__ = error.__cause__
+    return copy

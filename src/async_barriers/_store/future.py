@@ -1,0 +1,105 @@
+"""What is not there yet, and coroutines that wait for nothing else: no event loop is needed.
+
+The protocol is written as coroutines that await a store's answers. Whatever brings an answer (an
+event loop's callback, a private loop at exit, a test) resolves a `Future`, and that is what drives
+the coroutine on. So it does not matter whose loop that is, and cancelling a caller cannot stop what
+was begun for its peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+from .._errors import BarrierError
+
+T = TypeVar("T")
+
+
+class Future(Generic[T]):
+    """A value or an error that comes once; not thread-safe."""
+
+    __slots__ = ("_callbacks", "_error", "_value", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._value: T
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[], object]] = []
+
+    def resolve(self, value: T) -> None:
+        """Give it its value, unless it has one, and call those who wait."""
+        if not self.done:
+            self._value = value
+            self._finish()
+
+    def fail(self, error: BaseException) -> None:
+        """Give it an error, unless it is done, and call those who wait."""
+        if not self.done:
+            self._error = error
+            self._finish()
+
+    def _finish(self) -> None:
+        self.done = True
+        callbacks = self._callbacks
+        while callbacks:
+            callbacks.pop(0)()
+
+    def result(self) -> T:
+        """The value; raises the error. Only when it is done."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    @property
+    def error(self) -> BaseException | None:
+        """The error, if it came to that."""
+        return self._error
+
+    def when_done(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called when it is done, or now if it is."""
+        if self.done:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+    def __await__(self) -> Generator[Future[T], None, T]:
+        if not self.done:
+            yield self
+        return self.result()
+
+
+class Effort(Future[T]):
+    """A coroutine that awaits Futures alone, on its way; begins at once."""
+
+    __slots__ = ("_coroutine",)
+
+    def __init__(self, coroutine: Coroutine[Any, None, T]) -> None:
+        super().__init__()
+        self._coroutine: Any = coroutine
+        self._step()
+
+    def _step(self) -> None:
+        if self.done:
+            return
+        try:
+            awaited: Future[Any] = self._coroutine.send(None)
+        except StopIteration as stop:
+            self.resolve(stop.value)
+        except BarrierError as exc:
+            self.fail(exc)
+        except BaseException as exc:
+            # Of a signal handler, or a fault of ours: whoever waits must not do so for ever, and
+            # whoever runs this has to know.
+            self.fail(exc)
+            raise
+        else:
+            awaited.when_done(self._step)
+
+    def stop(self, error: BaseException) -> None:
+        """End it where it is; it fails with ``error``. One that stops itself goes on to its end."""
+        if not (self.done or self._coroutine.cr_running):
+            self.done = True
+            self._coroutine.close()
+            self.done = False
+            self.fail(error)

@@ -1,0 +1,476 @@
+"""What is needed of an event loop: sockets that can be used, moments that come, and waiting.
+
+The one place that tells event loops apart. Everything else is called back, or awaits a `Waiter`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import importlib
+import itertools
+import math
+import select
+import socket
+import sys
+import time
+from asyncio.events import _get_running_loop
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol
+
+import anyio
+
+# anyio would load what it has for an event loop when that is first asked for: where a rank gives up,  # noqa: E501
+# and has no descriptor left to read a module with, and in the way of the loop.
+with contextlib.suppress(ImportError):
+    importlib.import_module("anyio._backends._asyncio")
+
+Callback = Callable[[], object]
+
+
+class Timer(Protocol):
+    """Something that will be called, unless it is cancelled."""
+
+    def cancel(self) -> object: ...
+
+
+class Waiter(Protocol):
+    """A task that waits to be woken; for one task at a time."""
+
+    def wake(self) -> None:
+        """On the loop: have `wait` return, or return at once when it is called next."""
+        ...
+
+    async def wait(self, until: float) -> None:
+        """Wait until it is woken, or the loop's clock says ``until``."""
+        ...
+
+
+class Loop(Protocol):
+    """An event loop. Only `post` may be called from other threads."""
+
+    @property
+    def ended(self) -> bool: ...
+
+    def now(self) -> float: ...
+    def here(self) -> bool: ...
+    def watch_readable(self, sock: socket.socket, callback: Callback) -> None: ...
+    def watch_writable(self, sock: socket.socket, callback: Callback) -> None: ...
+    def unwatch_writable(self, sock: socket.socket) -> None: ...
+    def unwatch(self, sock: socket.socket) -> None: ...
+    def call_at(self, when: float, callback: Callback) -> Timer: ...
+    def post(self, callback: Callback) -> None: ...
+    def waiter(self) -> Waiter: ...
+    def at_end(self, callback: Callback) -> Callback:
+        """Have ``callback`` called when the loop ends; what takes that back."""
+        ...
+
+
+class AsyncioLoop:
+    """asyncio, uvloop, and whatever else has their interface.
+
+    One timer serves all that wait. It is not stopped with a wait that ends early, and is there for
+    the next one: crossings that take microseconds need it set once in half a minute.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        # Without a frame in between.
+        self.now = loop.time
+        self.deadlines: dict[AsyncioWaiter, float] = {}
+        self.rings_at = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._ends: list[Callback] = []
+        self._ending: AsyncGenerator[None, None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.loop.is_closed()
+
+    def here(self) -> bool:
+        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+        return _get_running_loop() is self.loop and (
+            "trio" not in sys.modules or asyncio.current_task(self.loop) is not None
+        )
+
+    def watch_readable(self, sock: socket.socket, callback: Callback) -> None:
+        self.loop.add_reader(sock, callback)
+
+    def watch_writable(self, sock: socket.socket, callback: Callback) -> None:
+        self.loop.add_writer(sock, callback)
+
+    def unwatch_writable(self, sock: socket.socket) -> None:
+        if not self.ended:
+            self.loop.remove_writer(sock)
+
+    def unwatch(self, sock: socket.socket) -> None:
+        if not self.ended:
+            self.loop.remove_writer(sock)
+            self.loop.remove_reader(sock)
+
+    def call_at(self, when: float, callback: Callback) -> Timer:
+        return self.loop.call_at(when, callback)
+
+    def post(self, callback: Callback) -> None:
+        # A loop that has ended calls nobody.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(callback)
+
+    def waiter(self) -> AsyncioWaiter:
+        return AsyncioWaiter(self)
+
+    def at_end(self, callback: Callback) -> Callback:
+        self._ends.append(callback)
+        if self._ending is None:
+            # The loop closes the generators that were begun on it before it ends; there is no
+            # other way to be told.
+            self._ending = self._end()
+            with contextlib.suppress(StopIteration):
+                self._ending.asend(None).send(None)
+        return lambda: self._not_at_end(callback)
+
+    def _not_at_end(self, callback: Callback) -> None:
+        if callback in self._ends:
+            self._ends.remove(callback)
+        if not self._ends and self._ending is not None and not self.ended:
+            ending, self._ending = self._ending, None
+            with contextlib.suppress(StopIteration, RuntimeError):
+                ending.aclose().send(None)
+
+    async def _end(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            while self._ends:
+                self._ends.pop()()
+
+    def ring_at(self, deadline: float) -> None:
+        """Set the timer, which wakes those whose deadline it is."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.rings_at = deadline
+        self._timer = self.loop.call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self.rings_at, self._timer = math.inf, None
+        now = self.loop.time()
+        later = math.inf
+        for waiter, deadline in self.deadlines.items():
+            if deadline <= now:
+                waiter.wake()
+            else:
+                later = min(later, deadline)
+        if later < math.inf:
+            self.ring_at(later)
+
+
+class AsyncioWaiter:
+    """A task of asyncio's that waits."""
+
+    __slots__ = ("_future", "_loop", "_woken")
+
+    def __init__(self, loop: AsyncioLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[None] | None = None
+        self._woken = False
+
+    def wake(self) -> None:
+        self._woken = True
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def wait(self, until: float) -> None:
+        if self._woken:
+            self._woken = False
+            return
+        loop = self._loop
+        self._future = loop.loop.create_future()
+        loop.deadlines[self] = until
+        try:
+            if until < loop.rings_at:
+                loop.ring_at(until)
+            await self._future
+        finally:
+            self._woken = False
+            self._future = None
+            loop.deadlines.pop(self, None)
+
+
+class TrioLoop:
+    """trio, through system tasks: they outlive the caller and end with the loop."""
+
+    def __init__(self) -> None:
+        import trio
+
+        self.trio: Any = trio
+        self._token = trio.lowlevel.current_trio_token()
+        self.ended = False
+        self._scopes: dict[tuple[int, str], Any] = {}
+        self._ends: list[Callback] = []
+        self._watches_end = False
+        self.waiting: dict[TrioWaiter, None] = {}
+        self._clock = trio.lowlevel.current_clock()
+
+    def now(self) -> float:
+        return float(self._clock.current_time())
+
+    def here(self) -> bool:
+        if asyncio_loop() is not None:
+            return False
+        try:
+            return self.trio.lowlevel.current_trio_token() is self._token
+        except RuntimeError:
+            return False
+
+    def watch_readable(self, sock: socket.socket, callback: Callback) -> None:
+        self._watch(sock, "read", self.trio.lowlevel.wait_readable, callback)
+
+    def watch_writable(self, sock: socket.socket, callback: Callback) -> None:
+        self._watch(sock, "write", self.trio.lowlevel.wait_writable, callback)
+
+    def unwatch_writable(self, sock: socket.socket) -> None:
+        self._unwatch(sock, "write")
+
+    def unwatch(self, sock: socket.socket) -> None:
+        self._unwatch(sock, "write")
+        self._unwatch(sock, "read")
+        if not self.ended and sock.fileno() >= 0:
+            self.trio.lowlevel.notify_closing(sock)
+
+    def _unwatch(self, sock: socket.socket, what: str) -> None:
+        scope = self._scopes.pop((sock.fileno(), what), None)
+        if scope is not None and not self.ended:
+            scope.cancel()
+
+    def _watch(self, sock: socket.socket, what: str, ready: Any, callback: Callback) -> None:
+        scope = self._scopes[sock.fileno(), what] = self.trio.CancelScope()
+
+        async def watch() -> None:
+            with scope:
+                while not scope.cancel_called:
+                    try:
+                        await ready(sock)
+                    except (self.trio.ClosedResourceError, self.trio.BusyResourceError, OSError):
+                        return
+                    if not scope.cancel_called:
+                        self._call(callback)
+
+        self.trio.lowlevel.spawn_system_task(watch)
+
+    def call_at(self, when: float, callback: Callback) -> Timer:
+        scope = self.trio.CancelScope()
+
+        async def wait() -> None:
+            with scope:
+                await self.trio.sleep_until(when)
+                self._call(callback)
+
+        self.trio.lowlevel.spawn_system_task(wait)
+        return scope  # type: ignore[no-any-return]
+
+    def post(self, callback: Callback) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._token.run_sync_soon(lambda: self._call(callback))
+
+    def _call(self, callback: Callback) -> None:
+        """What a signal handler raises would end all of trio here; a task that waits gets it."""
+        try:
+            callback()
+        except BaseException as exc:
+            for waiter in self.waiting:
+                waiter.fail(exc)
+                return
+            _logger().exception("a callback failed")
+
+    def waiter(self) -> TrioWaiter:
+        return TrioWaiter(self)
+
+    def at_end(self, callback: Callback) -> Callback:
+        self._ends.append(callback)
+        if not self._watches_end:
+            self._watches_end = True
+            self.trio.lowlevel.spawn_system_task(self._end)
+        return lambda: self._ends.remove(callback) if callback in self._ends else None
+
+    async def _end(self) -> None:
+        try:
+            await self.trio.sleep_forever()
+        finally:
+            while self._ends:
+                self._call(self._ends.pop())
+            self.ended = True
+
+
+class TrioWaiter:
+    """A task of trio's that waits."""
+
+    __slots__ = ("_loop", "_task", "_trio", "_woken")
+
+    def __init__(self, loop: TrioLoop) -> None:
+        self._loop = loop
+        self._trio = loop.trio
+        self._task: Any = None
+        self._woken = False
+
+    def wake(self) -> None:
+        task, self._task = self._task, None
+        if task is None:
+            self._woken = True
+        else:
+            self._trio.lowlevel.reschedule(task)
+
+    def fail(self, exc: BaseException) -> None:
+        """Raise ``exc`` where it waits."""
+        task, self._task = self._task, None
+        if task is not None:
+            # trio's own module for that, which comes with it.
+            outcome = sys.modules["outcome"]
+            self._trio.lowlevel.reschedule(task, outcome.Error(exc))
+
+    async def wait(self, until: float) -> None:
+        if self._woken:
+            self._woken = False
+            return
+        lowlevel = self._trio.lowlevel
+
+        def abort(_: Any) -> Any:
+            self._task = None
+            return lowlevel.Abort.SUCCEEDED
+
+        with self._trio.CancelScope(deadline=until):
+            self._task = lowlevel.current_task()
+            self._loop.waiting[self] = None
+            try:
+                await lowlevel.wait_task_rescheduled(abort)
+            finally:
+                del self._loop.waiting[self]
+
+
+def _logger() -> Any:
+    import logging
+
+    return logging.getLogger(__name__)
+
+
+class _PrivateTimer:
+    def __init__(self, callback: Callback) -> None:
+        self.callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class PrivateLoop:
+    """A loop that blocks its thread: for what has to be done when there is no other any more."""
+
+    ended = False
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._sockets: dict[int, dict[str, Callback]] = {}
+        self._timers: list[tuple[float, int, _PrivateTimer]] = []
+        self._numbers = itertools.count()
+        self._posted: deque[Callback] = deque()
+        self._ends: dict[Callback, None] = {}
+        self._here, self._there = socket.socketpair()
+        self._here.setblocking(False)
+        self._there.setblocking(False)
+        self._poll.register(self._here, select.POLLIN)
+
+    now = staticmethod(time.monotonic)
+
+    def here(self) -> bool:
+        return False
+
+    def watch_readable(self, sock: socket.socket, callback: Callback) -> None:
+        self._watch(sock, "read", callback)
+
+    def watch_writable(self, sock: socket.socket, callback: Callback) -> None:
+        self._watch(sock, "write", callback)
+
+    def _watch(self, sock: socket.socket, what: str, callback: Callback) -> None:
+        self._sockets.setdefault(sock.fileno(), {})[what] = callback
+        self._register(sock.fileno())
+
+    def _register(self, fd: int) -> None:
+        flags = {"read": select.POLLIN, "write": select.POLLOUT}
+        self._poll.register(fd, sum(flags[what] for what in self._sockets[fd]))
+
+    def unwatch_writable(self, sock: socket.socket) -> None:
+        if self._sockets.get(sock.fileno(), {}).pop("write", None) is not None:
+            self._register(sock.fileno())
+
+    def unwatch(self, sock: socket.socket) -> None:
+        if self._sockets.pop(sock.fileno(), None) is not None:
+            self._poll.unregister(sock.fileno())
+
+    def call_at(self, when: float, callback: Callback) -> _PrivateTimer:
+        timer = _PrivateTimer(callback)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        return timer
+
+    def post(self, callback: Callback) -> None:
+        self._posted.append(callback)
+        with contextlib.suppress(OSError):
+            self._there.send(b"!")
+
+    def waiter(self) -> Waiter:
+        raise NotImplementedError
+
+    def at_end(self, callback: Callback) -> Callback:
+        self._ends[callback] = None
+        return lambda: self._ends.pop(callback, None)
+
+    def run(self, done: Callable[[], bool], deadline: float) -> None:
+        """Work until it is ``done``, or `time.monotonic` says ``deadline``."""
+        while not done() and (now := time.monotonic()) < deadline:
+            while self._timers and self._timers[0][0] <= now:
+                timer = heapq.heappop(self._timers)[2]
+                if timer.callback is not None:
+                    timer.callback()
+            if done():
+                return
+            until = min(deadline, self._timers[0][0] if self._timers else deadline)
+            for fd, _ in self._poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                if fd == self._here.fileno():
+                    self._here.recv(4096)
+                for callback in list(self._sockets.get(fd, {}).values()):
+                    callback()
+            while self._posted:
+                self._posted.popleft()()
+
+    def close(self) -> None:
+        """End: let go of what it had."""
+        for callback in list(self._ends):
+            callback()
+        self._here.close()
+        self._there.close()
+
+
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs a task here, if that is one of asyncio's."""
+    loop = _get_running_loop()
+    # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+    return loop if loop is not None and asyncio.current_task(loop) is not None else None
+
+
+def loop_here(before: Loop | None) -> Loop:
+    """The event loop that runs here; ``before``, if that is the same one.
+
+    :raises RuntimeError: there is none
+    """
+    if before is not None and before.here():
+        return before
+    here: Loop | None = None
+    if (loop := asyncio_loop()) is not None:
+        here = AsyncioLoop(loop)
+    elif "trio" in sys.modules:
+        here = TrioLoop()
+    if here is not None:
+        # Has anyio load what it has for trio; see below.
+        anyio.get_cancelled_exc_class()
+        return here
+    raise RuntimeError("no event loop runs here: await this in a task of asyncio or trio")

@@ -1,0 +1,237 @@
+"""Where a barrier's store is: passed in, or at an address where one rank hosts it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+from functools import partial
+from typing import Protocol
+
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore
+
+from .._errors import BarrierConnectionError, seconds, told_by
+from . import connecting
+from .connecting import NotUnderstood, in_thread
+from .connection import SocketConnection
+from .loops import Loop
+from .threads import ThreadedConnection, innermost
+from .waiting import sleep
+
+Connection = SocketConnection | ThreadedConnection
+
+_BY_THREADS = "ASYNC_BARRIERS_WORKER_THREADS"
+_NAMESPACE = "async_barriers/namespace"
+_RETRY_SECS = 0.2
+# How long a server of this process takes to let go of its port.
+_CLOSING_SECS = 0.5
+
+
+class CannotHost(BarrierConnectionError):
+    """The store cannot be hosted here, and trying again is of no use."""
+
+
+class Source(Protocol):
+    """Opens connections to one store.
+
+    :ivar namespace: what all our keys begin with there; known once a connection is open
+    :ivar failures: the latest failure to connect, while none has worked since
+    """
+
+    namespace: str
+    failures: list[BaseException]
+
+    async def open(self, loop: Loop, deadline: float) -> Connection:
+        """A new connection, by the time the loop's clock says ``deadline``.
+
+        :raises BarrierConnectionError: none could be had
+        """
+        ...
+
+    async def hosts(self, loop: Loop) -> bool:
+        """Whether the store ends with this process."""
+        ...
+
+    def let_go(self) -> None:
+        """The barrier is closed."""
+        ...
+
+
+def by_threads(asked: bool) -> bool:
+    """Whether c10d's client is to be used in threads, where it could be done without."""
+    return asked or os.environ.get(_BY_THREADS, "0") not in ("", "0")
+
+
+class PassedIn:
+    """A store of the caller's, which is only asked where it leads."""
+
+    def __init__(self, store: Store, worker_threads: bool = False) -> None:
+        self.namespace = ""
+        self.failures: list[BaseException] = []
+        self._store = store
+        base = innermost(store)
+        self._tcp = base if isinstance(base, TCPStore) else None
+        self._threads = self._tcp is None or by_threads(worker_threads)
+
+    async def open(self, loop: Loop, deadline: float) -> Connection:
+        tcp = self._tcp
+        reopened = isinstance(innermost(self._store), TCPStore | FileStore)
+        if reopened and isinstance(self._store, PrefixStore) and not self.namespace:
+            self.namespace = await in_thread(loop, "namespace", self._agreed)
+        if tcp is None:
+            return await connecting.connect_by_threads(
+                loop, partial(connecting.copy_of, self._store), deadline, "the store"
+            )
+        host, port = tcp.host, tcp.port
+        if not self._threads:
+            try:
+                return await connecting.connect(loop, host, port, deadline, self.failures)
+            except NotUnderstood:
+                self._threads = True
+        return await _by_client(loop, host, port, deadline, self.failures)
+
+    def _agreed(self) -> str:
+        """A PrefixStore does not tell its prefix. So one token wins there, for all ranks, and all
+        our keys stand behind it, outside of the prefix."""
+        store: object = self._store
+        token = secrets.token_hex(8)
+        try:
+            won = bytes(store.compare_set(_NAMESPACE, "", token))  # type: ignore[attr-defined]
+        except Exception as exc:
+            raise BarrierConnectionError(f"the store was lost ({told_by(exc)})") from exc
+        return f"async_barriers.{won.decode()}/"
+
+    async def hosts(self, loop: Loop) -> bool:
+        if self._tcp is None:
+            return False
+        return bool(await in_thread(loop, "host", partial(connecting.hosted_here, self._tcp.port)))
+
+    def let_go(self) -> None:
+        """It is the caller's."""
+
+
+class StoreAt:
+    """A TCPStore at an address; on the rank that hosts it, the server itself.
+
+    :param shared: whether others in this process may host, or have hosted, at the same port
+        (c10d's multi-tenancy): all get the same server, and it lives as long as one of them
+    """
+
+    namespace = ""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        use_libuv: bool,
+        *,
+        hosts: bool,
+        shared: bool = False,
+        worker_threads: bool = False,
+    ) -> None:
+        self.failures: list[BaseException] = []
+        self.address = (host, port)
+        self._use_libuv = use_libuv
+        self._hosts = hosts
+        self._shared = shared
+        self._threads = by_threads(worker_threads)
+        self._server: TCPStore | None = None
+
+    def use_threads(self) -> None:
+        """Have c10d's client make the calls."""
+        self._threads = True
+
+    async def open(self, loop: Loop, deadline: float) -> Connection:
+        host, port = self.address
+        if self._hosts:
+            if self._server is None:
+                self._server = await self._host(loop, deadline)
+            # A name need not lead to this machine from here.
+            port = self._server.port
+        if not self._threads:
+            try:
+                return await connecting.connect(loop, host, port, deadline, self.failures)
+            except NotUnderstood:
+                pass
+        connection = await _by_client(loop, host, port, deadline, self.failures)
+        self._threads = True
+        return connection
+
+    async def _host(self, loop: Loop, deadline: float) -> TCPStore:
+        host, port = self.address
+        began = loop.now()
+        while True:
+            if self._server is not None:
+                return self._server
+            try:
+                server: TCPStore = await in_thread(
+                    loop,
+                    "host",
+                    partial(
+                        connecting.host_store, host, port, self._use_libuv, shared=self._shared
+                    ),
+                )
+                return server
+            except OSError as exc:
+                if isinstance(exc, BarrierConnectionError):
+                    raise
+                if exc.errno != errno.EADDRINUSE:
+                    advice = ""
+                else:
+                    holder, ours = await in_thread(loop, "port", partial(holder_of, port))
+                    # One of this process's that is not shared will not be.
+                    ends = began + _CLOSING_SECS if ours and self._shared else deadline
+                    if loop.now() < min(ends, deadline):
+                        # A former process of this job may still hold it for a moment.
+                        await sleep(loop, min(_RETRY_SECS, max(0.0, deadline - loop.now())))
+                        continue
+                    advice = f"; the port is held by {holder}"
+                    if self._shared:
+                        advice += (
+                            ". If that hosts this job's store, set "
+                            "TORCHELASTIC_USE_AGENT_STORE=True on every rank; else choose another "
+                            "MASTER_PORT"
+                        )
+                raise CannotHost(
+                    f"this process could not host the store at {host}:{port} after "
+                    f"{seconds(loop.now() - began)} ({told_by(exc)}){advice}"
+                ) from exc
+
+    def probe(self) -> str:
+        """What is seen at the address, in words; for a barrier that could not connect. Blocks."""
+        host, port = self.address
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+        except OSError as exc:
+            return f"nothing answers at {host}:{port} ({exc})"
+        return f"something answers at {host}:{port}, but it may be no store"
+
+    async def hosts(self, loop: Loop) -> bool:
+        return self._hosts
+
+    def let_go(self) -> None:
+        self._server = None
+
+
+async def _by_client(
+    loop: Loop, host: str, port: int, deadline: float, failures: list[BaseException]
+) -> Connection:
+    # c10d's constructor never returns from a port that is silent, so it is known before that a
+    # server answers.
+    with contextlib.suppress(NotUnderstood):
+        (await connecting.connect(loop, host, port, deadline, failures)).close()
+    return await connecting.connect_by_threads(
+        loop, partial(connecting.client_of, host, port), deadline, f"the store at {host}:{port}"
+    )
+
+
+def holder_of(port: int) -> tuple[str, bool]:
+    """In words, which process listens at ``port``, if this one may know; whether it is this one."""
+    inodes = connecting.listening(port)
+    for process in os.listdir("/proc") if inodes else ():
+        if process.isdigit() and inodes & connecting.opened_by(process):
+            with contextlib.suppress(OSError), open(f"/proc/{process}/comm") as comm:
+                return f"process {process} ({comm.read().strip()})", process == str(os.getpid())
+    return "another process", False

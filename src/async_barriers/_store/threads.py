@@ -1,0 +1,388 @@
+"""A connection to a torch store of any kind: blocking calls, in worker threads of ours.
+
+The only module that calls c10d stores, but for what opens them (`connecting`); they alone know
+c10d's exceptions, and each becomes a `BarrierConnectionError` there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+from .._errors import BarrierConnectionError, told_by
+from .._protocol.store import (
+    SILENT,
+    Add,
+    Append,
+    CompareSet,
+    Delete,
+    DeleteMany,
+    Read,
+    Request,
+    Set,
+    SetMany,
+)
+from .future import Future
+from .loops import Loop
+from .wire import ABSENT
+from .worker import Promise, Worker
+
+# c10d knows no endless wait, and its milliseconds must fit a C int.
+_FOREVER = timedelta(days=7)
+_TRIES, _TRY_SECS = 10, 0.1
+_CLOSED = b"closed"
+
+
+class BlockingStore:
+    """A torch store of any kind, in the terms of the protocol; each call blocks."""
+
+    def __init__(self, store: Store) -> None:
+        # torch's stubs lack half of the stores' methods.
+        self._store: Any = store
+        self._base = innermost(store)
+        # One operation, and over a TCPStore one round trip, where check and get take three.
+        self._reads_at_once = isinstance(self._base, TCPStore | HashStore)
+        self._socket = _shared_socket(self._base) if isinstance(self._base, TCPStore) else None
+        if self._socket is not None:
+            store.set_timeout(_FOREVER)
+
+    def do(self, request: Request) -> Any:
+        """What the request is answered by."""
+        store = self._store
+        try:
+            if isinstance(request, Append):
+                return self._append(request)
+            if isinstance(request, Set):
+                return store.set(request.key, request.value)
+            if isinstance(request, SetMany):
+                for key in request.keys:
+                    store.set(key, request.value)
+                return None
+            if isinstance(request, Add):
+                return int(store.add(request.key, request.amount))
+            if isinstance(request, CompareSet):
+                return _bytes(store.compare_set(request.key, request.expected, request.desired))
+            if isinstance(request, Read):
+                return self._read(request.key)
+            assert isinstance(request, Delete | DeleteMany)
+            for key in [request.key] if isinstance(request, Delete) else request.keys:
+                store.delete_key(key)
+            return None
+        except Exception as exc:
+            # The traceback must not keep the store, and with it the socket, from being closed.
+            del store
+            raise _lost(exc) from exc
+
+    def wait(self, key: str) -> None:
+        """Block until ``key`` exists."""
+        while True:
+            try:
+                self._store.wait([key], _FOREVER)
+                return
+            except Exception as exc:
+                if not _timed_out(exc):
+                    raise _lost(exc) from exc
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether `interrupt` can end a call."""
+        return self._socket is not None
+
+    def interrupt(self) -> None:
+        """From any thread: end the call under way, where that can be done."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        del self._store, self._base
+        if self._socket is not None:
+            self._socket.close()
+
+    def _append(self, request: Append) -> None:
+        if self._reads_at_once:
+            self._store.append(request.key, request.value)
+            return
+        # FileStore's own append is a get and a set: two ranks may lose a line to each other.
+        current = self._read(request.key) or b""
+        while True:
+            wanted = current + request.value
+            winner = _bytes(self._store.compare_set(request.key, current, wanted))
+            if winner == wanted:
+                return
+            current = winner
+
+    def _read(self, key: str) -> bytes | None:
+        if self._reads_at_once:
+            value = _bytes(self._store.compare_set(key, ABSENT, ABSENT))
+            return None if value == ABSENT else value
+        if not self._store.check([key]):
+            return None
+        return _bytes(self._store.get(key))
+
+
+class ThreadedConnection:
+    """As `SocketConnection`, over a `BlockingStore`: one thread that calls, one that waits.
+
+    :param open_store: makes a store that nobody else uses; called in a thread, and blocks there
+    """
+
+    waits = False
+
+    def __init__(self, open_store: Callable[[], Store], loop: Loop) -> None:
+        self.on_wake: Callable[[], object] | None = None
+        self.on_lost: Callable[[BarrierConnectionError], object] | None = None
+        self.outbox: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
+        self.lost: BarrierConnectionError | None = None
+        self._open_store = open_store
+        self._loop = loop
+        self._caller = Worker("calls")
+        self._waiter: Worker | None = None
+        # Each is used by one thread: a call waits for no wait.
+        self._called: BlockingStore | None = None
+        self._waited: BlockingStore | None = None
+        self._awaited: str | None = None
+        self._under_way = 0
+
+    def open(self) -> Future[list[Any]]:
+        """Open the store; done when it is there."""
+        return self.call()
+
+    def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
+        """As `Store.call`; a key that is to be waited for has a thread of its own."""
+        late, self.outbox = self.outbox, []
+        answered: Future[list[Any]] = Future()
+        if self.lost is not None:
+            answered.fail(BarrierConnectionError(str(self.lost)))
+            return answered
+        if wait is not None:
+            self._awaited = wait
+        awaited = self._awaited
+
+        def make() -> tuple[list[list[Any]], list[Any]]:
+            if self._failed:
+                # What was said before may not have come, so this must not either.
+                raise BarrierConnectionError("this connection to the store was lost")
+            self._failed = True
+            answers = make_all()
+            self._failed = False
+            return answers
+
+        def make_all() -> tuple[list[list[Any]], list[Any]]:
+            if self._called is None:
+                self._called = BlockingStore(self._open_store())
+                if self._interrupted:
+                    # While it was opened: a call would hang for ever, or print c10d's traces.
+                    raise BarrierConnectionError("this connection to the store was closed")
+            store = self._called
+            done = [_answers(store, earlier) for earlier, _ in late]
+            return done, _answers(store, requests)
+
+        def made() -> None:
+            self._under_way -= 1
+            try:
+                done, answers = promise.result()
+            except BarrierConnectionError as exc:
+                self._lose(exc, answered)
+                return
+            except Exception as exc:
+                error = _lost(exc)
+                error.__cause__ = exc
+                self._lose(error, answered)
+                return
+            for (_, heard), answer in zip(late, done, strict=True):
+                heard(answer)
+            answered.resolve(answers)
+            if awaited is not None and awaited == self._awaited and self.lost is None:
+                self._wait_for(awaited)
+
+        promise: Promise[tuple[list[list[Any]], list[Any]]] = Promise()
+        try:
+            self._caller.submit(make, promise)
+        except RuntimeError as exc:
+            self._lose(_no_thread(exc), answered)
+            return answered
+        self._under_way += 1
+        promise.when_settled(lambda: self._loop.post(made))
+        return answered
+
+    def fulfil(self, *requests: Request) -> None:
+        """Send requests, and call nobody any more."""
+        self.stop_waiting()
+        self.call(*requests)
+
+    def stop_waiting(self) -> None:
+        """Call nobody any more."""
+        self._awaited = None
+        self.on_wake = None
+
+    def move(self, loop: Loop) -> None:
+        """Go on on another loop."""
+        self._loop = loop
+
+    @property
+    def unsaid(self) -> bool:
+        return self._under_way > 0
+
+    def close(self, *, reset: bool = False) -> None:
+        """End the threads after what they do; one that hangs is interrupted, where that works."""
+        self.on_lost = None
+        self._end(BarrierConnectionError("this connection to the store was closed"), reset)
+
+    def forsake(self) -> None:
+        """In a forked child: there are no threads, and the store is the parent's."""
+        self.lost = BarrierConnectionError("this connection is another process's")
+
+    @property
+    def ended(self) -> list[Promise[None]]:
+        """When its threads are gone."""
+        return [worker.ended for worker in (self._caller, self._waiter) if worker is not None]
+
+    def _wait_for(self, key: str) -> None:
+        self._awaited = None
+        if self._waiter is None:
+            self._waiter = Worker("waits")
+
+        def wait() -> None:
+            if self._waited is None:
+                self._waited = BlockingStore(self._open_store())
+            # Where it was closed while this opened, its key may have been written and deleted.
+            if self.lost is None:
+                self._waited.wait(key)
+
+        def woken() -> None:
+            self._waiting = False
+            try:
+                promise.result()
+            except Exception as exc:
+                # Opening a second store fails in as many ways as there are stores.
+                self._lose(exc if isinstance(exc, BarrierConnectionError) else _lost(exc))
+                return
+            if self.on_wake is not None:
+                self.on_wake()
+
+        if self._waiting:
+            return
+        promise: Promise[None] = Promise()
+        try:
+            self._waiter.submit(wait, promise)
+        except RuntimeError as exc:
+            self._lose(_no_thread(exc))
+            return
+        self._waiting = True
+        self._waited_key = key
+        promise.when_settled(lambda: self._loop.post(woken))
+
+    _waiting = False
+    _waited_key = ""
+    _interrupted = False
+    # By the thread that calls: a call has failed there, or is under way.
+    _failed = False
+
+    def _lose(
+        self, error: BarrierConnectionError, answered: Future[list[Any]] | None = None
+    ) -> None:
+        on_lost, self.on_lost = self.on_lost, None
+        self._end(error, reset=True)
+        # Whoever awaits it goes on at once, and has to find that this connection is lost.
+        if answered is not None:
+            answered.fail(error)
+        if on_lost is not None:
+            on_lost(error)
+
+    def _end(self, error: BarrierConnectionError, reset: bool) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        self.on_lost = self.on_wake = None
+        waiter, key = self._waiter, self._waited_key
+        waiting = waiter is not None and self._waiting
+
+        def close_called() -> None:
+            store = self._called
+            if store is None:
+                return
+            with contextlib.suppress(BarrierConnectionError):
+                if waiting and waiter is not None and not (reset and store.interruptible):
+                    # Its own key wakes the thread that waits. Again, where a store only looks now
+                    # and then, and somebody deletes it meanwhile.
+                    for _ in range(_TRIES):
+                        store.do(Set(key, _CLOSED))
+                        if waiter.ended.wait(_TRY_SECS):
+                            break
+                    # What another connection listens for by now is not taken away from it.
+                    if store.do(Read(key)) == _CLOSED:
+                        store.do(Delete(key))
+            store.close()
+
+        if self._waiter is not None:
+            self._waiter.retire(self._close_waited)
+        self._caller.retire(close_called)
+        if reset:
+            self.interrupt()
+
+    def _close_waited(self) -> None:
+        if self._waited is not None:
+            self._waited.close()
+
+    def interrupt(self) -> None:
+        """From any thread: end what hangs, where that can be done."""
+        self._interrupted = True
+        for store in (self._called, self._waited):
+            if store is not None:
+                store.interrupt()
+
+
+def _answers(store: BlockingStore, requests: Any) -> list[Any]:
+    answers = [(request, store.do(request)) for request in requests]
+    return [answer for request, answer in answers if not isinstance(request, SILENT)]
+
+
+def _shared_socket(store: TCPStore) -> socket.socket | None:
+    """A copy of the descriptor of c10d's own, which it tells in its repr only: it lets us end a
+    call that c10d itself would never return from."""
+    found = re.search(r"fd=(\d+)", repr(store))
+    if found is None:
+        return None
+    # Python would make it non-blocking for both where `socket.setdefaulttimeout` was called; with
+    # this flag it believes that it is so already.
+    kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
+    return socket.socket(socket.AF_INET, kind, fileno=os.dup(int(found[1])))
+
+
+def innermost(store: Store) -> Store:
+    """The store that PrefixStores are around, if they are."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def _timed_out(exc: BaseException | None) -> bool:
+    # c10d and FileStore say it in words only, and each in its own class.
+    said = str(exc).lower()
+    return exc is not None and "timeout" in said and "wait" in said
+
+
+def _lost(exc: BaseException) -> BarrierConnectionError:
+    return BarrierConnectionError(f"the store was lost ({told_by(exc)})")
+
+
+def _no_thread(exc: BaseException) -> BarrierConnectionError:
+    error = BarrierConnectionError(
+        f"no thread can be had for a call to the store ({exc}); this process or its user has "
+        "reached a limit of threads (ulimit -u, pids.max)"
+    )
+    error.__cause__ = exc
+    return error
+
+
+def _bytes(value: bytes | str) -> bytes:
+    # A store written in Python may hand back what c10d never would.
+    return value.encode() if isinstance(value, str) else bytes(value)

@@ -1,0 +1,82 @@
+"""Moments and sockets as Futures, for coroutines that run on any loop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .future import Future
+from .loops import Loop
+
+T = TypeVar("T")
+
+
+def sleep(loop: Loop, secs: float) -> Future[None]:
+    """Done after ``secs`` seconds."""
+    slept: Future[None] = Future()
+    loop.call_at(loop.now() + secs, lambda: slept.resolve(None))
+    return slept
+
+
+def within(loop: Loop, future: Future[Any], secs: float) -> Future[bool]:
+    """Whether ``future`` was done so many seconds from now; goes on as soon as it is."""
+    came: Future[bool] = Future()
+    if future.done:
+        came.resolve(True)
+        return came
+    timer = loop.call_at(loop.now() + max(0.0, secs), lambda: came.resolve(False))
+
+    def is_done() -> None:
+        timer.cancel()
+        came.resolve(True)
+
+    future.when_done(is_done)
+    return came
+
+
+def writable(loop: Loop, sock: socket.socket) -> Future[None]:
+    """Done when ``sock`` can be written to, as when it is connected."""
+    ready: Future[None] = Future()
+
+    def is_ready() -> None:
+        loop.unwatch_writable(sock)
+        ready.resolve(None)
+
+    loop.watch_writable(sock, is_ready)
+    return ready
+
+
+async def settled(loop: Loop, future: Future[Any], until: float) -> bool:
+    """In a task of the loop: wait for ``future``, until the loop's clock says ``until``.
+
+    **Cancellation:** what is behind the future goes on.
+    """
+    if future.done:
+        return True
+    waiter = loop.waiter()
+    future.when_done(waiter.wake)
+    await waiter.wait(until)
+    return future.done
+
+
+async def until_done(loop: Loop, future: Future[T], secs: float) -> bool:
+    """As `settled`, but a cancellation ends the waiting only after ``secs`` seconds, or the second.
+
+    For what has to be undone: it goes on by itself, so that nothing is lost with the waiting.
+    """
+    deadline = loop.now() + secs
+    cancelled: BaseException | None = None
+    while not future.done and loop.now() < deadline:
+        try:
+            await settled(loop, future, deadline)
+        except BaseException as exc:
+            if cancelled is not None or isinstance(exc, GeneratorExit):
+                raise
+            cancelled = exc
+    if cancelled is not None:
+        raise cancelled
+    return future.done
+
+
+Stop = Callable[[], bool]

@@ -1,0 +1,150 @@
+"""What is said to the server of a TCPStore and heard from it, as bytes; no socket in sight.
+
+The format is c10d's own and promised nowhere (TCPStoreBackend.hpp; requests up to 17 are as old as
+torch 2.8), so a server is recognised first: see `hello`. Answers carry no name and come in the
+order of the requests, but for one: a wait is answered by one byte, whenever that comes. So nothing
+is sent after a wait but its cancellation, whose answer marks where other answers begin.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from .._protocol.store import Add, Append, CompareSet, Delete, DeleteMany, Read, Set, SetMany
+
+_VALIDATE, _SET, _COMPARE_SET, _ADD, _WAIT = b"\x00", b"\x01", b"\x02", b"\x04", b"\x06"
+_DELETE, _APPEND, _MULTI_SET, CANCEL_WAIT, _PING = b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d"
+_MAGIC = struct.pack("=I", 0x3C85F7CE)
+_SIZE = struct.Struct("=Q")
+_NUMBER = struct.Struct("=q")
+# What a read expects of a key, and gets for one that is absent: no value of ours looks like this,
+# nor what something else may write by mistake. A read is a compare-and-set, since a server without
+# libuv hangs up on whoever gets an absent key.
+ABSENT = b"\0absent\0"
+_READ_IT = 2 * (_SIZE.pack(len(ABSENT)) + ABSENT)
+STOPPED, CANCELLED = 0, 1
+# c10d's server drops a connection that brings more in one value.
+MOST_BYTES = 8 * 1024 * 1024
+
+# Kinds of answers. So many answers of eight bytes that nobody wants are a number below zero.
+NUMBER, VALUE, READ, ECHO, SILENT = range(5)
+UNWANTED = -1
+_SIZES = tuple(_SIZE.pack(size) for size in range(1024))
+
+
+def _key(key: str) -> bytes:
+    # c10d's client puts a slash before each.
+    raw = b"/" + key.encode()
+    size = len(raw)
+    return (_SIZES[size] if size < 1024 else _SIZE.pack(size)) + raw
+
+
+def _text(value: bytes) -> bytes:
+    size = len(value)
+    return (_SIZES[size] if size < 1024 else _SIZE.pack(size)) + value
+
+
+def wait(key: str) -> bytes:
+    """Have one byte come when ``key`` is written, or at once if it exists."""
+    return _WAIT + _SIZE.pack(1) + _key(key)
+
+
+def hello(number: int) -> bytes:
+    """What a client says first; the server says the number back."""
+    return _VALIDATE + _MAGIC + _PING + struct.pack("=I", number)
+
+
+def echo(number: int) -> bytes:
+    """The answer to `hello`."""
+    return struct.pack("=I", number)
+
+
+def _set_many(request: SetMany) -> bytes:
+    value = _text(request.value)
+    pairs = b"".join([_key(key) + value for key in request.keys])
+    return _MULTI_SET + _SIZE.pack(len(request.keys)) + pairs
+
+
+def _append(request: Append) -> bytes:
+    return _APPEND + _key(request[0]) + _text(request[1])
+
+
+def _set(request: Set) -> bytes:
+    return _SET + _key(request[0]) + _text(request[1])
+
+
+def _add(request: Add) -> bytes:
+    return _ADD + _key(request[0]) + _NUMBER.pack(request[1])
+
+
+def _compare_set(request: CompareSet) -> bytes:
+    key, expected, desired = request
+    return _COMPARE_SET + _key(key) + _text(expected) + _text(desired)
+
+
+def _read(request: Read) -> bytes:
+    return _COMPARE_SET + _key(request[0]) + _READ_IT
+
+
+def _delete(request: Delete) -> bytes:
+    return _DELETE + _key(request[0])
+
+
+def _delete_many(request: DeleteMany) -> bytes:
+    return b"".join([_DELETE + _key(key) for key in request[0]])
+
+
+# How each request is said, and what kind of answer it gets.
+SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
+    Append: (_append, SILENT),
+    Set: (_set, SILENT),
+    SetMany: (_set_many, SILENT),
+    Add: (_add, NUMBER),
+    CompareSet: (_compare_set, VALUE),
+    Read: (_read, READ),
+    Delete: (_delete, UNWANTED),
+    DeleteMany: (_delete_many, UNWANTED),
+}
+
+
+class Incomplete(Exception):
+    """More has to come."""
+
+
+def hear(kinds: list[int], heard: bytes, at: int) -> tuple[list[Any], int]:
+    """The answers of the given kinds, which begin at ``at``, and where they end.
+
+    :raises Incomplete: not all of them have come
+    :raises ValueError: no server says that
+    """
+    answers: list[Any] = []
+    size = len(heard)
+    for kind in kinds:
+        end = at + (8 if kind >= 0 else -8 * kind)
+        if kind == NUMBER:
+            if end > size:
+                raise Incomplete
+            answers.append(_NUMBER.unpack_from(heard, at)[0])
+        elif kind < 0:
+            if end > size:
+                raise Incomplete
+        elif kind == ECHO:
+            end = at + 4
+            if end > size:
+                raise Incomplete
+            answers.append(heard[at:end])
+        else:
+            if end > size:
+                raise Incomplete
+            length = _NUMBER.unpack_from(heard, at)[0]
+            if not 0 <= length <= 4 * MOST_BYTES:
+                raise ValueError(f"a value of {length} bytes")
+            at, end = end, end + length
+            if end > size:
+                raise Incomplete
+            value = heard[at:end]
+            answers.append(None if kind == READ and value == ABSENT else value)
+        at = end
+    return answers, at

@@ -1,0 +1,232 @@
+"""Threads for blocking calls: the only home of threads in this library.
+
+A worker is one daemon thread that makes blocking calls one after another. Daemon, so that
+a call that never returns (c10d in a silent partition) does not keep the process alive; waited for,
+bounded, before the interpreter finalises (see `_at_exit`), also where its owner has given it up,
+since a daemon thread that returns from C++ into a finalising interpreter takes the process down
+with SIGABRT.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import util as multiprocessing_util
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_numbers = itertools.count()
+EXIT_SECS = 1.0
+
+
+class Promise(Generic[T]):
+    """What a thread will tell; thread-safe.
+
+    It has no lock. The first one to append has told; and of a thread that tells and one that
+    asks to be woken, whichever comes second sees what the other did.
+    """
+
+    __slots__ = ("_told", "_wakes")
+
+    def __init__(self) -> None:
+        self._told: list[tuple[Any, BaseException | None]] = []
+        self._wakes: list[Callable[[], object]] = []
+
+    def done(self) -> bool:
+        return bool(self._told)
+
+    def result(self, within_secs: float | None = 0.0) -> T:
+        """What was told; raises it if it is an error. Blocks this thread, if it is not settled.
+
+        :param within_secs: how long it may block; None for as long as it takes
+        :raises TimeoutError: it was not settled ``within_secs``
+        """
+        if not self._told and not self.wait(within_secs):
+            raise TimeoutError(f"nothing was told within {within_secs:g} s")
+        result, error = self._told[0]
+        if error is not None:
+            raise error
+        told: T = result
+        return told
+
+    def settle(self, result: Any = None, *, error: BaseException | None = None) -> None:
+        """Tell, unless that was done, and wake whoever waits for it."""
+        self._told.append((result, error))
+        self._wake()
+
+    def when_settled(self, wake: Callable[[], object]) -> None:
+        """Have ``wake`` called, in whatever thread, when it is settled or if it is."""
+        self._wakes.append(wake)
+        if self._told:
+            self._wake()
+
+    def wait(self, timeout_secs: float | None) -> bool:
+        """Block this thread until it is settled, or for ``timeout_secs``; whether it is."""
+        if not self._told:
+            told = threading.Event()
+            self.when_settled(told.set)
+            told.wait(None if timeout_secs is None else max(0.0, timeout_secs))
+        return self.done()
+
+    def _wake(self) -> None:
+        while self._wakes:
+            try:
+                wake = self._wakes.pop(0)
+            except IndexError:
+                return  # another thread has called it
+            wake()
+
+
+class Worker:
+    """One thread, started by the first call; calls run in the order of their submission.
+
+    A thread that cannot be started fails the calls that wait for it; the next call tries anew.
+    """
+
+    def __init__(self, name: str = "worker") -> None:
+        self.ended: Promise[None] = Promise()
+        self._name = f"async_barriers-{name}-{next(_numbers)}"
+        self._calls: deque[tuple[Callable[[], object], Promise[Any]] | None] = deque()
+        self._arrived = threading.Semaphore(0)
+        self._thread: threading.Thread | None = None
+        self._retired = False
+
+    def submit(self, call: Callable[[], T], promise: Promise[T] | None = None) -> Promise[T]:
+        """Queue ``call`` for the thread; the promise is settled by what it returns or raises.
+
+        :param promise: the one to settle, unless it was before; a new one if none is given
+        :raises RuntimeError: the thread was retired, or cannot be started
+        """
+        told: Promise[T] = promise or Promise()
+        if self._retired:
+            raise RuntimeError("this thread is retired")
+        self._start()
+        self._calls.append((call, told))
+        self._arrived.release()
+        return told
+
+    def retire(self, last: Callable[[], object] | None = None) -> None:
+        """End the thread after the calls already submitted and ``last``; `ended` tells when."""
+        if self._retired:
+            return
+        self._retired = True
+        if self._thread is None:
+            self.ended.settle()
+            return
+        if last is not None:
+            self._calls.append((last, Promise()))
+        self._calls.append(None)
+        self._arrived.release(2)
+
+    def join(self, timeout_secs: float) -> None:
+        """Block until the thread is gone, which it is microseconds after `ended`."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, timeout_secs))
+
+    def _start(self) -> None:
+        if self._thread is None:
+            # Held strongly by itself while it runs; by nobody when its owner is dropped.
+            thread = threading.Thread(
+                target=_work,
+                args=(self._calls, self._arrived, self.ended),
+                name=self._name,
+                daemon=True,
+            )
+            thread.start()
+            self._thread = thread
+            _threads.add(thread)
+
+
+def _work(
+    calls: deque[tuple[Callable[[], object], Promise[Any]] | None],
+    arrived: threading.Semaphore,
+    ended: Promise[None],
+) -> None:
+    while True:
+        arrived.acquire()
+        if not calls:
+            continue
+        queued = calls.popleft()
+        if queued is None:
+            break
+        call, promise = queued
+        try:
+            promise.settle(call())
+        except BaseException as exc:
+            promise.settle(error=exc)
+        # An idle thread must not keep the last call's objects alive.
+        del queued, call, promise
+    ended.settle()
+
+
+def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
+    """Block this thread until they are settled, or `time.monotonic` says ``deadline``."""
+    for promise in promises:
+        promise.wait(deadline - time.monotonic())
+
+
+def wait_for_ends(
+    ended: Sequence[Promise[None]],
+    deadline: float,
+    abandon: Callable[[], object],
+    *,
+    patient: bool = True,
+) -> None:
+    """Block this thread until threads have ended, or `time.monotonic` says ``deadline``.
+
+    :param abandon: makes them end, when they have not by themselves in half of the time
+    :param patient: whether they are given that half
+    """
+    if patient:
+        wait_for_all(ended, (deadline + time.monotonic()) / 2)
+    abandon()
+    wait_for_all(ended, deadline)
+
+
+# -- before the interpreter ends ----------------------------------------------------------
+
+_to_end_at_exit: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def end_at_exit(owner: Any) -> None:
+    """Have ``owner.end(deadline)`` called before the interpreter finalises, the latest first.
+
+    ``deadline`` is on the `time.monotonic` clock. The owner is held weakly.
+    """
+    if not _to_end_at_exit:
+        # What multiprocessing forks ends without `atexit`.
+        multiprocessing_util.Finalize(None, _at_exit, exitpriority=100)
+    _to_end_at_exit[next(_numbers)] = owner
+
+
+@atexit.register
+def _at_exit() -> None:
+    deadline = time.monotonic() + EXIT_SECS
+    for _, owner in sorted(_to_end_at_exit.items(), reverse=True):
+        with contextlib.suppress(Exception):
+            owner.end(deadline)
+    _to_end_at_exit.clear()
+    # Those that were given up, too: one that comes back from C++ later would abort the process.
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _in_child() -> None:
+    # A forked child has none of the threads, and must not end its parent's connections.
+    for owner in list(_to_end_at_exit.values()):
+        with contextlib.suppress(Exception):
+            owner.forsake()
+    _to_end_at_exit.clear()
+    _threads.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,216 @@
+"""c10d's own calls, in threads of ours: errors, waits that hang, and threads that cannot be had."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+from on_a_loop import OnALoop
+from stores import MemoryStore, PlainStore
+from torch.distributed import DistStoreError, Store, TCPStore
+
+from async_barriers import BarrierConnectionError
+from async_barriers._protocol.store import Add, Delete, Read, Set
+from async_barriers._store import threads
+from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.sources import Connection
+from async_barriers._store.threads import BlockingStore, ThreadedConnection
+
+
+@pytest.fixture
+def loop() -> Iterator[PrivateLoop]:
+    made = PrivateLoop()
+    yield made
+    made.close()
+
+
+def over(store: Store, loop: PrivateLoop) -> tuple[OnALoop, Connection]:
+    on = OnALoop(loop, store)
+    return on, on.open(worker_threads=True)
+
+
+def test_a_wait_that_times_out_goes_on(loop: PrivateLoop) -> None:
+    """c10d knows no endless wait; its timeout is not ours."""
+    store = MemoryStore()
+    timeouts = 0
+
+    def hook(operation: str, key: str) -> None:
+        nonlocal timeouts
+        if operation == "wait":
+            timeouts += 1
+            if timeouts == 1:
+                raise DistStoreError("wait timeout after 604800000ms, keys: /bell")
+            store.data.hook = None
+            store.set("bell", b"ding")
+
+    store.data.hook = hook
+    BlockingStore(store).wait("bell")
+    assert timeouts == 2
+
+
+def test_a_store_with_a_short_timeout(tcp: TCPStore, loop: PrivateLoop) -> None:
+    """Its own is not changed, and ours waits on."""
+    tcp.set_timeout(timedelta(milliseconds=100))
+    on, connection = over(tcp, loop)
+    woken: list[int] = []
+    connection.on_wake = lambda: woken.append(1)
+    on.answer(connection.call(wait="bell"))
+    on.loop.run(lambda: bool(woken), time.monotonic() + 0.3)
+    assert not woken
+    tcp.set("bell", "ding")
+    on.until(lambda: woken)
+    assert tcp.timeout == timedelta(milliseconds=100)  # type: ignore[attr-defined]
+    on.close()
+
+
+@pytest.fixture
+def tcp() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_an_error_becomes_ours(loop: PrivateLoop) -> None:
+    """torch's exception is the cause of ours, and its first line is in it; all that comes later
+    fails, too."""
+    store = MemoryStore()
+    on, connection = over(store, loop)
+    lost: list[BarrierConnectionError] = []
+    connection.on_lost = lost.append
+
+    def hook(operation: str, key: str) -> None:
+        raise DistStoreError(f"{operation} failed\nand a stack that nobody reads")
+
+    store.data.hook = hook
+    with pytest.raises(BarrierConnectionError) as caught:
+        on.answer(connection.call(Add("k", 1)))
+    assert str(caught.value) == "the store was lost (DistStoreError: add failed)"
+    assert isinstance(caught.value.__cause__, DistStoreError)
+    assert lost == [caught.value]
+    with pytest.raises(BarrierConnectionError, match="add failed"):
+        on.answer(connection.call(Read("k")))
+    with pytest.raises(BarrierConnectionError, match="wait failed"):
+        BlockingStore(store).wait("k")
+
+
+def test_losing_it_while_it_waits(loop: PrivateLoop) -> None:
+    """It is said once, and the threads end."""
+    store = MemoryStore()
+    on, connection = over(store, loop)
+    assert isinstance(connection, ThreadedConnection)
+    lost: list[BarrierConnectionError] = []
+    connection.on_lost = lost.append
+    connection.on_wake = pytest.fail
+    on.answer(connection.call(wait="bell"))
+    store.data.lose()
+    on.until(lambda: lost)
+    assert "the store is gone" in str(lost[0])
+    on.until(lambda: all(ended.done() for ended in connection.ended))
+    assert len(lost) == 1
+
+
+def test_a_store_in_python_may_speak_text() -> None:
+    """A str where c10d has bytes is understood."""
+
+    class Talker(PlainStore):
+        def get(self, key: str) -> bytes:
+            return super().get(key).decode()  # type: ignore[return-value]
+
+    store = BlockingStore(Talker())
+    store.do(Set("k", b"v"))
+    assert store.do(Read("k")) == b"v"
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["it waits", "its store is being opened"])
+def test_a_call_that_hangs_is_interrupted(tcp: TCPStore, loop: PrivateLoop, waits: bool) -> None:
+    """Shutting its socket down ends a call that nothing else would end (laws 5 and 8)."""
+    on, connection = over(tcp, loop)
+    assert isinstance(connection, ThreadedConnection)
+    on.answer(connection.call(wait="never"))
+    if waits:
+        on.until(lambda: connection._waited is not None)
+        time.sleep(0.05)
+    connection.close(reset=True)
+    on.until(lambda: all(ended.done() for ended in connection.ended), 2)
+    connection.interrupt()
+
+
+def test_closing_while_its_first_store_is_opened(loop: PrivateLoop) -> None:
+    """Nothing is said there any more, and nothing is left."""
+    store, opened = MemoryStore(), threading.Event()
+
+    def slowly() -> Store:
+        assert opened.wait(5)
+        return store
+
+    connection = ThreadedConnection(slowly, loop)
+    answer = connection.call(Add("n", 1))
+    connection.close(reset=True)
+    opened.set()
+    on = OnALoop(loop, store)
+    with pytest.raises(BarrierConnectionError, match="closed"):
+        on.answer(answer)
+    on.until(lambda: all(ended.done() for ended in connection.ended))
+    assert store.data.values == {}
+
+
+def test_a_torch_that_hides_its_descriptor(tcp: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the store works, and cannot be interrupted."""
+    monkeypatch.setattr(threads, "_shared_socket", lambda store: None)
+    plain = BlockingStore(tcp.clone())  # type: ignore[attr-defined]
+    assert not plain.interruptible
+    plain.interrupt()
+    plain.do(Set("k", b"v"))
+    assert plain.do(Read("k")) == b"v"
+    plain.close()
+
+
+def test_a_store_that_was_lost_is_let_go_of(tcp: TCPStore) -> None:
+    """Though its error lives on: a socket that is not closed goes on sending what is too late."""
+    clone = tcp.clone()  # type: ignore[attr-defined]
+    found = re.search(r"fd=(\d+)", repr(clone))
+    assert found
+    file = os.readlink(f"/proc/self/fd/{found[1]}")
+    store = BlockingStore(clone)
+    # A call that the watch on event loops does not wrap, since its frames would hold the store.
+    store._store = SimpleNamespace(delete_key=clone.queue_len)
+    del clone
+    store.interrupt()
+    with pytest.raises(BarrierConnectionError) as caught:
+        store.do(Delete("k"))
+    store.close()
+    still_open = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            still_open.append(os.readlink(f"/proc/self/fd/{fd}"))
+    assert file not in still_open, caught
+
+
+def test_threads_that_cannot_be_had(loop: PrivateLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, with what to do, and that connection is of no more use; the next one works."""
+    on, connection = over(MemoryStore(), loop)
+    start: Callable[[threading.Thread], None] = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lost: list[BarrierConnectionError] = []
+    connection.on_lost = lost.append
+    fresh = ThreadedConnection(MemoryStore, loop)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(BarrierConnectionError, match="a limit of threads"):
+        on.answer(fresh.open())
+    # Nor one that waits.
+    on.answer(connection.call(wait="bell"))
+    on.until(lambda: lost)
+    assert "a limit of threads" in str(lost[0])
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(BarrierConnectionError, match="a limit of threads"):
+        on.answer(fresh.call(Add("n", 1)))
+    assert on.answer(on.open().call(Add("n", 1))) == [1]
+    on.close()

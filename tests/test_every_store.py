@@ -1,0 +1,145 @@
+"""What the protocol asks of a store, of every kind of store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from on_a_loop import OnALoop
+from worlds import OVER_A_STORE, library_threads, open_store
+
+from async_barriers import BarrierConnectionError
+from async_barriers._protocol.store import (
+    Add,
+    Append,
+    CompareSet,
+    Delete,
+    DeleteMany,
+    Read,
+    Set,
+    SetMany,
+)
+from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.sources import Connection
+from async_barriers._store.threads import ThreadedConnection
+
+
+@pytest.fixture
+def loop() -> Iterator[PrivateLoop]:
+    made = PrivateLoop()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=OVER_A_STORE)
+def on(request: pytest.FixtureRequest, loop: PrivateLoop, tmp_path: Path) -> Iterator[OnALoop]:
+    """A store of some kind, and connections to it as a barrier has them."""
+    made = OnALoop(loop, open_store(request.param, tmp_path))
+    yield made
+    made.close()
+    gone = time.monotonic() + 5
+    while library_threads() and time.monotonic() < gone:
+        time.sleep(0.01)
+    assert not library_threads()
+
+
+@pytest.fixture
+def pair(on: OnALoop, request: pytest.FixtureRequest) -> tuple[Connection, Connection]:
+    """Two connections to the same store."""
+    by_threads = "threads" in request.node.name
+    return on.open(worker_threads=by_threads), on.open(worker_threads=by_threads)
+
+
+def test_the_operations(on: OnALoop, pair: tuple[Connection, Connection]) -> None:
+    """What one connection writes the other one reads, whatever the bytes."""
+    one, two = pair
+    blob = bytes(range(256))
+    assert on.answer(two.call(Read("k"))) == [None]
+    assert on.answer(one.call(Set("k", blob))) == []
+    assert on.answer(
+        one.call(CompareSet("k", b"other", b"new"), CompareSet("k", blob, b"new"))
+    ) == [blob, b"new"]
+    assert on.answer(
+        one.call(
+            CompareSet("absent", b"", b"first"),
+            CompareSet("absent", b"", b"second"),
+            CompareSet("none", b"expected", b"new"),
+        )
+    ) == [b"first", b"first", b"expected"]
+    assert on.answer(
+        one.call(
+            Append("log", b"a\n"),
+            Append("log", b"b\n"),
+            Add("count", 3),
+            Add("count", 1 << 62),
+            SetMany(["m1", "m2"], b"v"),
+            Set("empty", b""),
+            Read("log"),
+        )
+    ) == [3, (1 << 62) + 3, b"a\nb\n"]
+    names = ("k", "log", "count", "m2", "empty", "none")
+    held = [b"new", b"a\nb\n", b"%d" % ((1 << 62) + 3), b"v", b"", None]
+    assert on.answer(two.call(*map(Read, names))) == held
+    assert on.answer(one.call(Delete("k"), DeleteMany(["m1", "log", "none"]), Read("m2"))) == [b"v"]
+    assert on.answer(two.call(Read("k"), Read("log"))) == [None, None]
+
+
+def test_appends_of_many_lose_no_line(on: OnALoop, pair: tuple[Connection, Connection]) -> None:
+    """Two ranks that append at the same moment: both lines are there, whole (laws 1 and 2)."""
+    lines = [[b"%d %d\n" % (index, number) for number in range(50)] for index in range(2)]
+    said = [
+        connection.call(*(Append("log", line) for line in mine), Read("log"))
+        for connection, mine in zip(pair, lines, strict=True)
+    ]
+    for each in said:
+        on.answer(each)
+    (log,) = on.answer(pair[0].call(Read("log")))
+    assert sorted(log.splitlines(keepends=True)) == sorted(lines[0] + lines[1])
+    assert [line for line in log.splitlines(keepends=True) if line in lines[1]] == lines[1]
+
+
+def test_whoever_waits_is_woken(on: OnALoop, pair: tuple[Connection, Connection]) -> None:
+    """By the first write, while other calls are made; and once."""
+    one, two = pair
+    woken: list[str] = []
+    one.on_wake = lambda: woken.append("bell")
+    on.answer(one.call(Read("x"), wait="bell"))
+    assert on.answer(one.call(Add("n", 1))) == [1]
+    on.loop.run(lambda: bool(woken), time.monotonic() + 0.1)
+    assert not woken
+    on.answer(two.call(Set("bell", b"ding"), Read("bell")))
+    on.until(lambda: woken)
+    on.answer(one.call(Read("x")))
+    on.loop.run(lambda: len(woken) > 1, time.monotonic() + 0.05)
+    assert woken == ["bell"]
+    # One that is there already wakes, too.
+    on.answer(one.call(Read("x"), wait="bell"))
+    on.until(lambda: len(woken) == 2)
+
+
+def test_the_outbox_goes_first(on: OnALoop, pair: tuple[Connection, Connection]) -> None:
+    """What waited for company is done before, and its answers are heard before."""
+    one, _ = pair
+    heard: list[object] = []
+    one.outbox += [([Add("n", 1)], heard.append), ([Set("y", b"1")], heard.append)]
+    told = one.call(Add("n", 5), Read("y"))
+    told.when_done(lambda: heard.append(told.result()))
+    on.answer(told)
+    assert heard == [[1], [], [6, b"1"]]
+    assert not one.outbox
+
+
+def test_closing_while_it_waits(on: OnALoop, pair: tuple[Connection, Connection]) -> None:
+    """Nothing is left behind, no thread and no key, and nobody is called (law 8)."""
+    one, two = pair
+    one.on_wake = pytest.fail
+    one.on_lost = lambda error: pytest.fail(str(error))
+    on.answer(one.call(Read("x"), wait="bell"))
+    one.close()
+    with pytest.raises(BarrierConnectionError, match="closed"):
+        on.answer(one.call(Read("x")))
+    if isinstance(one, ThreadedConnection):
+        on.until(lambda: all(ended.done() for ended in one.ended))
+    assert on.answer(two.call(Read("bell"))) == [None]

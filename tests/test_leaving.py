@@ -1,0 +1,290 @@
+"""Ranks that leave: their peers learn it at once, whatever way they go (laws 3, 4 and 13)."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+
+import anyio
+import pytest
+from processes import BACKENDS, CRASHES, EXIT_SECS, Forge
+from rank_process import PREFIX, say
+from reports import (
+    TOLD_SECS,
+    Programs,
+    attempt,
+    client,
+    job,
+    meet,
+    one,
+    serve,
+    tell,
+    until_told,
+)
+from worlds import Tasks, gather
+
+from async_barriers import (
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    StoreBarrier,
+)
+
+in_process = pytest.mark.anyio
+as_processes = pytest.mark.processes
+# What is asked of a barrier whose peer has left already is answered at once.
+KNOWN_SECS = 0.8
+
+
+def publish(payloads: object) -> None:
+    raise AssertionError("it is another's to publish")
+
+
+async def told(call: Awaitable[object], within_secs: float = KNOWN_SECS) -> BrokenBarrierError:
+    """The break that a call has to end in, in time."""
+    began = time.monotonic()
+    with pytest.raises(BrokenBarrierError) as caught:
+        await call
+    assert time.monotonic() < began + within_secs
+    return caught.value
+
+
+@in_process
+async def test_closing_between_phases() -> None:
+    """It is said at once: in the phases that peers wait in, in those they come to later, and no
+    more when that rank has joined again."""
+    server = serve()
+    async with job(server, 3) as ranks, Tasks() as tasks:
+        waiting = [tasks.start(partial(ranks[0].execute_barrier, name)) for name in ("x", "y")]
+        await anyio.sleep(0.1)
+        began = time.monotonic()
+        await ranks[2].aclose()
+        for outcome in waiting:
+            error = await outcome.raised(BrokenBarrierError)
+            assert error.rank == 2
+            assert "closed its barrier" in error.reason
+        assert time.monotonic() < began + TOLD_SECS
+        for rank, name in ((1, "x"), (0, "z"), (1, "z"), (0, "y")):
+            error = await told(ranks[rank].execute_barrier(name))
+            assert (error.name, error.rank) == (name, 2)
+            assert "closed its barrier" in error.reason
+        error = await told(ranks[1].commit(publish, name="saved"))
+        assert error.rank == 2
+        ranks[2] = one(server, 2, 3)
+        await ranks[2].connect()
+        await meet(*ranks, name="x")
+        await meet(*ranks, name="never used before")
+        await ranks[2].aclose()
+
+
+@in_process
+async def test_closing_after_a_phase_that_was_released() -> None:
+    """What was decided before stays so: nobody is told that a released phase was broken."""
+    async with job(serve(), 2) as ranks:
+
+        async def crosses_and_closes() -> int:
+            result = await ranks[0].execute_barrier("x")
+            await ranks[0].aclose()
+            return result.sequence
+
+        async def crosses() -> int:
+            return (await ranks[1].execute_barrier("x")).sequence
+
+        assert await gather([crosses_and_closes, crosses]) == [0, 0]
+
+
+# -- Programs that fail ----------------------------------------------------------------------------
+
+
+async def fails(barrier: StoreBarrier) -> None:
+    """Between two phases."""
+    async with barrier:
+        await anyio.sleep(0.1)
+        raise LookupError("the data ran out")
+
+
+async def fails_beside_its_save(barrier: StoreBarrier) -> None:
+    """Its save goes on in a task that outlives the barrier."""
+
+    async def save() -> None:
+        async with barrier.phase("saved"):
+            await anyio.sleep(30)
+
+    async with anyio.create_task_group() as tasks, barrier:
+        tasks.start_soon(save)
+        await anyio.sleep(0.1)
+        raise LookupError("the data ran out")
+
+
+@in_process
+@pytest.mark.parametrize("program", [fails, fails_beside_its_save])
+async def test_an_exception_that_leaves_the_block(
+    program: Callable[[StoreBarrier], Awaitable[None]],
+) -> None:
+    """Peers are told what it was, in the phase they wait in and in later ones."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "saved"))
+        began = time.monotonic()
+        failing = tasks.start(partial(program, ranks[0]))
+        errors = [await waiting.raised(BrokenBarrierError)]
+        assert time.monotonic() < began + 0.1 + TOLD_SECS
+        await failing.raised(Exception)
+        errors.append(await told(ranks[1].execute_barrier("later")))
+        for error in errors:
+            assert error.rank == 0
+            assert "LookupError: the data ran out" in error.reason
+
+
+# -- Bodies that a generator leaves ----------------------------------------------------------------
+
+
+async def shards(barrier: StoreBarrier) -> AsyncGenerator[int, None]:
+    async with barrier.phase("upload"):
+        for shard in range(10):
+            yield shard
+
+
+async def closed(barrier: StoreBarrier) -> None:
+    async with contextlib.aclosing(shards(barrier)) as uploading:
+        async for shard in uploading:
+            if shard == 3:
+                break
+
+
+async def left_to_the_loop(barrier: StoreBarrier) -> None:
+    async for shard in shards(barrier):
+        if shard == 3:
+            break
+
+
+@in_process
+@pytest.mark.parametrize(
+    ("anyio_backend", "leave"),
+    # Trio closes what is left to it, too, but warns whoever does that.
+    [("asyncio", closed), ("trio", closed), ("asyncio", left_to_the_loop)],
+)
+async def test_a_generator_that_leaves_the_body_of_a_phase(
+    leave: Callable[[StoreBarrier], Awaitable[None]],
+) -> None:
+    """It has not succeeded: the phase is broken at once, and the next one of that name works."""
+    async with job(serve(), 2, timeout_secs=6.0) as ranks, Tasks() as tasks:
+
+        async def uploads() -> None:
+            async with ranks[0].phase("upload"):
+                pass
+
+        waiting = tasks.start(uploads)
+        await anyio.sleep(0.1)
+        began = time.monotonic()
+        await leave(ranks[1])
+        error = await waiting.raised(BrokenBarrierError)
+        assert time.monotonic() < began + TOLD_SECS
+        assert (error.name, error.rank) == ("upload", 1)
+        results = await gather(partial(rank.execute_barrier, "upload") for rank in ranks)
+        assert {result.sequence for result in results} == {1}
+
+
+# -- Processes -------------------------------------------------------------------------------------
+
+
+async def trains(rank: int, port: int) -> None:
+    """A program: it crosses again and again; rank 1 raises SystemExit where SIGTERM finds it."""
+
+    def preempted(*_: object) -> None:
+        raise SystemExit(43)
+
+    if rank == 1:
+        signal.signal(signal.SIGTERM, preempted)
+    barrier = one(client(port), rank, 3, timeout_secs=12)
+    async with barrier:
+        await barrier.execute_barrier("ready")
+        say(event="ready")
+        while True:
+            said = await attempt(barrier.execute_barrier("step"))
+            if isinstance(said, BrokenBarrierError):
+                say(told=time.monotonic(), rank=said.rank, reason=said.reason)
+                await until_told()
+            elif isinstance(said, BarrierError):
+                raise said
+
+
+@as_processes
+def test_preempted_anywhere(forge: Forge) -> None:
+    """A handler that raises SystemExit wherever it is: the exit code stays, nothing is printed,
+    and the others are told within a second, however long their deadlines are."""
+    for run in range(8):
+        server = serve()
+        with Programs(forge) as programs:
+            ranks = [programs.start(trains, rank, server.port) for rank in range(3)]
+            for rank in ranks:
+                assert rank.event() == {"event": "ready"}, rank.stderr
+            time.sleep(0.05 + 0.0231 * run)
+            sent = ranks[1].signal(signal.SIGTERM)
+            assert ranks[1].exit(sent + EXIT_SECS) == 43, ranks[1].stderr
+            assert not ranks[1].stderr
+            for rank in (ranks[0], ranks[2]):
+                answer = rank.event(within_secs=5)
+                assert answer["told"] < sent + TOLD_SECS
+                assert answer["rank"] == 1, answer
+
+
+async def hosts(leads: str) -> None:
+    """A program: rank 0, with a TCPStore that it has made and passed in."""
+    server = serve()
+    say(port=server.port)
+    async with one(server, 0, 2, prefix=PREFIX) as barrier:
+        await barrier.execute_barrier("ready")
+        await until_told()
+        if leads == "nobody":
+            await barrier.execute_barrier("last")
+        else:
+            try:
+                await barrier.commit(publish, name="last", leader=1, timeout_secs=0.5)
+            except BarrierTimeoutError as exc:
+                say(in_doubt=exc.in_doubt)
+    say(event="left")
+
+
+@as_processes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_host_of_a_store_that_was_passed_in_leaves_last(forge: Forge, backend: str) -> None:
+    """It waits until a peer that is slow has learned that the phase was released (law 13)."""
+    with Programs(forge) as programs:
+        host = programs.start(hosts, "nobody", backend=backend)
+        peer = programs.rank(1, 2, host.event()["port"], backend=backend)
+        peer.start("cross", name="ready").released()
+        waiting = peer.start("cross", name="last")
+        time.sleep(0.3)
+        peer.stop()
+        tell(host)
+        time.sleep(1.0)
+        assert not host.has_said("left")
+        peer.signal(signal.SIGCONT)
+        waiting.released()
+        assert host.event() == {"event": "left"}
+        assert host.exit(time.monotonic() + EXIT_SECS) == 0
+        assert not host.stderr
+        assert not any(crash in peer.stderr for crash in CRASHES), peer.stderr
+
+
+@as_processes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_host_leaves_after_what_another_rank_publishes(forge: Forge, backend: str) -> None:
+    """Its own deadline has passed and it closes; the leader still says what it published."""
+    with Programs(forge) as programs:
+        host = programs.start(hosts, "rank 1", backend=backend)
+        peer = programs.rank(1, 2, host.event()["port"], backend=backend)
+        peer.start("cross", name="ready").released()
+        commit = peer.start("commit", publish="wait", payload="1", name="last", leader=1)
+        tell(host)
+        assert peer.event()["event"] == "publishing"
+        assert host.event() == {"in_doubt": True}
+        time.sleep(1.0)
+        assert not host.has_said("left")
+        peer.do("give_word")
+        assert commit.released()["value"] == "+1"
+        assert host.event() == {"event": "left"}
+        assert host.exit(time.monotonic() + EXIT_SECS) == 0

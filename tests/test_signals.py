@@ -1,0 +1,291 @@
+"""Exceptions that a signal handler throws, at any line of ours, in whatever a rank is doing.
+
+A call is made again and again, each time by a barrier of its own, and struck at one line after
+another that it runs through in this thread: by default at some thirty of them, with
+``ASYNC_BARRIERS_SWEEP=lines`` at every one, and with ``instructions`` at every instruction.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import anyio
+import pytest
+import trio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from processes import until
+from reports import attempt, one, serve
+from torch.distributed import Store
+from worlds import library_threads
+
+import async_barriers
+from async_barriers import BarrierError, StoreBarrier
+
+OURS = str(Path(async_barriers.__file__).parent)
+SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
+EVENT = "opcode" if SWEEP == "instructions" else "line"
+POINTS = 30
+DEADLINE_SECS = 2.0
+# How long the peer waits for a rank that may have been struck before it entered, and either of
+# the two for the other, afterwards.
+PEER_SECS = 0.3
+AGAIN_SECS = 0.6
+GIVES_UP_SECS = 0.05
+HANGS_SECS = 8.0
+
+pytestmark = [
+    pytest.mark.bound(3600 if SWEEP else 90),
+    # What is struck while it is collected, or before it was begun, can only be reported.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning"),
+]
+
+
+class Struck(Exception):
+    """What the handler throws."""
+
+
+class Strike:
+    """Raises `Struck` once, at the n-th line of ours that the thread runs in its block."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.lines = 0
+        self.where = ""
+        self.ended = threading.Event()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+            self.ended.set()
+
+    def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        frame.f_trace_opcodes = EVENT == "opcode"
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, arg: object) -> Any:
+        if event == EVENT:
+            self.lines += 1
+            if self.lines == self.at:
+                self.where = f"{frame.f_code.co_filename[len(OURS) + 1 :]}:{frame.f_lineno}"
+                raise Struck(self.where)
+        return self._step
+
+
+class Trial:
+    """A job of two: rank 0 in this thread is struck, and rank 1 in the portal's thread is not.
+
+    All that they cross is one name, as their peers of any other kind would.
+    """
+
+    def __init__(self, portal: BlockingPortal, server: Store, kind: str, at: int) -> None:
+        self._portal = portal
+        self._server = server
+        self._prefix = f"{kind} {at}"
+        self._peer = self.rank(1)
+        self.strike = Strike(at)
+
+    def rank(self, number: int) -> StoreBarrier:
+        return one(self._server, number, 2, prefix=self._prefix, timeout_secs=DEADLINE_SECS)
+
+    def peer_crosses(self, secs: float = AGAIN_SECS) -> Future[Any]:
+        return self._portal.start_task_soon(self._cross, False, secs)
+
+    def peer_comes(self, commits: bool, late: bool) -> Future[tuple[bool, Any]]:
+        """When the other rank's call has ended, which is said first, or waits."""
+        return self._portal.start_task_soon(self._come, commits, late)
+
+    def peer_closes(self) -> None:
+        self._portal.call(self._peer.aclose)
+
+    async def _cross(self, commits: bool, secs: float) -> Any:
+        began = time.monotonic()
+        call: Coroutine[Any, Any, Any]
+        if commits:
+            call = self._peer.commit(publish, payload=b"1", timeout_secs=secs)
+        else:
+            call = self._peer.execute_barrier(timeout_secs=secs)
+        said = await attempt(call)
+        assert time.monotonic() < began + secs + 1, self.says("its peer was late", said)
+        return said
+
+    async def _come(self, commits: bool, late: bool) -> tuple[bool, Any]:
+        strike, before, quiet = self.strike, -1, 0
+        while not strike.ended.is_set() and (late or quiet < (10 if strike.where else 1)):
+            quiet = quiet + 1 if strike.lines == before and before else 0
+            before = strike.lines
+            await anyio.sleep(0.03)
+        return strike.ended.is_set(), await self._cross(commits, PEER_SECS)
+
+    def judge(self, ended_first: bool, of_peer: Any, mine: Any) -> None:
+        """Whether rank 1 was released without rank 0, or the two learned different verdicts."""
+        if ended_first:
+            assert isinstance(of_peer, BarrierError), self.says("crossed alone", of_peer)
+        if mine is not None and not isinstance(mine, BaseException):
+            assert not isinstance(of_peer, BarrierError), self.says("two verdicts", of_peer)
+
+    def says(self, what: str, said: object) -> str:
+        return f"struck at {self.strike.where} (#{self.strike.at}): {what}: {said!r}"
+
+
+def is_due(exc: BaseException | None) -> bool:
+    """Whether an exception is ours, or the one that was thrown, or came of it."""
+    if exc is None or isinstance(exc, Struck | BarrierError):
+        return exc is not None
+    leaves = getattr(exc, "exceptions", ())
+    return any(map(is_due, (*leaves, exc.__cause__, exc.__context__)))
+
+
+async def publish(payloads: object) -> bytes:
+    await anyio.sleep(0)
+    return b"published"
+
+
+async def cross(barrier: StoreBarrier) -> object:
+    return await barrier.execute_barrier()
+
+
+async def commit(barrier: StoreBarrier) -> object:
+    return await barrier.commit(publish, payload=b"0")
+
+
+async def time_out(barrier: StoreBarrier) -> object:
+    return await attempt(barrier.execute_barrier(timeout_secs=GIVES_UP_SECS))
+
+
+async def cancel(barrier: StoreBarrier) -> None:
+    with anyio.move_on_after(GIVES_UP_SECS):
+        await barrier.execute_barrier()
+
+
+async def close_in_mid_phase(barrier: StoreBarrier) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(attempt, barrier.execute_barrier())
+        await anyio.sleep(GIVES_UP_SECS)
+        await barrier.aclose()
+
+
+@pytest.fixture
+def portal() -> Iterator[BlockingPortal]:
+    """A loop in another thread."""
+    # asyncio logs what is thrown in a callback, hundreds of times here.
+    log = logging.getLogger("asyncio")
+    log.disabled = True
+    with start_blocking_portal() as made:
+        yield made
+    log.disabled = False
+
+
+@pytest.fixture
+def begin(portal: BlockingPortal, request: pytest.FixtureRequest) -> Callable[[int], Trial]:
+    server = serve()
+    return lambda at: Trial(portal, server, request.node.name, at)
+
+
+def sweep(run: Callable[[int], Strike]) -> None:
+    """Strike at one line after another, until a call runs through; nothing is left of them."""
+
+    def descriptors() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    lines = run(0).lines
+    before = descriptors()
+    for at in range(1, 3 * lines, 1 if SWEEP else max(1, lines // POINTS)):
+        if not run(at).where:
+            break
+    until(lambda: descriptors() <= before + 2, within_secs=3)
+    until(lambda: not library_threads(), within_secs=3)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("call", [cross, commit, time_out, cancel, close_in_mid_phase])
+def test_struck_in_an_awaited_call(
+    begin: Callable[[int], Trial], backend: str, call: Callable[[StoreBarrier], Awaitable[Any]]
+) -> None:
+    """Who was interrupted counts for nothing that is decided later, its peer's calls end in time,
+    nothing hangs, and the two meet again (laws 1, 2, 3 and 5)."""
+
+    def run(at: int) -> Strike:
+        trial = begin(at)
+        again = False
+        try:
+            again = anyio.run(struck, trial, call, backend=backend)
+        except trio.TrioInternalError as exc:
+            # It ends if what it calls back raises, and the barrier has left with it.
+            if not is_due(exc):
+                raise
+        except Exception as exc:
+            raise AssertionError(trial.says("a hang, or none of ours", exc)) from exc
+        if not again:
+            anyio.run(comes_back, trial, backend=backend)
+        trial.peer_closes()
+        return trial.strike
+
+    sweep(run)
+
+
+async def result_of(future: Future[Any]) -> Any:
+    while not future.done():
+        await anyio.sleep(0.003)
+    return future.result()
+
+
+async def struck(trial: Trial, call: Callable[[StoreBarrier], Awaitable[Any]]) -> bool:
+    """Rank 0 makes a call that is struck, crosses again, and leaves; whether they met again."""
+    barrier = trial.rank(0)
+    with anyio.fail_after(2 * HANGS_SECS):
+        first = trial.peer_crosses(HANGS_SECS)
+        await barrier.execute_barrier()
+        await result_of(first)
+        coming = trial.peer_comes(call is commit, late=call in (time_out, cancel))
+        mine = None
+        try:
+            with anyio.fail_after(HANGS_SECS), trial.strike():
+                mine = await call(barrier)
+        except Exception as exc:
+            if not is_due(exc):
+                raise
+        ended_first, of_peer = await result_of(coming)
+        trial.judge(ended_first, of_peer, mine)
+        met = call is not close_in_mid_phase and await meets(trial, barrier)
+        await barrier.aclose()
+    return met
+
+
+async def comes_back(trial: Trial) -> None:
+    """Rank 0 is built anew."""
+    barrier = trial.rank(0)
+    with anyio.fail_after(HANGS_SECS):
+        assert await meets(trial, barrier), trial.says("they never meet again", barrier)
+        await barrier.aclose()
+
+
+async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
+    """Whether two ranks that cross once per round do meet."""
+    for _ in range(3):
+        coming = trial.peer_crosses()
+        mine = await attempt(barrier.execute_barrier(timeout_secs=AGAIN_SECS))
+        of_peer = await result_of(coming)
+        trial.judge(False, of_peer, mine)
+        if not isinstance(mine, BarrierError):
+            return True
+    return False

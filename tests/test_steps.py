@@ -1,0 +1,254 @@
+"""``step=``: ranks that come for different steps are never in one phase, whatever came before."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+import torch.distributed as dist
+from reports import TOLD_SECS, attempt, job, one, serve
+from torch.distributed import HashStore
+from worlds import Tasks, gather
+
+from async_barriers import (
+    BarrierError,
+    BarrierResult,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    DistBarrier,
+    StoreBarrier,
+)
+from async_barriers.blocking import BlockingBarrier
+
+pytestmark = pytest.mark.anyio
+
+AT_ONCE_SECS = 1.0
+
+
+class Published:
+    """What was published, in order: the payloads of each time."""
+
+    def __init__(self) -> None:
+        self.all: list[dict[int, bytes]] = []
+
+    async def __call__(self, payloads: Mapping[int, bytes]) -> bytes:
+        self.all.append(dict(payloads))
+        return b" ".join(payloads[rank] for rank in sorted(payloads))
+
+    def commit(self, rank: int, barrier: StoreBarrier, step: int, **options: Any) -> Any:
+        """A rank's commit of ``step``, which its payload names."""
+        payload = f"{rank}:{step}".encode()
+        return barrier.commit(self, payload=payload, name="save", step=step, **options)
+
+
+async def over_at_once(call: Awaitable[object]) -> BrokenBarrierError:
+    """The break that a call ends in without waiting."""
+    began = time.monotonic()
+    with pytest.raises(BrokenBarrierError) as caught:
+        await call
+    assert time.monotonic() < began + AT_ONCE_SECS
+    return caught.value
+
+
+async def test_the_step_is_the_sequence() -> None:
+    """It takes the place of the count, may rise by any amount, and is one name's alone."""
+    async with job(serve(), 2) as ranks:
+        for name, step in (("x", 0), ("x", 7), ("y", 3), ("x", 1_000_000_000), ("y", 4)):
+            results = await gather(partial(rank.execute_barrier, name, step=step) for rank in ranks)
+            assert {(result.name, result.sequence) for result in results} == {(name, step)}
+
+
+async def test_different_steps_never_meet() -> None:
+    """Two ranks that wait for different steps time out, each missing the other, and meet in the
+    next one."""
+    async with job(serve(), 2) as ranks:
+        said = await gather(
+            lambda r=rank, s=step: attempt(  # type: ignore[misc]
+                ranks[r].execute_barrier("x", step=s, timeout_secs=0.5)
+            )
+            for rank, step in ((0, 3), (1, 4))
+        )
+        for rank, error in enumerate(said):
+            assert isinstance(error, BarrierTimeoutError), error
+            assert error.missing_ranks == (1 - rank,)
+            assert error.sequence == 3 + rank
+        results = await gather(partial(rank.execute_barrier, "x", step=5) for rank in ranks)
+        assert {result.sequence for result in results} == {5}
+
+
+async def test_steps_may_be_awaited_at_once_in_any_order() -> None:
+    """Several of one name at a time, each a phase of its own."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        steps = [range(8), reversed(range(8))]
+        waiting = [
+            tasks.start(partial(rank.execute_barrier, "x", step=step))
+            for rank, order in zip(ranks, steps, strict=True)
+            for step in order
+        ]
+        sequences = [(await outcome.returned()).sequence for outcome in waiting]
+        assert sorted(sequences) == sorted([*range(8)] * 2)
+
+
+async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
+    """It is told at once, and both steps are named; the others are not harmed."""
+    async with job(serve(), 2) as ranks:
+        await gather(partial(rank.execute_barrier, "x", step=300) for rank in ranks)
+        for call in (
+            ranks[1].execute_barrier("x", step=200),
+            ranks[1].commit(Published(), name="x", step=200),
+        ):
+            error = await over_at_once(call)
+            assert (error.name, error.sequence) == ("x", 200)
+            assert "200" in str(error)
+            assert "300" in str(error)
+        results = await gather(partial(rank.execute_barrier, "x", step=301) for rank in ranks)
+        assert {result.sequence for result in results} == {301}
+
+
+@pytest.mark.parametrize("how", ["deadline", "abort", "body"])
+async def test_a_step_is_decided_once(how: str) -> None:
+    """Who tries again what was broken is told so at once, each time, and so is its peer."""
+    async with job(serve(), 2) as ranks:
+        if how == "deadline":
+            with pytest.raises(BarrierTimeoutError):
+                await ranks[0].execute_barrier("x", step=3, timeout_secs=0.1)
+        elif how == "abort":
+            assert await ranks[0].abort("a shard is missing", "x", step=3)
+        else:
+            with pytest.raises(LookupError):
+                async with ranks[0].phase("x", step=3):
+                    raise LookupError("a shard is missing")
+        for rank in (1, 1, 0):
+            began = time.monotonic()
+            error = await attempt(ranks[rank].execute_barrier("x", step=3))
+            assert isinstance(error, BarrierTimeoutError | BrokenBarrierError), error
+            assert error.sequence == 3
+            assert time.monotonic() < began + AT_ONCE_SECS
+        await gather(partial(rank.execute_barrier, "x", step=4) for rank in ranks)
+
+
+async def test_abort_says_whether_it_broke_anything() -> None:
+    """True where the phase is broken by it, which its peers are told; False where it was
+    released before."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x", step=3))
+        await anyio.sleep(0.1)
+        began = time.monotonic()
+        assert await ranks[0].abort("a shard is missing", "x", step=3) is True
+        error = await waiting.raised(BrokenBarrierError)
+        assert time.monotonic() < began + TOLD_SECS
+        assert (error.rank, error.sequence, error.reason) == (0, 3, "a shard is missing")
+        await gather(partial(rank.execute_barrier, "x", step=4) for rank in ranks)
+        assert await ranks[0].abort("too late", "x", step=4) is False
+        await gather(partial(rank.execute_barrier, "x", step=5) for rank in ranks)
+        # And where the calls are counted, it is the next one's turn that is used up.
+        assert await ranks[0].abort("a shard is missing", "counted") is True
+        assert (await over_at_once(ranks[1].execute_barrier("counted"))).rank == 0
+
+
+@pytest.mark.parametrize("how", ["aborts", "times out", "is cancelled", "is built anew"])
+async def test_a_commit_never_publishes_shards_of_different_steps(how: str) -> None:
+    """One rank falls a step behind, in whatever way: what is published from then on is of one
+    step, and the two are together again by themselves."""
+    published, server = Published(), serve()
+    async with job(server, 2, timeout_secs=3.0) as ranks:
+        await gather(partial(published.commit, n, rank, 1) for n, rank in enumerate(ranks))
+        if how == "aborts":
+            await ranks[1].abort("a shard is missing", "save", step=2)
+        elif how == "is built anew":
+            await ranks[1].aclose()
+            ranks[1] = one(server, 1, 2, timeout_secs=3.0)
+        else:
+            with anyio.move_on_after(0.2 if how == "is cancelled" else 9):
+                await attempt(published.commit(1, ranks[1], 2, timeout_secs=0.3))
+
+        # Rank 0 goes on with the next step, and rank 1 with that one again, as a training loop
+        # does that has loaded its checkpoint.
+        async def goes_on(number: int, step: int) -> int:
+            while isinstance(
+                await attempt(published.commit(number, ranks[number], step, timeout_secs=0.6)),
+                BarrierError,
+            ):
+                step += 1
+                assert step < 12
+            return step
+
+        met = await gather([partial(goes_on, 0, 3), partial(goes_on, 1, 2)])
+        assert met[0] == met[1]
+        for payloads in published.all:
+            assert len({payload.partition(b":")[2] for payload in payloads.values()}) == 1
+        assert len(published.all) == 2
+
+
+async def test_a_phase_and_a_commit_of_one_step() -> None:
+    """`phase` takes the step, too, and enters it when its body has succeeded."""
+    published = Published()
+    async with job(serve(), 2) as ranks:
+
+        async def save(rank: int) -> Any:
+            async with ranks[rank].phase("written", step=12):
+                await anyio.sleep(0)
+            return await published.commit(rank, ranks[rank], 12)
+
+        assert await gather(partial(save, rank) for rank in range(2)) == [b"0:12 1:12"] * 2
+        error = await over_at_once(ranks[0].execute_barrier("written", step=11))
+        assert "12" in str(error)
+
+
+CALLS: dict[str, Callable[[StoreBarrier, Any], Awaitable[object]]] = {
+    "execute_barrier": lambda barrier, step: barrier.execute_barrier("x", step=step),
+    "commit": lambda barrier, step: barrier.commit(Published(), name="x", step=step),
+    "abort": lambda barrier, step: barrier.abort("no reason", "x", step=step),
+}
+
+
+async def enter_a_phase(barrier: StoreBarrier, step: Any) -> None:
+    async with barrier.phase("x", step=step):
+        raise AssertionError("its body is not run")
+
+
+CALLS["phase"] = enter_a_phase
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.5, "3"])
+@pytest.mark.parametrize("call", CALLS)
+async def test_what_is_no_step(call: str, step: object) -> None:
+    """It is refused before anything is entered or broken."""
+    async with job(serve(), 2) as ranks:
+        with pytest.raises((TypeError, ValueError), match=f"step.*{re.escape(repr(step))}"):
+            await CALLS[call](ranks[0], step)
+        results = await gather(partial(rank.execute_barrier, "x") for rank in ranks)
+        assert {result.sequence for result in results} == {0}
+
+
+# -- The other barriers ----------------------------------------------------------------------------
+
+
+def test_steps_for_code_that_cannot_await() -> None:
+    """`BlockingBarrier` has them as well."""
+    with BlockingBarrier(StoreBarrier(HashStore(), rank=0, world_size=1)) as barrier:
+        assert barrier.execute_barrier(step=7).sequence == 7
+        assert barrier.abort("no reason", step=7) is False
+        assert barrier.abort("no reason", step=8) is True
+        with pytest.raises(BrokenBarrierError):
+            barrier.execute_barrier(step=6)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+async def test_steps_of_a_collective() -> None:
+    """A `DistBarrier` says the step in its results."""
+    async with DistBarrier(timeout_secs=10) as barrier:
+        result = await barrier.execute_barrier("x", step=7)
+        assert result == BarrierResult("x", 7, result.waited_secs, result.last_rank)
