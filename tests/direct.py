@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
-from async_barriers._protocol.store import Request
+from async_barriers._protocol.store import SILENT, Request
 from async_barriers._store.future import Effort, Future
-from async_barriers._store.threads import BlockingStore, _answers
+from async_barriers._store.threads import BlockingStore
 
 T = TypeVar("T")
 
@@ -23,7 +23,8 @@ class DirectStore:
 
     def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
         answered: Future[list[Any]] = Future()
-        answered.resolve(_answers(self.blocking, requests))
+        answers = [(request, self.blocking.do(request)) for request in requests]
+        answered.resolve([a for request, a in answers if not isinstance(request, SILENT)])
         return answered
 
     def close(self) -> None:

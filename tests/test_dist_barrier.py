@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,13 +39,14 @@ from async_barriers import (
     DistBarrier,
     StoreBarrier,
 )
-from async_barriers._dist import arrivals
-from async_barriers._dist.arrivals import ArrivalLog
+from async_barriers._dist import arrivals, publication
+from async_barriers._dist.arrivals import AGAIN_SECS, ArrivalLog
 from async_barriers._dist.calls import UNDO_SECS
 from async_barriers._dist.collectives import Collectives
 from async_barriers._dist.departures import Gone, decode
 from async_barriers._dist.fingerprint import COMMIT, Operation, pack, unpack
 from async_barriers._dist.group import Group
+from async_barriers._dist.publication import Publication
 from async_barriers._errors import in_one_line
 from async_barriers._store.loops import loop_here
 from async_barriers._store.promises import told
@@ -316,6 +320,61 @@ def test_closing_is_not_undone_by_cancelling_it_twice() -> None:
     asyncio.run(close())
     store: Any = dist.distributed_c10d._get_default_store()
     assert not [key for key in store.list_keys() if "async_barriers" in key]
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_a_leaders_word_is_not_lost_to_an_exception_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal handler's, say; peers would wait for it for ever, and so would the next call."""
+
+    def struck(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    async with DistBarrier(timeout_secs=5) as barrier:
+        with monkeypatch.context() as patch:
+            patch.setattr(publication, "Publishing", struck)
+            with pytest.raises(KeyboardInterrupt):
+                await barrier.commit(lambda _: b"")
+        await barrier.execute_barrier()
+
+
+@pytest.mark.usefixtures("world_of_one")
+async def test_nothing_is_published_once_it_is_closed() -> None:
+    """Also where all came in in that very moment."""
+    published: list[Mapping[int, bytes]] = []
+    async with DistBarrier(timeout_secs=5) as barrier:
+        commit = Publication(barrier._calls, "x", None, 5.0)
+        commit.stop()
+        with pytest.raises(BarrierClosedError, match="barrier 'x' #0 is closed") as caught:
+            await commit.run(published.append, b"")
+        assert not caught.value.in_doubt
+        assert not published
+        await barrier.execute_barrier()
+
+
+async def test_a_store_that_is_silent_holds_up_nobody() -> None:
+    """c10d would wait for it without end, in a thread that nothing could end."""
+    before = set(library_threads())
+    program = (
+        "import signal; from torch.distributed import TCPStore; "
+        "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
+        "print(store.port, flush=True); signal.pause()"
+    )
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert server.stdout is not None
+        port = int(await anyio.to_thread.run_sync(server.stdout.readline))
+        with default_group(dist.TCPStore("127.0.0.1", port, wait_for_workers=False)):
+            server.send_signal(signal.SIGSTOP)
+            barrier = DistBarrier(timeout_secs=0.2)
+            with pytest.raises(BarrierConnectionError, match="store does not answer"):
+                await barrier.connect()
+            await barrier.aclose()
+            await library_threads_gone(before)
+    finally:
+        server.kill()
+        server.communicate()
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -813,6 +872,8 @@ def test_a_store_that_is_lost_costs_the_names_only(start_job: StartJob) -> None:
         assert (error["missing_ranks"], error["in_doubt"]) == ([], True)
         assert "who is missing cannot be told" in error["text"]
         assert error["ended"] - error["began"] < DEADLINE_SECS + GRACE_SECS
+    # It is tried again once.
+    assert job.ranks[2].do("close")["secs"] < AGAIN_SECS + 0.2
     for rank in job.ranks:
         rank.start("end")
     by = time.monotonic() + EXIT_SECS

@@ -53,6 +53,7 @@ PEERS_SECS = 3.0
 # since law 8 leaves two seconds in all.
 _LEAVE_SECS = 1.0
 _LEAVE_SILENT_SECS = 0.6
+_LAST_SECS = 0.1
 _EXIT_SECS = 0.5
 # How often a connection that was lost is tried again.
 _RETRY_SECS = 0.2
@@ -115,6 +116,8 @@ class Session:
         self._adrift: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
         self._efforts: set[Effort[Any]] = set()
         self._leaving: Effort[None] | None = None
+        # All is closed, and nothing may be begun any more.
+        self._over = False
         self._drained = False
         self._tidying = False
         self._not_at_end: Callable[[], object] = lambda: None
@@ -155,6 +158,8 @@ class Session:
 
     async def _open(self, loop: Loop, deadline: float) -> Connection:
         """A new connection, which is closed with this at the latest."""
+        if self._over:
+            raise BarrierConnectionError(f"{describe(self.prefix)} is closed")
         connection = await self._source.open(loop, deadline)
         self._opened.add(connection)
         return connection
@@ -450,10 +455,10 @@ class Session:
         if turns is not self.turns:
             return
         if around.over:
-            self._generation_over(membership, around.successor)
+            self._generation_over(membership, around.successor, bell)
             return
         if around.closed is not None and around.closed.rank != self.rank and not self.closing:
-            self._left(membership, around.closed)
+            self._left(membership, around.closed, bell)
         if around.host_leaves and not self.closing and not self._drained:
             self._drained = True
             self.start(self._drain(membership))
@@ -517,18 +522,18 @@ class Session:
 
     # -- what happens to a generation ----------------------------------------------------
 
-    def _generation_over(self, membership: Membership, successor: State | None) -> None:
+    def _generation_over(
+        self, membership: Membership, successor: State | None, bell: Connection
+    ) -> None:
         if self.turns is None or self.turns.membership is not membership:
             return
         self.turns = None
         self._before = membership
-        bell = self._bell
-        if bell is not None:
-            bell.stop_waiting()
-            if successor is not None:
-                self._note_interrupted(bell, membership, successor)
-            self._break_all(membership, bell, successor)
-            self.start(self._tidy_bell(bell, membership))
+        bell.stop_waiting()
+        if successor is not None:
+            self._note_interrupted(bell, membership, successor)
+        self._break_all(membership, bell, successor)
+        self.start(self._tidy_bell(bell, membership))
 
     def _note_interrupted(self, bell: Connection, over: Membership, successor: State) -> None:
         """Tell a rank that joined again in which phases it was waited for; see `_all_joined`."""
@@ -557,13 +562,11 @@ class Session:
             if phase.membership is membership and not phase.decided:
                 self.start(self._break_for(phase, store, broken))
 
-    def _left(self, membership: Membership, closed: Closed) -> None:
+    def _left(self, membership: Membership, closed: Closed, bell: Connection) -> None:
         """A rank left: nothing in its generation will be released any more."""
         if self._closed_by is not None:
             return
         self._closed_by = closed
-        bell = self._bell
-        assert bell is not None
         for phase in list(self.open):
             if phase.membership is membership and not phase.decided:
                 self.start(self._break_for(phase, bell, Broken(closed.rank, closed.reason)))
@@ -582,7 +585,8 @@ class Session:
                 self.settle(phase, error=exc)
             return
         except BarrierConnectionError:
-            return  # Its own connection, or the next bell, will tell.
+            await self._break_elsewhere(phase, broken)
+            return
         if phase.entry is not entry:
             # It got another number meanwhile.
             await self._break_for(phase, store, broken)
@@ -598,6 +602,18 @@ class Session:
             )
         else:
             self._all_in(phase)
+
+    async def _break_elsewhere(self, phase: Phase, broken: Broken) -> None:
+        """The bell was lost, and perhaps none is opened any more: the phase's own connection will do,
+        or one that takes its place."""
+        if phase.decided or phase.giving_up or self.closing:
+            return
+        try:
+            connection = await self._reopen_for(phase)
+        except BarrierConnectionError as exc:
+            self.settle(phase, error=_in_doubt(phase, exc))
+        else:
+            await self._break_for(phase, connection, broken)
 
     async def _all_joined(self, turns: Turns, bell: Connection) -> None:
         """All ranks have joined: what was tried before does not count."""
@@ -961,7 +977,7 @@ class Session:
     def _put_back(self, connection: Connection) -> None:
         if connection.lost is not None:
             return
-        if self.closing and self._leaving is not None and self._leaving.done:
+        if self._over:
             connection.close()
             return
         connection.on_lost = lambda error: self._idle_lost(connection)
@@ -1092,7 +1108,7 @@ class Session:
             except BarrierConnectionError as exc:
                 # What was sent there may or may not have come; it is asked anew elsewhere.
                 logger.debug("rank %d gives up anew: %s", self.rank, exc)
-                if self._leaving is not None and self._leaving.done:
+                if self._over:
                     raise
                 connection, again = None, True
         if isinstance(judged, Count) and final and phase.entry.leads and not phase.differs:
@@ -1279,8 +1295,6 @@ class Session:
         connection = phase.connection or self._bell
         while True:
             try:
-                if self._leaving is not None and self._leaving.done:
-                    raise BarrierConnectionError(f"{describe(self.prefix)} is closed")
                 if connection is None or connection.lost is not None:
                     connection = await self._reopen_for(phase)
                 membership = phase.membership
@@ -1291,7 +1305,7 @@ class Session:
             except Forgotten:
                 raise
             except BarrierConnectionError:
-                if self._leaving is not None and self._leaving.done:
+                if self._over:
                     raise
                 connection = None
 
@@ -1333,7 +1347,8 @@ class Session:
                     await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
             except BarrierError as exc:
                 logger.debug("%s closed without its store: %s", describe(self.prefix), exc)
-            await self._hear_out(loop, deadline)
+            # A host may have waited for its peers past the deadline.
+            await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
         finally:
             self._close()
 
@@ -1399,7 +1414,8 @@ class Session:
 
     def _close(self) -> None:
         self._not_at_end()
-        # What could not be said by now is not said later.
+        # What could not be said by now is not said later; nor by those that await what is stopped.
+        self._over = True
         for effort in list(self._efforts):
             if effort is not self._leaving:
                 effort.stop(BarrierConnectionError(f"{describe(self.prefix)} was closed meanwhile"))
@@ -1420,7 +1436,7 @@ class Session:
         if not self.foreign:
             self._leave_now(time.monotonic() + _EXIT_SECS, "its event loop ended")
             # Another loop may use the barrier; it joins again then.
-            self._leaving, self.closing = None, False
+            self._leaving, self.closing, self._over = None, False, False
             self.loop = None
 
     def end(self, deadline: float) -> None:

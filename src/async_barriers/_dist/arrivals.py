@@ -27,7 +27,7 @@ CONNECTING = 0
 # How many notes, roughly, go into one log.
 _LOG_NOTES = 1024
 # The store answered when the group was made. The barrier works without it, too.
-_INIT_SECS, _AGAIN_SECS = 5.0, 0.5
+_INIT_SECS, AGAIN_SECS = 5.0, 0.5
 _KEYS = ("joined", "gone", "written", "departed")
 
 
@@ -184,7 +184,7 @@ class ArrivalLog:
             self._hang_up()
             if not again:
                 raise
-        self._store = self._open(_AGAIN_SECS)
+        self._store = self._open(AGAIN_SECS)
         return call(self._store)
 
     def _open(self, secs: float) -> BlockingStore:

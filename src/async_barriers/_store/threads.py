@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -149,7 +149,8 @@ class ThreadedConnection:
         self._called: BlockingStore | None = None
         self._waited: BlockingStore | None = None
         self._awaited: str | None = None
-        self._under_way = 0
+        # What has yet to be answered.
+        self._due: dict[Future[list[Any]], None] = {}
 
     def open(self) -> Future[list[Any]]:
         """Open the store; done when it is there."""
@@ -167,7 +168,7 @@ class ThreadedConnection:
         awaited = self._awaited
 
         def make() -> tuple[list[list[Any]], list[Any]]:
-            if self._failed:
+            if self._failed or self._interrupted:
                 # What was said before may not have come, so this must not either.
                 raise BarrierConnectionError("this connection to the store was lost")
             self._failed = True
@@ -182,11 +183,11 @@ class ThreadedConnection:
                     # While it was opened: a call would hang for ever, or print c10d's traces.
                     raise BarrierConnectionError("this connection to the store was closed")
             store = self._called
-            done = [_answers(store, earlier) for earlier, _ in late]
-            return done, _answers(store, requests)
+            done = [self._answers(store, earlier) for earlier, _ in late]
+            return done, self._answers(store, requests)
 
         def made() -> None:
-            self._under_way -= 1
+            self._due.pop(answered, None)
             try:
                 done, answers = promise.result()
             except BarrierConnectionError as exc:
@@ -209,7 +210,7 @@ class ThreadedConnection:
         except RuntimeError as exc:
             self._lose(_no_thread(exc), answered)
             return answered
-        self._under_way += 1
+        self._due[answered] = None
         promise.when_settled(lambda: self._loop.post(made))
         return answered
 
@@ -229,7 +230,7 @@ class ThreadedConnection:
 
     @property
     def unsaid(self) -> bool:
-        return self._under_way > 0
+        return bool(self._due)
 
     def close(self, *, reset: bool = False) -> None:
         """End the threads after what they do; one that hangs is interrupted, where that works."""
@@ -302,6 +303,7 @@ class ThreadedConnection:
             return
         self.lost = error
         self.on_lost = self.on_wake = None
+        due, self._due = self._due, {}
         waiter, key = self._waiter, self._waited_key
         waiting = waiter is not None and self._waiting
 
@@ -327,6 +329,9 @@ class ThreadedConnection:
         self._caller.retire(close_called)
         if reset:
             self.interrupt()
+        # Not when its thread comes back, which may be never.
+        for answered in due:
+            answered.fail(_again(error))
 
     def _close_waited(self) -> None:
         if self._waited is not None:
@@ -339,10 +344,23 @@ class ThreadedConnection:
             if store is not None:
                 store.interrupt()
 
+    def _answers(self, store: BlockingStore, requests: Iterable[Request]) -> list[Any]:
+        answers = []
+        for request in requests:
+            if self._interrupted:
+                # It was given up while one before this hung.
+                raise BarrierConnectionError("this connection to the store was closed")
+            answer = store.do(request)
+            if not isinstance(request, SILENT):
+                answers.append(answer)
+        return answers
 
-def _answers(store: BlockingStore, requests: Any) -> list[Any]:
-    answers = [(request, store.do(request)) for request in requests]
-    return [answer for request, answer in answers if not isinstance(request, SILENT)]
+
+def _again(error: BarrierConnectionError) -> BarrierConnectionError:
+    """The same for another caller; an error that is raised twice grows a traceback of both."""
+    copy = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _shared_socket(store: TCPStore) -> socket.socket | None:
