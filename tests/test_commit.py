@@ -734,6 +734,8 @@ async def test_the_store_is_lost_while_the_leader_publishes(memory: World, endin
 
     data(memory).hook = hook
     ranks = await memory.barriers(2)
+    # What is said of phases that are over goes out with later messages.
+    await nothing_is_left(memory)
     fault = OSError("disk full")
     publish = Publisher(fault if ending == "failed" else b"published", parks=True)
     async with Tasks() as tasks:

@@ -254,7 +254,7 @@ async def struck(trial: Trial, call: Callable[[StoreBarrier], Awaitable[Any]]) -
     barrier = trial.rank(0)
     with anyio.fail_after(2 * HANGS_SECS):
         first = trial.peer_crosses(HANGS_SECS)
-        await barrier.execute_barrier()
+        await barrier.execute_barrier(timeout_secs=HANGS_SECS)
         await result_of(first)
         coming = trial.peer_comes(call is commit, late=call in (time_out, cancel))
         mine = None

@@ -201,7 +201,7 @@ def crash(barrier: AnyBarrier) -> None:
     """
     session = barrier._session
     claim = session.membership
-    barrier._closed = session.closing = True
+    barrier._closed = session.closing = session._over = True
     session._not_at_end()
     for effort in list(session._efforts):
         effort.stop(BarrierConnectionError("this process was killed"))

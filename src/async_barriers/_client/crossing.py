@@ -26,7 +26,7 @@ from .._errors import (
 from .._protocol.count import EXECUTE, GATHER
 from .._protocol.verdict import Released, Verdict
 from .._reasons import reason_of
-from .._store.future import Effort
+from .._store.future import Future
 from .._store.waiting import settled, until_done
 from .._values import BarrierProgress
 from .phases import Phase
@@ -99,7 +99,14 @@ class Crossing:
                 self.brought = await self._fetched(phase)
             return released
         except BaseException as exc:
-            await self._stopped(exc)
+            try:
+                await self._stopped(exc)
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as another:
+                # A signal handler's, which struck here.
+                await self._stopped(another)
+                raise
             raise
         finally:
             if self.phase is not None and not self._publishes:
@@ -246,7 +253,7 @@ class Crossing:
         if not isinstance(exc, GeneratorExit):
             await self._undone(phase, effort)
 
-    async def _undone(self, phase: Phase, effort: Effort[Any]) -> bool:
+    async def _undone(self, phase: Phase, effort: Future[Any]) -> bool:
         """Wait for what undoes, shielded, since it undoes what a cancelled caller did; bounded for
         the same reason."""
         with anyio.CancelScope(shield=True):
@@ -281,7 +288,7 @@ class Crossing:
         await self._give_up_or_doubt(phase, effort)
         # Where all came in the meantime, and the leader publishes, it waits on.
 
-    async def _give_up_or_doubt(self, phase: Phase, effort: Effort[Any]) -> None:
+    async def _give_up_or_doubt(self, phase: Phase, effort: Future[Any]) -> None:
         waiting = await self._undone(phase, effort)
         if not waiting:
             raise self._lost(phase, phase.lost)

@@ -21,6 +21,7 @@ class Phase:
 
     :ivar sequence: which crossing of the name it is for this rank, or its step
     :ivar early: begun before all ranks had joined again, so that it does not count
+    :ivar alone: its own connection waits for the verdict, since the bell is not heard any more
     :ivar payload: of one that is early, since it will enter another one with it
     :ivar decided: the verdict or the error is known
     :ivar entered: whether this rank may have arrived
@@ -42,6 +43,7 @@ class Phase:
     waiter: Waiter | None = None
     since = 0.0
     early = False
+    alone = False
     decided = False
     entered = False
     abandoned = False

@@ -78,7 +78,7 @@ class Publication:
                 raise  # It was settled already, since the ranks named different leaders.
             verdict = Broken(rank, f"publish failed: {reason_of(exc)}", in_doubt=self._in_thread)
             self.verdict = verdict
-            settling = session.start(session.settle_commit(phase, verdict))
+            settling = session.give_word(phase, verdict)
             if not isinstance(exc, GeneratorExit):
                 with anyio.CancelScope(shield=True):
                     if not await until_done(loop, settling, session.patience_secs):
@@ -99,7 +99,7 @@ class Publication:
     async def _settle(self, verdict: Verdict, published: bool) -> bytes:
         crossing, phase = self._crossing, self._phase
         session = crossing.session
-        settling = session.start(session.settle_commit(phase, verdict))
+        settling = session.give_word(phase, verdict)
         loop, patience_secs = crossing.loop, session.patience_secs
         try:
             done = await settled(loop, settling, loop.now() + patience_secs)

@@ -176,6 +176,39 @@ class Session:
             effort.when_done(lambda: self._efforts.discard(effort))
         return effort
 
+    def owe(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Have the peers told something; done when they are, or cannot be.
+
+        A signal handler may raise in the middle of it. It is begun anew then, so it has to be
+        something that may be said twice.
+        """
+        owed: Future[T] = Future()
+
+        def attempt() -> None:
+            if owed.done or self._over:
+                return
+            try:
+                effort: Effort[T] = self.start(begin())
+                effort.when_done(partial(ended, effort))
+            except BaseException:
+                self._post(attempt)
+                raise
+
+        def ended(effort: Effort[T]) -> None:
+            if effort.error is None:
+                owed.resolve(effort.result())
+            elif isinstance(effort.error, BarrierError):
+                owed.fail(effort.error)
+            else:
+                self._post(attempt)
+
+        attempt()
+        return owed
+
+    def _post(self, callback: Callable[[], object]) -> None:
+        if self.loop is not None:
+            self.loop.post(callback)
+
     # -- joining -------------------------------------------------------------------------
 
     @property
@@ -602,6 +635,14 @@ class Session:
             )
         else:
             self._all_in(phase)
+            self._wait_alone(phase)
+
+    def _wait_alone(self, phase: Phase) -> None:
+        """Wait for the leader's word where no bell of this generation is heard any more."""
+        connection = phase.connection
+        if connection is not None and not connection.waits and not phase.entry.leads:
+            phase.alone = True
+            connection.call(wait=phase.entry.awaited)
 
     async def _break_elsewhere(self, phase: Phase, broken: Broken) -> None:
         """The bell was lost, and perhaps none is opened any more: the phase's own connection will do,
@@ -846,7 +887,7 @@ class Session:
     async def _woken_by_others(self, phase: Phase, connection: Connection) -> None:
         """Something else wrote to what this rank waits for, or it is broken."""
         await self._look(phase, connection)
-        waits_on = connection.waits and connection.lost is None
+        waits_on = (connection.waits or phase.alone) and connection.lost is None
         if waits_on and not (phase.decided or phase.giving_up):
             connection.call(Delete(phase.entry.awaited), wait=phase.entry.awaited)
             # What was awaited may have come just before that.
@@ -926,8 +967,14 @@ class Session:
 
         Not while its peers are still owed a word about it.
         """
-        if phase.giving_up or phase.users or not (phase.decided or phase.full):
+        unsettled = not (phase.decided or (phase.full and not phase.entry.leads))
+        if phase.giving_up or phase.users or unsettled:
             phase.abandoned = True
+            if unsettled and not (phase.giving_up or phase.users):
+                # Its call was interrupted before it could give up.
+                reason = "its call was interrupted"
+                broken = Broken(self.rank, reason, in_doubt=phase.full)
+                self._begin_giving_up(phase, broken, False, final=True)
             return
         if self.open.pop(phase, True) is True:
             return
@@ -1051,7 +1098,7 @@ class Session:
         timeout_secs: float | None = None,
         missing: tuple[int, ...] | None = None,
         by: int | None = None,
-    ) -> Effort[bool]:
+    ) -> Future[bool]:
         """Break it, unless it is decided; done when that is known, and whether this call broke it.
 
         :param by: the rank to blame, if not this one
@@ -1065,9 +1112,9 @@ class Session:
 
     def _begin_giving_up(
         self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
-    ) -> Effort[bool]:
+    ) -> Future[bool]:
         phase.giving_up = True
-        return self.start(self._give_up(phase, broken, names, final=final))
+        return self.owe(lambda: self._give_up(phase, broken, names, final=final))
 
     async def _give_up(
         self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
@@ -1287,8 +1334,12 @@ class Session:
         phase.brought = brought
         return brought
 
+    def give_word(self, phase: Phase, verdict: Verdict) -> Future[Verdict]:
+        """Settle a commit as its leader; goes on until the store knows, or has what was said first."""
+        return self.owe(lambda: self.settle_commit(phase, verdict))
+
     async def settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
-        """The leader's word; goes on until the store has it."""
+        """As `give_word`."""
         return await self._using(phase, self._settle_commit(phase, verdict))
 
     async def _settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:

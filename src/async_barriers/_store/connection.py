@@ -45,10 +45,15 @@ class _Message(Future[list[Any]]):
     def answer(self, answers: list[Any]) -> None:
         """All answers are there."""
         begin = 0
-        for end, heard in self.late:
-            heard(answers[begin:end])
-            begin = end
-        self.resolve(answers[begin:] if begin else answers)
+        try:
+            for end, heard in self.late:
+                heard(answers[begin:end])
+                begin = end
+            self.resolve(answers[begin:] if begin else answers)
+        except BaseException:
+            # Raised by a signal handler: nobody may wait for this for ever.
+            self.fail(BarrierConnectionError("an exception interrupted the answer"))
+            raise
 
 
 # What is due in place of a message's answers: the one byte of a wait, of one that nobody is called
@@ -97,24 +102,29 @@ class SocketConnection:
             return message
         due, kinds = self._due, message.kinds
         said: list[bytes] = []
-        if due and due[-1] is _WAKE:
-            due[-1] = _CANCELLATION
-            said.append(wire.CANCEL_WAIT)
-        if self.outbox:
-            end = 0
-            for late, heard in self.outbox:
-                end += self._say(late, said, kinds)
-                message.late.append((end, heard))
-            self.outbox.clear()
-        self._say(requests, said, kinds)
-        if kinds:
-            due.append(message)
-        if wait is not None:
-            self._awaited = wait
-        if self._awaited is not None:
-            said.append(wire.wait(self._awaited))
-            due.append(_WAKE)
-        self._send(b"".join(said))
+        try:
+            if due and due[-1] is _WAKE:
+                due[-1] = _CANCELLATION
+                said.append(wire.CANCEL_WAIT)
+            if self.outbox:
+                end = 0
+                for late, heard in self.outbox:
+                    end += self._say(late, said, kinds)
+                    message.late.append((end, heard))
+                self.outbox.clear()
+            self._say(requests, said, kinds)
+            if kinds:
+                due.append(message)
+            if wait is not None:
+                self._awaited = wait
+            if self._awaited is not None:
+                said.append(wire.wait(self._awaited))
+                due.append(_WAKE)
+            self._send(b"".join(said))
+        except BaseException as exc:
+            # Raised by a signal handler: what is due need not be what was said any more.
+            self._lose(exc)
+            raise
         if not kinds:
             message.answer([])
         return message
@@ -126,11 +136,15 @@ class SocketConnection:
         """
         self.stop_waiting()
         if self.lost is None:
-            if self._due and self._due[-1] is _WAKE:
-                self._due[-1] = _SPENT
             said: list[bytes] = []
             self._say(requests, said, [])
-            self._send(b"".join(said))
+            try:
+                if self._due and self._due[-1] is _WAKE:
+                    self._due[-1] = _SPENT
+                self._send(b"".join(said))
+            except BaseException as exc:
+                self._lose(exc)
+                raise
 
     @staticmethod
     def _say(requests: Iterable[Request], said: list[bytes], kinds: list[int]) -> int:
@@ -191,6 +205,10 @@ class SocketConnection:
         except OSError as exc:
             self._lose(exc)
             return
+        except BaseException as exc:
+            # Some of it may have been sent.
+            self._lose(exc)
+            raise
         if not self._unsaid and self._writing:
             self._writing = False
             self._loop.unwatch_writable(self._socket)

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class Future(Generic[T]):
-    """A value or an error that comes once; not thread-safe."""
+    """A value or an error that comes once; not thread-safe.
+
+    A callback that raises is called once more, so each can be called twice.
+    """
 
     __slots__ = ("_callbacks", "_error", "_value", "done")
 
@@ -43,7 +46,17 @@ class Future(Generic[T]):
         self.done = True
         callbacks = self._callbacks
         while callbacks:
-            callbacks.pop(0)()
+            callback = callbacks.pop(0)
+            try:
+                callback()
+            except BaseException:
+                # Of a signal handler, most likely, which may have struck before the callback had
+                # begun. Each may be called twice, and the others are called, too.
+                try:
+                    callback()
+                finally:
+                    self._finish()
+                raise
 
     def result(self) -> T:
         """The value; raises the error. Only when it is done."""
@@ -83,18 +96,19 @@ class Effort(Future[T]):
         if self.done:
             return
         try:
-            awaited: Future[Any] = self._coroutine.send(None)
-        except StopIteration as stop:
-            self.resolve(stop.value)
-        except BarrierError as exc:
-            self.fail(exc)
+            try:
+                awaited: Future[Any] = self._coroutine.send(None)
+            except StopIteration as stop:
+                self.resolve(stop.value)
+            except BarrierError as exc:
+                self.fail(exc)
+            else:
+                awaited.when_done(self._step)
         except BaseException as exc:
             # Of a signal handler, or a fault of ours: whoever waits must not do so for ever, and
             # whoever runs this has to know.
             self.fail(exc)
             raise
-        else:
-            awaited.when_done(self._step)
 
     def stop(self, error: BaseException) -> None:
         """End it where it is; it fails with ``error``. One that stops itself goes on to its end."""

@@ -68,6 +68,10 @@ class Loop(Protocol):
         ...
 
 
+# When a timer rings again.
+_AGAIN_SECS = 0.2
+
+
 class AsyncioLoop:
     """asyncio, uvloop, and whatever else has their interface.
 
@@ -81,7 +85,7 @@ class AsyncioLoop:
         self.now = loop.time
         self.deadlines: dict[AsyncioWaiter, float] = {}
         self.rings_at = math.inf
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers: tuple[asyncio.TimerHandle, ...] = ()
         self._ends: list[Callback] = []
         self._ending: AsyncGenerator[None, None] | None = None
 
@@ -147,14 +151,19 @@ class AsyncioLoop:
                 self._ends.pop()()
 
     def ring_at(self, deadline: float) -> None:
-        """Set the timer, which wakes those whose deadline it is."""
-        if self._timer is not None:
-            self._timer.cancel()
+        """Set the timer, which wakes those whose deadline it is.
+
+        And another one soon after, since a signal handler may raise as the first one rings.
+        """
+        set_before = self._timers
+        self._timers = tuple(
+            self.loop.call_at(when, self._ring) for when in (deadline, deadline + _AGAIN_SECS)
+        )
         self.rings_at = deadline
-        self._timer = self.loop.call_at(deadline, self._ring)
+        for timer in set_before:
+            timer.cancel()
 
     def _ring(self) -> None:
-        self.rings_at, self._timer = math.inf, None
         now = self.loop.time()
         later = math.inf
         for waiter, deadline in self.deadlines.items():
@@ -164,6 +173,10 @@ class AsyncioLoop:
                 later = min(later, deadline)
         if later < math.inf:
             self.ring_at(later)
+        else:
+            self.rings_at = math.inf
+            for timer in self._timers:
+                timer.cancel()
 
 
 class AsyncioWaiter:
