@@ -130,6 +130,7 @@ class Crossing:
         self._rejoined = not session.has_joined
         within_secs = max(0.0, min(self.deadline - loop.now(), session.init_secs))
         until = loop.now() + within_secs
+        begun_before = session.joining
         while not session.stands:
             if session.closing:
                 raise BarrierClosedError(describe(session.prefix))
@@ -150,6 +151,11 @@ class Crossing:
                 raise error from why
             if joining.error is not None and session.closing:
                 raise BarrierClosedError(describe(session.prefix))
+            failed = isinstance(joining.error, BarrierConnectionError)
+            if failed and joining is begun_before and loop.now() < until:
+                # It began with less time than this call has.
+                begun_before = None
+                continue
             if joining.error is not None:
                 raise _fresh(joining.error, self.name, self._sequence())
             if loop.now() >= until and not session.stands:

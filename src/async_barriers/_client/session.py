@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import time
-import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
@@ -106,7 +105,7 @@ class Session:
         self._joining_on: Effort[None] | None = None
         # The phase that this rank was the last one to enter, on each connection.
         self._announced: dict[Connection, Phase] = {}
-        self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._opened: list[Connection] = []
         self._idle: list[Connection] = []
         self._bell: Connection | None = None
         self._reopening: Effort[None] | None = None
@@ -161,7 +160,8 @@ class Session:
         if self._over:
             raise BarrierConnectionError(f"{describe(self.prefix)} is closed")
         connection = await self._source.open(loop, deadline)
-        self._opened.add(connection)
+        self._opened = [each for each in self._opened if each.lost is None]
+        self._opened.append(connection)
         return connection
 
     def _now(self) -> float:
@@ -233,9 +233,15 @@ class Session:
 
     def join(self) -> Effort[None]:
         """Connect, and claim this rank in the present generation; one attempt serves all."""
-        if self._joining is None or self._joining.done:
+        if self.joining is None:
             self._joining = self.start(self._join())
+        assert self._joining is not None
         return self._joining
+
+    @property
+    def joining(self) -> Effort[None] | None:
+        """The attempt to join that is under way."""
+        return None if self._joining is None or self._joining.done else self._joining
 
     async def _join(self) -> None:
         loop = self.loop
@@ -1201,6 +1207,9 @@ class Session:
                 await sleep(loop, _RETRY_SECS)
         phase.connection = connection
         connection.on_lost = None
+        if phase not in self.open:
+            # It was forgotten meanwhile; what is under way for it may use this as long as it is.
+            self._put_back(connection)
         if not await members.still_holds(connection, phase.membership):
             found = await connection.call(Read(self.keys.state), Read(phase.entry.keys.count))
             if not found[0] or (phase.entered and not found[1]):
@@ -1242,9 +1251,8 @@ class Session:
         except BarrierConnectionError as exc:
             self.settle(phase, error=_in_doubt(phase, exc))
             return
-        if phase.full and not phase.decided:
-            connection = phase.connection
-            assert connection is not None
+        connection = phase.connection
+        if phase.full and not phase.decided and connection is not None:
             connection.on_lost = partial(self._phase_lost, phase)
             connection.on_wake = partial(self._woken, phase)
             phase.lost = None
