@@ -1,7 +1,7 @@
 """Exceptions that a signal handler throws, at any line of ours, in whatever a rank is doing.
 
 A call is made again and again, each time by a barrier of its own, and struck at one line after
-another that it runs through in this thread: by default at some thirty of them, with
+another that it runs through in this thread: by default at some fifteen of them, with
 ``ASYNC_BARRIERS_SWEEP=lines`` at every one, and with ``instructions`` at every instruction.
 """
 
@@ -35,7 +35,7 @@ from async_barriers import BarrierError, StoreBarrier
 OURS = str(Path(async_barriers.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
 EVENT = "opcode" if SWEEP == "instructions" else "line"
-POINTS = 30
+POINTS = 15
 DEADLINE_SECS = 2.0
 # How long the peer waits for a rank that may have been struck before it entered, and either of
 # the two for the other, afterwards.

@@ -113,14 +113,12 @@ class Turns:
         membership = self.membership
         if step is None:
             sequence = self._next[name]
-            label = f"{sequence}" if self.complete else f"e{sequence}"
+            keys = self._keys(name, sequence)
         else:
             if (late := self.too_late(name, step)) is not None:
                 raise late
-            sequence, label = step, f"s{step}"
-        entry = Entry(
-            membership.own.phase(name, label), membership.rank, membership.world_size, kind, leader
-        )
+            sequence, keys = step, membership.own.phase(name, f"s{step}")
+        entry = Entry(keys, membership.rank, membership.world_size, kind, leader)
         phase = Phase(membership, name, sequence, step, entry)
         phase.early = step is None and not self.complete
         return phase
@@ -130,18 +128,16 @@ class Turns:
         if phase.step is None and not (phase.early and self.complete):
             self._next[phase.name] = max(self._next[phase.name], phase.sequence + 1)
 
-    def renumber(self, phase: Phase) -> PhaseKeys:
-        """Give a phase that was begun too early its number among those that count."""
+    def renumber(self, phase: Phase) -> None:
+        """Give a phase that was begun too early its next number: one that counts, if all are here."""
         sequence = self._next[phase.name]
         self._next[phase.name] = sequence + 1
         phase.sequence = sequence
-        phase.early = False
-        before = phase.entry
-        phase.entry = Entry(
-            self.membership.own.phase(phase.name, f"{sequence}"),
-            before.rank, before.world_size, before.kind, before.leader,
-        )  # fmt: skip
-        return before.keys
+        phase.early = not self.complete
+        phase.entry = phase.entry.under(self._keys(phase.name, sequence))
+
+    def _keys(self, name: str, sequence: int) -> PhaseKeys:
+        return self.membership.own.phase(name, f"{sequence}" if self.complete else f"e{sequence}")
 
     def count_from_now(self) -> None:
         """All have joined."""

@@ -813,7 +813,7 @@ class Session:
             phase.differs = entry.kind == COMMIT
             self._begin_giving_up(phase, count, False)
         elif count.broken:
-            self.start(self._look(phase, connection))
+            self.start(self._look(phase, connection, came_late=True))
         elif count.full(*entry.world):
             me = b"%d" % self.rank
             self._announced[connection] = phase
@@ -829,7 +829,13 @@ class Session:
             else:
                 self._announce(phase, connection, Set(entry.keys.released, me))
 
-    async def _look(self, phase: Phase, connection: Connection) -> None:
+    async def _look(
+        self, phase: Phase, connection: Connection, *, came_late: bool = False
+    ) -> None:
+        """See what was decided.
+
+        :param came_late: it was broken when this rank came
+        """
         with contextlib.suppress(BarrierConnectionError):
             entry = phase.entry
             judged = await phases.look(connection, entry)
@@ -840,9 +846,15 @@ class Session:
                 if members.all_joined(phase.membership, roll):
                     await self._all_joined(turns, connection)
             # What was begun too early may have got another number meanwhile.
-            if phase.entry is not entry:
+            if phase.entry is not entry or phase.decided or phase.giving_up:
                 return
-            if not isinstance(judged, Count):
+            if came_late and phase.early and turns is not None and not phase.full:
+                # Tried in vain before all had joined, which puts nobody out of step: this call
+                # waits with those that are still there.
+                turns.tried_early.append((entry, connection))
+                turns.renumber(phase)
+                self._enter_on(connection, phase, phase.payload)
+            elif not isinstance(judged, Count):
                 self.settle(phase, judged)
             elif judged.full(*entry.world):
                 self._all_in(phase)

@@ -69,6 +69,10 @@ class Entry:
         self.leader = leader
         self.leads = kind == COMMIT and leader == rank
 
+    def under(self, keys: PhaseKeys) -> Entry:
+        """The same in another phase."""
+        return Entry(keys, self.rank, self.world_size, self.kind, self.leader)
+
     @property
     def world(self) -> tuple[int, int]:
         """What a full count is of: so many ranks, with this kind of call."""
