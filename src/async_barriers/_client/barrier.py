@@ -195,8 +195,9 @@ class CrossingBarrier(Barrier):
             session.leave(reason)
             return
         loop = session.use()
+        began = loop.now()
         await self._stop_publishing()
-        leaving = session.leave(reason)
+        leaving = session.leave(reason, loop.now() - began)
         # A host's peers have a moment to hear of their verdicts; the rest is short.
         try:
             await settled(loop, leaving, loop.now() + PEERS_SECS + UNDO_SECS)

@@ -1382,21 +1382,25 @@ class Session:
 
     # -- leaving -------------------------------------------------------------------------
 
-    def leave(self, reason: str) -> Effort[None]:
-        """Break what is awaited, say that this rank is gone, and close; done when all of it is."""
+    def leave(self, reason: str, spent_secs: float = 0.0) -> Effort[None]:
+        """Break what is awaited, say that this rank is gone, and close; done when all of it is.
+
+        :param spent_secs: of the time that closing has
+        """
         if self._leaving is None:
             self.closing = True
-            self._leaving = self.start(self._leave(reason))
+            self._leaving = self.start(self._leave(reason, spent_secs))
         return self._leaving
 
-    async def _leave(self, reason: str) -> None:
+    async def _leave(self, reason: str, spent_secs: float) -> None:
         loop = self.loop
         if loop is None:
             self._source.let_go()
             return
         try:
             began = self._now()
-            deadline = began + (_LEAVE_SILENT_SECS if self._doubtful else _LEAVE_SECS)
+            within_secs = _LEAVE_SILENT_SECS if self._doubtful else _LEAVE_SECS
+            deadline = began + max(within_secs / 2, within_secs - spent_secs)
             breaks = [
                 self.give_up(phase, reason)
                 for phase in list(self.open)
