@@ -29,6 +29,7 @@ class Phase:
     :ivar full: a commit in which all are in, so that only its leader settles it
     :ivar differs: this rank named another leader of a commit than some other rank did
     :ivar brought: the payloads of all ranks, where the leader of a commit has them
+    :ivar word: what this rank, as the leader of a commit, has begun to tell its peers
     :ivar error: what its caller gets, where that is not what the verdict says
     :ivar giving_up: its break is under way; whatever becomes of the caller, that goes on
     :ivar abandoned: nobody waits for it any more
@@ -55,6 +56,7 @@ class Phase:
     large = False
     users = 0
     verdict: Verdict | None = None
+    word: Verdict | None = None
     error: BarrierError | None = None
     lost: BarrierError | None = None
     payload = b""

@@ -1363,6 +1363,8 @@ class Session:
         return await self._using(phase, self._settle_commit(phase, verdict))
 
     async def _settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
+        # A store that hangs may take the first word late, or have taken it: there is no second one.
+        verdict = phase.word = phase.word or verdict
         connection = phase.connection or self._bell
         while True:
             try:
