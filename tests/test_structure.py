@@ -41,21 +41,21 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 LARGER_ROOMS = {
     "_client.barrier": 330,
-    "_client.crossing": 360,
-    "_client.session": 1480,
+    "_client.crossing": 375,
+    "_client.session": 1590,
     "_dist.calls": 310,
     "_portal": 410,
     "_protocol.membership": 520,
-    "_protocol.phase": 390,
+    "_protocol.phase": 395,
     "_store.connecting": 320,
-    "_store.connection": 360,
+    "_store.connection": 380,
     "_store.loops": 480,
-    "_store.threads": 390,
+    "_store.threads": 410,
     "blocking": 330,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 6_450
+CORE_LINES = 6_650
 
 
 def wing_of(name: str) -> str:

@@ -829,9 +829,7 @@ class Session:
             else:
                 self._announce(phase, connection, Set(entry.keys.released, me))
 
-    async def _look(
-        self, phase: Phase, connection: Connection, *, came_late: bool = False
-    ) -> None:
+    async def _look(self, phase: Phase, connection: Connection, *, came_late: bool = False) -> None:
         """See what was decided.
 
         :param came_late: it was broken when this rank came
