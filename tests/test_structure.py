@@ -49,7 +49,7 @@ LARGER_ROOMS = {
     "_protocol.phase": 395,
     "_store.connecting": 320,
     "_store.connection": 380,
-    "_store.loops": 480,
+    "_store.loops": 490,
     "_store.threads": 410,
     "blocking": 330,
 }
