@@ -42,7 +42,6 @@ ROOM_LINES = 300
 LARGER_ROOMS = {
     "_client.barrier": 330,
     "_client.crossing": 375,
-    "_client.session": 1590,
     "_dist.calls": 310,
     "_portal": 410,
     "_protocol.membership": 520,

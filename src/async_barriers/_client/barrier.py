@@ -39,7 +39,8 @@ from .._values import BarrierProgress, BarrierResult
 from .crossing import Crossing
 from .phases import Phase
 from .publication import Publication
-from .session import PEERS_SECS, UNDO_SECS, Session
+from .session import Session
+from .state import PEERS_SECS, UNDO_SECS
 
 _CLOSED = "it closed its barrier"
 # How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.

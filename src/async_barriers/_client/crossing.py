@@ -30,7 +30,8 @@ from .._store.future import Future
 from .._store.waiting import settled, until_done
 from .._values import BarrierProgress
 from .phases import Phase
-from .session import UNDO_SECS, Session
+from .session import Session
+from .state import UNDO_SECS
 
 # How long connecting that failed just in time has to say so.
 _SAYS_WHY_SECS = 0.3

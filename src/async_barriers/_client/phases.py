@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .._errors import BarrierError, BrokenBarrierError
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
 from .._protocol.count import COMMIT
 from .._protocol.keys import PhaseKeys
 from .._protocol.membership import Membership
@@ -78,6 +78,13 @@ class Phase:
         """All are in a commit that this rank leads, and is to publish."""
         return self.full and self.entry.leads and not (self.giving_up or self.decided)
 
+    @property
+    def unsure(self) -> bool:
+        """Whether the store need not know of its arrival: not yet, or never. It does where all are
+        in; and what was begun too early is deleted when all have joined."""
+        on = self.entered_on
+        return self.early or (not self.full and (on is None or on.unsaid or on.lost is not None))
+
     def is_settled(self) -> bool:
         """Its caller has nothing more to wait for."""
         return self.decided or self.to_publish
@@ -131,7 +138,7 @@ class Turns:
             self._next[phase.name] = max(self._next[phase.name], phase.sequence + 1)
 
     def renumber(self, phase: Phase) -> None:
-        """Give a phase that was begun too early its next number: one that counts, if all are here."""
+        """Give a phase that was begun too early another number: it counts, if all are here."""
         sequence = self._next[phase.name]
         self._next[phase.name] = sequence + 1
         phase.sequence = sequence
@@ -162,6 +169,14 @@ class Turns:
             f"rank {self.membership.rank} came for step {step} when {which} was {how} already; a "
             "step is decided once: go on with a later one",
         )  # fmt: skip
+
+
+def in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionError:
+    error = BarrierConnectionError(
+        f"{describe(phase.name, phase.sequence)}: {exc}", in_doubt=phase.entered
+    )
+    error.__cause__ = exc.__cause__
+    return error
 
 
 __all__ = ["COMMIT", "Phase", "Turns"]

@@ -1,0 +1,243 @@
+"""Giving up: breaking a phase, and a commit's word; both go on whatever becomes of the caller."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+from .._errors import BarrierConnectionError
+from .._protocol import membership as members
+from .._protocol import phase as phases
+from .._protocol.count import Count
+from .._protocol.phase import Forgotten
+from .._protocol.store import CompareSet, Read, Request, SetMany
+from .._protocol.verdict import Broken, Verdict, number
+from .._store.future import Future
+from .._store.sources import Connection
+from .._store.waiting import sleep
+from .hearing import Hearing
+from .phases import Phase, in_doubt
+from .state import RETRY_SECS
+
+logger = logging.getLogger(__name__)
+
+
+class Breaking(Hearing):
+    """Breaks phases, recovers from lost connections, and settles commits."""
+
+    def give_up(
+        self,
+        phase: Phase,
+        reason: str,
+        timeout_secs: float | None = None,
+        missing: tuple[int, ...] | None = None,
+        by: int | None = None,
+    ) -> Future[bool]:
+        """Break it, unless it is decided; done when that is known, and whether this call broke it.
+
+        :param by: the rank to blame, if not this one
+
+        Goes on by itself until the store has been told, or this rank has lost its membership.
+        """
+        blamed = self.rank if by is None else by
+        broken = Broken(blamed, reason, timeout_secs, missing or ())
+        names = timeout_secs is not None and missing is None
+        return self._begin_giving_up(phase, broken, names, final=missing is None)
+
+    def _begin_giving_up(
+        self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
+    ) -> Future[bool]:
+        phase.giving_up = True
+        return self.owe(lambda: self._give_up(phase, broken, names, final=final))
+
+    async def _give_up(
+        self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
+    ) -> bool:
+        """As `give_up`.
+
+        :param final: the caller goes, whoever has come: a commit's leader then says so
+        """
+        connection = phase.connection or self._bell
+        again = False
+        while True:
+            try:
+                if connection is None or connection.lost is not None:
+                    connection = None
+                    connection = await self._reopen_for(phase)
+                # On the connection that it entered on, its arrival comes first. What was begun too
+                # early is deleted when all have joined.
+                sure = phase.entered and connection is phase.entered_on and not phase.early
+                judged, ours = await phases.give_up(
+                    connection, phase.entry, broken, entered=sure, names_missing=names
+                )
+                # One that was made on a connection that was lost may not have been told.
+                ours = ours or (again and isinstance(judged, Broken) and judged.rank == self.rank)
+                if ours:
+                    await self._tell_of_break(connection, phase)
+                if isinstance(judged, Broken) and phase.early and phase.entered:
+                    # The log may have been deleted just then.
+                    others = tuple(rank for rank in judged.missing if rank != self.rank)
+                    judged = replace(judged, missing=others)
+                break
+            except Forgotten as exc:
+                if phase.early and connection is not None:
+                    # All have joined, and deleted it between two looks.
+                    continue
+                phase.giving_up = False
+                self.settle(phase, error=exc)
+                return False
+            except BarrierConnectionError as exc:
+                # What was sent there may or may not have come; it is asked anew elsewhere.
+                logger.debug("rank %d gives up anew: %s", self.rank, exc)
+                if self._over:
+                    raise
+                connection, again = None, True
+        if isinstance(judged, Count) and final and phase.entry.leads and not phase.differs:
+            # It has not begun to publish, and does not while it gives up. Nobody else can say so.
+            judged, ours = await self.settle_commit(phase, broken), True
+        if self._rings and not (ours or isinstance(judged, Broken)):
+            # Where all are in, the last one of them may not have come to say so.
+            connection.call(SetMany(phase.membership.bells, b"all in"))
+        phase.giving_up = False
+        if not isinstance(judged, Count):
+            self.settle(phase, judged)
+        else:
+            self._all_in(phase)
+            phase.wake()
+        if phase.abandoned:
+            self.forget(phase)
+        return ours
+
+    async def _reopen_for(self, phase: Phase) -> Connection:
+        """A connection for a phase whose own was lost; one for all that need it."""
+        if phase.reopening is None or phase.reopening.done:
+            if phase.connection is not None and phase.connection.lost is None:
+                return phase.connection
+            phase.reopening = self.start(self._reopen(phase))
+        return await phase.reopening
+
+    async def _reopen(self, phase: Phase) -> Connection:
+        loop = self.loop
+        assert loop is not None
+        old = phase.connection
+        if old is not None:
+            old.on_lost = None
+            old.close(reset=True)
+            self._salvage(old)
+        began = self._now()
+        while True:
+            try:
+                connection = await self._open(loop, self._now() + self.init_secs)
+                break
+            except BarrierConnectionError:
+                if self._now() > began + self.init_secs or self.closing:
+                    raise
+                await sleep(loop, RETRY_SECS)
+        phase.connection = connection
+        connection.on_lost = None
+        if phase not in self.open:
+            # It was forgotten meanwhile; what is under way for it may use this as long as it is.
+            self._put_back(connection)
+        if not await members.still_holds(connection, phase.membership):
+            found = await connection.call(Read(self.keys.state), Read(phase.entry.keys.count))
+            if not found[0] or (phase.entered and not found[1]):
+                raise Forgotten
+        return connection
+
+    async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
+        membership = phase.membership
+        requests: list[Request] = []
+        if phase.step is not None:
+            # Whoever comes for an earlier step learns it; until all are past this one.
+            key = membership.own.latest(phase.name)
+            held = b""
+            while True:
+                (now,) = await connection.call(CompareSet(key, held, b"%d" % phase.step))
+                if (number(now) or 0) >= phase.step:
+                    break
+                # So answers a key that is absent: it was deleted meanwhile.
+                held = b"" if now == held else now
+        requests.append(SetMany(membership.bells, b"broken"))
+        await connection.call(*requests, Read(phase.entry.keys.count))
+
+    def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:
+        if phase.decided:
+            if phase.connection is not None:
+                self._salvage(phase.connection)
+            return
+        phase.lost = error
+        if not phase.giving_up:
+            self.start(self._recover(phase, error))
+        phase.wake()
+
+    async def _recover(self, phase: Phase, error: BarrierConnectionError) -> None:
+        """The connection was lost on which this rank had entered: it cannot know whether it has."""
+        broken = Broken(self.rank, "it lost its connection to the store")
+        phase.giving_up = True
+        try:
+            await self._give_up(phase, broken, False)
+        except BarrierConnectionError as exc:
+            self.settle(phase, error=in_doubt(phase, exc))
+            return
+        connection = phase.connection
+        if phase.full and not phase.decided and connection is not None:
+            connection.on_lost = partial(self._phase_lost, phase)
+            connection.on_wake = partial(self._woken, phase)
+            phase.lost = None
+            if connection.waits and not phase.entry.leads:
+                connection.call(wait=phase.entry.awaited)
+        elif isinstance(phase.verdict, Broken) and phase.verdict.rank == self.rank:
+            phase.error = error
+
+    def worry(self, phase: Phase) -> None:
+        """The store left a call unanswered: leave the connections behind that hang.
+
+        What this rank owes is said on new ones, once the store can be reached.
+        """
+        self._doubtful = True
+        phase.worried = True
+        old = phase.connection
+        if old is not None and old.lost is None:
+            old.on_lost = None
+            old.close(reset=True)
+            self._salvage(old)
+        bell = self._bell
+        if bell is not None and bell.unsaid:
+            bell.close(reset=True)
+            self._bell_lost(bell, BarrierConnectionError("the store did not answer in time"))
+        for connection in list(self._idle):
+            if connection.unsaid:
+                self._idle.remove(connection)
+                connection.close(reset=True)
+                self._salvage(connection)
+        if not self.closing:
+            self.join()
+
+    def give_word(self, phase: Phase, verdict: Verdict) -> Future[Verdict]:
+        """Settle a commit as its leader; goes on until the store knows."""
+        return self.owe(lambda: self.settle_commit(phase, verdict))
+
+    async def settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
+        """As `give_word`."""
+        return await self._using(phase, self._settle_commit(phase, verdict))
+
+    async def _settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
+        # A store that hangs may take the first word late, or have taken it: there is no second one.
+        verdict = phase.word = phase.word or verdict
+        connection = phase.connection or self._bell
+        while True:
+            try:
+                if connection is None or connection.lost is not None:
+                    connection = await self._reopen_for(phase)
+                membership = phase.membership
+                if await phases.settle(connection, phase.entry, verdict, membership.own.threaded):
+                    await connection.call(SetMany(membership.bells, b"settled"))
+                self.settle(phase, verdict)
+                return verdict
+            except Forgotten:
+                raise
+            except BarrierConnectionError:
+                if self._over:
+                    raise
+                connection = None

@@ -1,0 +1,270 @@
+"""Entering a phase, and departing from it when it is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from .._errors import BarrierConnectionError, BarrierError
+from .._protocol import phase as phases
+from .._protocol.count import COMMIT, EXECUTE, GATHER
+from .._protocol.phase import Entry, Forgotten
+from .._protocol.store import Add, Delete, Read, Request, Set, SetMany
+from .._protocol.verdict import Broken, Released, Verdict, number
+from .._store.future import Future
+from .._store.sources import Connection
+from .phases import Phase, Turns
+from .pool import Pool, nothing
+
+T = TypeVar("T")
+
+
+class Entering(Pool):
+    """Begins phases, arrives in them, and departs."""
+
+    def begin(
+        self,
+        name: str,
+        step: int | None = None,
+        kind: int = EXECUTE,
+        leader: int = -1,
+        hold: Callable[[Phase], object] | None = None,
+    ) -> Phase:
+        """This rank's next phase of ``name``, or that of ``step``; where it `stands`.
+
+        :param hold: called with it before anything else can come between
+        """
+        assert self.turns is not None
+        phase = self.turns.begin(name, step, kind, leader)
+        if hold is not None:
+            hold(phase)
+        self.open[phase] = None
+        self.turns.use(phase)
+        return phase
+
+    def hold(self, phase: Phase) -> None:
+        """See that a turn is counted, and known, wherever `begin` was interrupted."""
+        self.open[phase] = None
+        if self.turns is not None and self.turns.membership is phase.membership:
+            self.turns.use(phase)
+
+    def awaited(self, name: str, step: int | None) -> Phase | None:
+        """The oldest phase of ``name``, or of its ``step``, that this rank has begun."""
+        for phase in self.open:
+            if phase.decided or phase.giving_up:
+                continue
+            if phase.name == name and (step is None or phase.step == step):
+                return phase
+        return None
+
+    def too_late(self, name: str, step: int | None) -> bool:
+        """Whether ``step`` of ``name`` was decided."""
+        if step is None or self.turns is None:
+            return False
+        return self.turns.too_late(name, step) is not None
+
+    def enter(self, phase: Phase, payload: bytes = b"") -> None:
+        """Enter it; what comes of that wakes the phase's waiter."""
+        if phase.early:
+            phase.payload = payload
+        if self._idle:
+            self._enter_on(self._idle.pop(), phase, payload)
+        else:
+            self.start(self._open_and_enter(phase, payload))
+
+    async def _open_and_enter(self, phase: Phase, payload: bytes) -> None:
+        loop = self.loop
+        assert loop is not None
+        try:
+            connection = await self._open(loop, self._now() + self.init_secs)
+        except BarrierConnectionError as exc:
+            if not phase.decided:
+                phase.lost = exc
+                self._begin_giving_up(
+                    phase, Broken(self.rank, "it could not reach the store"), False
+                )
+                phase.wake()
+            return
+        if phase.decided or phase.giving_up:
+            self._put_back(connection)
+        else:
+            self._enter_on(connection, phase, payload)
+
+    def _enter_on(self, connection: Connection, phase: Phase, payload: bytes) -> None:
+        phase.connection = phase.entered_on = connection
+        connection.on_lost = partial(self._phase_lost, phase)
+        connection.on_wake = partial(self._woken, phase)
+        phase.entered = True
+        phase.large = len(payload) > phases.SMALL_BYTES
+        entry = phase.entry
+        if phase.step is not None:
+            connection.outbox.append(
+                ([Read(phase.membership.own.latest(phase.name))], partial(self._seen, phase))
+            )
+        said = connection.call(
+            *phases.entering(entry, payload), wait=entry.awaited if connection.waits else None
+        )
+        said.when_done(partial(self._arrived, phase, entry, connection, said))
+
+    def _arrived(
+        self, phase: Phase, entry: Entry, connection: Connection, said: Future[list[Any]]
+    ) -> None:
+        """The store has counted this rank in."""
+        if said.error is not None or phase.entry is not entry:
+            return
+        if phase.connection is not connection:
+            # It was decided and has departed; another phase may wait on this connection.
+            return
+        count = phases.entered(entry, said.result())
+        stopping = phase.decided or phase.giving_up
+        if stopping and (isinstance(count, Broken) or not count.full(*entry.world)):
+            return
+        # The last one to enter wakes the others, also where it does not wait any more.
+        if isinstance(count, Broken):
+            phase.differs = entry.kind == COMMIT
+            self._begin_giving_up(phase, count, False)
+        elif count.broken:
+            self.start(self._look(phase, connection, came_late=True))
+        elif count.full(*entry.world):
+            me = b"%d" % self.rank
+            self._announced[connection] = phase
+            if entry.kind != COMMIT:
+                if not self._rings:
+                    connection.fulfil(Set(entry.keys.released, me))
+                else:
+                    connection.stop_waiting()
+                    self._announce(phase, connection, Set(entry.keys.released, me))
+                self.settle(phase, Released(self.rank))
+            elif entry.leads and not stopping:
+                self.start(self._collect(phase, connection))
+            else:
+                self._announce(phase, connection, Set(entry.keys.released, me))
+
+    def _seen(self, phase: Phase, found: list[Any]) -> None:
+        if (later := number(found[0])) is not None:
+            self.start(self._past(phase, later))
+
+    async def _past(self, phase: Phase, latest: int) -> None:
+        """A later step of the name was decided: this one will not be."""
+        assert phase.step is not None
+        turns = self.turns
+        if turns is None or turns.membership is not phase.membership or latest <= phase.step:
+            return
+        turns.decided(phase.name, latest, "broken")
+        late = turns.too_late(phase.name, phase.step)
+        if late is not None and not phase.decided:
+            self._begin_giving_up(phase, Broken(self.rank, late.reason), False)
+
+    def _announce(self, phase: Phase, connection: Connection, *requests: Request) -> None:
+        """Wake those who wait, and ring for those who only hear their bell."""
+        membership = phase.membership
+        told = connection.call(*requests, Read(membership.own.threaded))
+
+        def ring() -> None:
+            if told.error is not None:
+                return
+            if told.result()[0] is not None:
+                connection.call(SetMany(membership.bells, b"all in"))
+            elif membership is self.membership:
+                # All have joined, so that nobody will be there to ring for.
+                self._rings = False
+
+        told.when_done(ring)
+
+    def settle(
+        self, phase: Phase, verdict: Verdict | None = None, *, error: BarrierError | None = None
+    ) -> None:
+        """What came of it; the first to be known stays."""
+        if not phase.decided:
+            phase.verdict, phase.error, phase.decided = verdict, error, True
+            turns = self.turns
+            if phase.step is not None and turns is not None and verdict is not None:
+                how = "released" if isinstance(verdict, Released) else "broken"
+                if turns.membership is phase.membership:
+                    turns.decided(phase.name, phase.step, how)
+            if phase.abandoned and not phase.giving_up:
+                self.forget(phase)
+            phase.wake()
+
+    def forget(self, phase: Phase) -> None:
+        """Nobody on this rank waits for it any more: depart, and let its connection go.
+
+        Not while its peers are still owed a word about it.
+        """
+        unsettled = not (phase.decided or (phase.full and not phase.entry.leads))
+        if phase.giving_up or phase.users or unsettled:
+            phase.abandoned = True
+            if unsettled and not (phase.giving_up or phase.users):
+                # Its call was interrupted before it could give up.
+                reason = "its call was interrupted"
+                broken = Broken(self.rank, reason, in_doubt=phase.full)
+                self._begin_giving_up(phase, broken, False, final=True)
+            return
+        if self.open.pop(phase, True) is True:
+            return
+        connection, phase.connection = phase.connection, None
+        if connection is not None and connection.lost is None:
+            connection.on_lost = None
+            connection.stop_waiting()
+            self._depart(phase, connection)
+            self._put_back(connection)
+        elif (bell := self._bell) is not None and bell.lost is None:
+            self._depart(phase, bell)
+            self._tidy_soon()
+
+    def _depart(self, phase: Phase, connection: Connection) -> None:
+        """Count this rank out, with the next message; the last one to be deletes the keys."""
+        turns = self.turns
+        if phase.early and turns is not None and turns.membership is phase.membership:
+            turns.tried_early.append((phase.entry, connection))
+            if turns.complete:
+                self._clear_early(turns)
+        if phase.early or isinstance(phase.error, Forgotten):
+            return
+        departed = partial(self._departed, phase, connection)
+        connection.outbox.append(([Add(phase.entry.keys.departed, 1)], departed))
+        if phase.large and not (phase.entry.kind == GATHER and isinstance(phase.verdict, Released)):
+            own = phase.entry.keys.payload(self.rank)
+            connection.outbox.append(([Delete(own)], nothing))
+        if phase.step is not None and isinstance(phase.verdict, Released):
+            # All are past the steps before it.
+            latest = phase.membership.own.latest(phase.name)
+            connection.outbox.append(([Delete(latest)], nothing))
+
+    def _departed(self, phase: Phase, connection: Connection, answers: list[Any]) -> None:
+        if answers[0] >= phase.entry.world_size:
+            broken = not isinstance(phase.verdict, Released)
+            large: list[int] = []
+            if phase.entry.kind == GATHER and not broken:
+                small = phases.SMALL_BYTES
+                large = [r for r, p in (phase.brought or {}).items() if len(p) > small]
+            spent = phases.spent(phase.entry, broken=broken, large=large)
+            if connection.lost is not None and self._idle:
+                # What was due there goes out here; see `_stand`.
+                connection = self._idle[-1]
+            connection.outbox.append((spent, nothing))
+            self._tidy_soon()
+
+    def _clear_early(self, turns: Turns) -> None:
+        """Delete what was tried too early, on the connection where it was, or what took its place.
+
+        Not before all have joined: until then, others learn there what became of it.
+        """
+        spares = [c for c in (*self._idle, self._bell) if c is not None and c.lost is None]
+        for entry, connection in turns.tried_early if spares else ():
+            on = connection if connection.lost is None else spares[0]
+            on.outbox.append((phases.spent(entry, broken=True), nothing))
+            self._tidy_soon()
+        turns.tried_early.clear()
+
+    async def _using(self, phase: Phase, call: Coroutine[Any, Any, T]) -> T:
+        """Make a call on another connection than the phase's own, and depart only after that: what
+        it writes must not come after the keys were deleted."""
+        phase.users += 1
+        try:
+            return await call
+        finally:
+            phase.users -= 1
+            if phase.abandoned:
+                self.forget(phase)

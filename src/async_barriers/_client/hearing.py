@@ -1,0 +1,172 @@
+"""How a rank that waits in a phase, or its leader, hears what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
+from .._protocol import membership as members
+from .._protocol import phase as phases
+from .._protocol.count import COMMIT, Count
+from .._protocol.phase import Forgotten
+from .._protocol.store import Delete, Read
+from .._protocol.verdict import Broken, Released
+from .._store.sources import Connection
+from .entering import Entering
+from .phases import Phase
+
+# Who waited for less did not wait for anybody.
+WAITED_SECS = 0.01
+
+
+class Hearing(Entering):
+    """Looks at a phase when this rank is woken."""
+
+    def _woken(self, phase: Phase) -> None:
+        entry, connection = phase.entry, phase.connection
+        if phase.decided or connection is None:
+            return
+        if entry.kind != COMMIT:
+            if self._now() - phase.since < WAITED_SECS:
+                self.settle(phase, Released())
+            else:
+                self.start(self._confirm(phase, connection))
+        elif entry.leads:
+            self.start(self._collect(phase, connection))
+        else:
+            self.start(self._hear(phase))
+
+    async def _confirm(self, phase: Phase, connection: Connection) -> None:
+        """A rank that has waited for long asks who came last, and whether that is what woke it."""
+        with contextlib.suppress(BarrierConnectionError):
+            confirmed = await phases.confirm(connection, phase.entry)
+            if confirmed is not None:
+                self.settle(phase, confirmed)
+                return
+        await self._woken_by_others(phase, connection)
+
+    async def _look(self, phase: Phase, connection: Connection, *, came_late: bool = False) -> None:
+        """See what was decided.
+
+        :param came_late: it was broken when this rank came
+        """
+        with contextlib.suppress(BarrierConnectionError):
+            entry = phase.entry
+            judged = await phases.look(connection, entry)
+            turns = self.turns
+            if phase.early and turns is not None and turns.membership is phase.membership:
+                # Before its bell was heard, all may have joined.
+                (roll,) = await connection.call(Read(phase.membership.own.roll))
+                if members.all_joined(phase.membership, roll):
+                    await self._all_joined(turns, connection)
+            # What was begun too early may have got another number meanwhile.
+            if phase.entry is not entry or phase.decided or phase.giving_up:
+                return
+            if came_late and phase.early and turns is not None and not phase.full:
+                # Tried in vain before all had joined, which puts nobody out of step: this call
+                # waits with those that are still there.
+                turns.tried_early.append((entry, connection))
+                turns.renumber(phase)
+                self._enter_on(connection, phase, phase.payload)
+            elif not isinstance(judged, Count):
+                self.settle(phase, judged)
+            elif judged.full(*entry.world):
+                self._all_in(phase)
+
+    async def _woken_by_others(self, phase: Phase, connection: Connection) -> None:
+        """Something else wrote to what this rank waits for, or it is broken."""
+        await self._look(phase, connection)
+        waits_on = (connection.waits or phase.alone) and connection.lost is None
+        if waits_on and not (phase.decided or phase.giving_up):
+            connection.call(Delete(phase.entry.awaited), wait=phase.entry.awaited)
+            # What was awaited may have come just before that.
+            await self._look(phase, connection)
+
+    async def _collect(self, phase: Phase, connection: Connection) -> None:
+        """The leader of a commit was told that all are in: take what they brought."""
+        with contextlib.suppress(BarrierConnectionError):
+            try:
+                brought = await phases.collect(connection, phase.entry)
+            except BarrierConnectionError:
+                raise
+            except BarrierError:
+                # Said where it is asked for again, by the publication.
+                self._all_in(phase)
+                return
+            if isinstance(brought, Broken):
+                await self.settle_commit(phase, brought)
+                return
+            if phase.decided or phase.full:
+                return
+            if brought is not None:
+                phase.brought = brought
+                self._all_in(phase)
+            elif connection.waits and not phase.giving_up:
+                await self._woken_by_others(phase, connection)
+
+    async def _hear(self, phase: Phase) -> None:
+        connection = phase.connection
+        assert connection is not None
+        try:
+            judged = await phases.hear(connection, phase.entry)
+        except ValueError as exc:
+            error = BarrierConnectionError(
+                f"{describe(phase.name, phase.sequence)}: the verdict of this commit was "
+                f"overwritten ({exc})", in_doubt=True,
+            )  # fmt: skip
+            self.settle(phase, error=error)
+            return
+        except BarrierConnectionError:
+            return
+        if judged is not None:
+            self.settle(phase, judged)
+        elif connection.lost is None and not phase.decided:
+            await self._woken_by_others(phase, connection)
+
+    def _all_in(self, phase: Phase) -> None:
+        """A commit in which all are in; its leader goes on, the others wait for its word."""
+        if not phase.full and not phase.decided:
+            phase.full = True
+            connection = phase.connection
+            if phase.differs and connection is not None:
+                # The register cannot be broken any more, but nothing will be published either.
+                self.start(self._collect(phase, connection))
+            follows = not phase.entry.leads and connection is not None and connection.lost is None
+            if follows and connection is not None and connection.waits:
+                self.start(self._hear(phase))
+            phase.wake()
+
+    def _wait_alone(self, phase: Phase) -> None:
+        """Wait for the leader's word where no bell of this generation is heard any more."""
+        connection = phase.connection
+        if connection is not None and not connection.waits and not phase.entry.leads:
+            phase.alone = True
+            connection.call(wait=phase.entry.awaited)
+
+    async def payloads(self, phase: Phase) -> dict[int, bytes]:
+        """What all brought."""
+        if phase.brought is not None:
+            return phase.brought
+        connection = phase.connection or self._bell
+        if connection is None:
+            raise BarrierConnectionError("there is no connection to the store")
+        brought = await phases.collect(connection, phase.entry)
+        if brought is None:
+            raise Forgotten
+        if isinstance(brought, Broken):
+            await self.settle_commit(phase, brought)
+            raise BrokenBarrierError(phase.name, phase.sequence, brought.rank, brought.reason)
+        phase.brought = brought
+        return brought
+
+    async def ask_missing(self, phase: Phase) -> tuple[int, ...] | None:
+        bell = self._bell
+        if bell is None:
+            return None
+        return await self._using(phase, phases.survey(bell, phase.entry))
+
+    async def ask_not_joined(self) -> tuple[int, ...]:
+        bell, membership = self._bell, self.membership
+        if bell is None or membership is None:
+            return ()
+        return await members.not_joined(bell, membership)

@@ -1,0 +1,170 @@
+"""Claiming this rank in the present generation, and taking part in it."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BrokenBarrierError,
+    describe,
+)
+from .._protocol import membership as members
+from .._protocol.keys import Keys
+from .._protocol.membership import Closed, Membership, State
+from .._protocol.store import Read
+from .._protocol.verdict import Broken
+from .._store.future import Effort
+from .._store.sources import CannotHost, Connection
+from .._store.waiting import sleep, within
+from . import process
+from .listening import Listening
+from .phases import Turns
+from .state import RETRY_SECS, RETRY_SECS_AT_MOST
+
+# How long a rank that calls when another has left waits for that one to come back.
+_GRACE_SECS = 0.5
+
+
+class Joining(Listening):
+    """Connects and joins, again and again until it has, or its time is over."""
+
+    def join(self) -> Effort[None]:
+        """Connect, and claim this rank in the present generation; one attempt serves all."""
+        if self.joining is None:
+            self._joining = self.start(self._join())
+        assert self._joining is not None
+        return self._joining
+
+    @property
+    def joining(self) -> Effort[None] | None:
+        """The attempt to join that is under way."""
+        return None if self._joining is None or self._joining.done else self._joining
+
+    async def _join(self) -> None:
+        loop = self.loop
+        assert loop is not None
+        deadline = self._now() + self.init_secs
+        pause = RETRY_SECS
+        while True:
+            store: Connection | None = None
+            try:
+                store = await self._open(loop, deadline)
+                if self.closing:
+                    raise BarrierConnectionError(f"{describe(self.prefix)} was closed meanwhile")
+                self.keys = Keys(self.prefix, self._source.namespace)
+                joined = self._joining_on = self.start(self._join_on(store))
+                if not await within(loop, joined, deadline - self._now()):
+                    # What hangs must not hold up the next attempt.
+                    joined.stop(BarrierConnectionError("the store did not answer in time"))
+                joined.result()
+                self._source.failures.clear()
+                return
+            except BarrierError as exc:
+                self._source.failures[:] = [exc]
+                if store is not None:
+                    store.close(reset=store.unsaid)
+                lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
+                if not lost or self.closing or self._now() >= deadline:
+                    raise
+            await sleep(loop, pause)
+            pause = min(2 * pause, RETRY_SECS_AT_MOST)
+
+    async def _join_on(self, store: Connection) -> None:
+        loop = self.loop
+        assert loop is not None
+        before = self.membership or self._claimed or self._before
+        closed_by = self._closed_by
+        if before is not None and closed_by is None:
+            # A store that was not heard of for a while, but is the same.
+            turns = Turns(before) if before is self._claimed else self.turns
+            if turns is not None and await members.still_holds(store, before):
+                await self._stand(store, turns)
+                return
+        elif before is not None and closed_by is not None:
+            await self._await_return(store, before, closed_by)
+        if before is not None:
+            self._break_all(before, store, await self._successor(store, before))
+        life = process.new_life(self._run_id)
+        self._claiming = True
+        try:
+            joined = await members.join(
+                store,
+                self.keys,
+                self.rank,
+                self.world_size,
+                life,
+                lives=process.lives,
+                wait_for=partial(self._wait_for, store),
+                before=before,
+            )
+            self._claimed = joined
+            if before is not None:
+                process.holders.pop(before.claim.life.token, None)
+            process.holders[joined.claim.life.token] = self
+        finally:
+            self._claiming = False
+        self._closed_by = None
+        self._drained = False
+        self._rings = True
+        await self._stand(store, Turns(joined))
+
+    async def _successor(self, store: Connection, before: Membership) -> State | None:
+        found = await store.call(*members.around(before))
+        return members.surroundings(before, found).successor
+
+    async def _stand(self, store: Connection, turns: Turns) -> None:
+        """Take part, with connections that work."""
+        loop = self.loop
+        assert loop is not None
+        for connection in (self._bell, *self._idle):
+            if connection is not None and connection is not store:
+                connection.on_lost = None
+                self.start(self._retire(connection))
+        self._idle, self._bell = [], None
+        bell = await self._open(loop, self._now() + self.init_secs)
+        if self.closing:
+            bell.close()
+            raise BarrierClosedError(describe(self.prefix))
+        self.turns = turns
+        self._before, self._claimed = turns.membership, None
+        self._doubtful = False
+        self._listen(bell)
+        await self._look_around()
+        if store.lost is None:
+            self._put_back(store)
+        while self._owed and self.stands:
+            name, step, reason = self._owed[0]
+            with contextlib.suppress(BrokenBarrierError):
+                phase = self.begin(name, step)
+                await self._give_up(phase, Broken(self.rank, reason), False)
+                self.forget(phase)
+            del self._owed[0]
+
+    async def _await_return(self, store: Connection, before: Membership, closed_by: Closed) -> None:
+        """Wait a moment for the rank that left to come back; it ends the generation then.
+
+        :raises BrokenBarrierError: it does not
+        """
+        until = self._now() + _GRACE_SECS
+        assert self.loop is not None
+        while True:
+            (found,) = await store.call(Read(self.keys.state))
+            # A number: the last one has cleared up, and nobody has come since. A store that knows
+            # nothing is a new one.
+            if found is None or not (found.isdigit() or found == before.state.encode()):
+                return
+            if self._now() >= until:
+                raise self._left_error(closed_by)
+            # Its bell may be another connection's, which is gone; this is short, and rare.
+            await sleep(self.loop, 0.05)
+
+    def _left_error(self, closed_by: Closed) -> BrokenBarrierError:
+        return BrokenBarrierError(self.prefix, 0, closed_by.rank, closed_by.reason)
+
+    def owe_turn(self, name: str, step: int | None, reason: str) -> None:
+        """The store could not be reached: break the next turn of ``name`` when it can."""
+        self._owed.append((name, step, reason))

@@ -1,0 +1,298 @@
+"""The bell: what a rank hears of its generation, and what it does then."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+from functools import partial
+
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
+from .._protocol import membership as members
+from .._protocol import phase as phases
+from .._protocol.count import Count
+from .._protocol.membership import Closed, Membership, State
+from .._protocol.phase import Forgotten
+from .._protocol.store import Append, Delete, Read
+from .._protocol.verdict import Broken, number
+from .._store.sources import Connection
+from .._store.waiting import sleep
+from .breaking import Breaking
+from .phases import Phase, Turns, in_doubt
+from .pool import nothing
+from .state import PEERS_SECS, RETRY_SECS, RETRY_SECS_AT_MOST, UNDO_SECS
+
+logger = logging.getLogger(__name__)
+
+
+class Listening(Breaking):
+    """Looks around when its bell is rung."""
+
+    def _listen(self, bell: Connection) -> None:
+        self._bell = bell
+        bell.on_wake = lambda: self.start(self._look_around())
+        bell.on_lost = partial(self._bell_lost, bell)
+
+    def _bell_lost(self, bell: Connection, error: BarrierConnectionError) -> None:
+        if bell is not self._bell:
+            return
+        self._bell = None
+        self._salvage(bell)
+        for phase in self.open if not bell.waits else ():
+            # It hears of nothing any more, and waits for nothing else.
+            phase.lost = phase.lost or error
+            phase.wake()
+        if not self.closing and self.turns is not None and self._closed_by is None:
+            self._reopening = self.start(self._reopen_bell())
+
+    async def _reopen_bell(self) -> None:
+        """Listen again: a rank that waits must hear of what concerns it."""
+        loop = self.loop
+        pause = RETRY_SECS
+        gone_at = self._now() + self.init_secs
+        while loop is not None and not self.closing and self._bell is None:
+            try:
+                bell = await self._open(loop, self._now() + UNDO_SECS)
+            except BarrierError as exc:
+                logger.debug("rank %d cannot listen: %s", self.rank, exc)
+                if not self.open and self._now() >= gone_at:
+                    self._doubtful = True
+                    return
+                await sleep(loop, pause)
+                pause = min(2 * pause, RETRY_SECS_AT_MOST)
+                continue
+            if self._bell is not None or self.closing or self.turns is None:
+                bell.close()
+                return
+            self._listen(bell)
+            for phase in self.open if not bell.waits else ():
+                if phase.connection is not None and phase.connection.lost is None:
+                    phase.lost = None
+            with contextlib.suppress(BarrierConnectionError):
+                await self._look_around(first=True)
+
+    async def _look_around(self, *, first: bool = False) -> None:
+        """Take the bell, and see what it was rung for."""
+        bell, turns = self._bell, self.turns
+        if bell is None or turns is None:
+            return
+        membership = turns.membership
+        # Each with whether the store has counted it in: its arrival is on another connection, and
+        # need not have come when this is answered.
+        waiting = [
+            (phase, phase.entry, not phase.unsure)
+            for phase in self.open
+            if phase.entered and not phase.decided and not phase.giving_up
+        ]
+        requests = members.around(membership)
+        for _, entry, _ in waiting:
+            requests += [Read(entry.keys.count), Read(entry.keys.reason)]
+        for phase, _, _ in waiting:
+            if phase.step is not None:
+                requests.append(Read(phase.membership.own.latest(phase.name)))
+        try:
+            found = await bell.call(*requests, wait=membership.own.bell(self.rank))
+            around = members.surroundings(membership, found[:5])
+            if first and not await members.still_holds(bell, membership):
+                around = replace(around, over=True)
+            if around.asked:
+                await members.answer(bell, membership, around.asked)
+            if around.complete and not around.over:
+                # What was tried too early is moved, whatever had become of it.
+                await self._all_joined(turns, bell)
+            counted = found[5:]
+            latest = iter(counted[2 * len(waiting) :])
+            for number, (phase, entry, arrived) in enumerate(waiting):
+                value, reason = counted[2 * number : 2 * number + 2]
+                seen = next(latest) if phase.step is not None else None
+                # What was begun too early may have got another number meanwhile.
+                if phase.entry is entry:
+                    await self._see(bell, phase, arrived, value, reason, seen)
+        except BarrierConnectionError:
+            return  # Another one will be opened, and look.
+        if turns is not self.turns:
+            return
+        if around.over:
+            self._generation_over(membership, around.successor, bell)
+            return
+        if around.closed is not None and around.closed.rank != self.rank and not self.closing:
+            self._left(membership, around.closed, bell)
+        if around.host_leaves and not self.closing and not self._drained:
+            self._drained = True
+            self.start(self._drain(membership))
+
+    async def _see(
+        self,
+        bell: Connection,
+        phase: Phase,
+        arrived: bool,
+        value: bytes | None,
+        reason: bytes | None,
+        latest: bytes | None,
+    ) -> None:
+        if phase.decided:
+            return
+        entry = phase.entry
+        try:
+            judged = await self._using(
+                phase, phases.judge(bell, entry, value, reason, entered=arrived)
+            )
+        except Forgotten as exc:
+            self._doubtful = True
+            self.settle(phase, error=exc)
+            return
+        if phase.entry is not entry:
+            return
+        if not isinstance(judged, Count):
+            self.settle(phase, judged)
+        elif judged.full(phase.entry.world_size, phase.entry.kind):
+            self._all_in(phase)
+        elif (later := number(latest)) is not None and phase.step is not None:
+            await self._past(phase, later)
+
+    def _generation_over(
+        self, membership: Membership, successor: State | None, bell: Connection
+    ) -> None:
+        if self.turns is None or self.turns.membership is not membership:
+            return
+        self.turns = None
+        self._before = membership
+        bell.stop_waiting()
+        if successor is not None:
+            self._note_interrupted(bell, membership, successor)
+        self._break_all(membership, bell, successor)
+        self.start(self._tidy_bell(bell, membership))
+
+    def _note_interrupted(self, bell: Connection, over: Membership, successor: State) -> None:
+        """Tell a rank that joined again in which phases it was waited for; see `_all_joined`."""
+        names = {
+            _named(phase.name)
+            for phase in self.open
+            if phase.membership is over and phase.entered and phase.step is None
+        }
+        if names:
+            own = self.keys.generation(successor.identity)
+            bell.call(Append(own.interrupted, b" ".join(names) + b"\n"))
+
+    async def _tidy_bell(self, bell: Connection, membership: Membership) -> None:
+        with contextlib.suppress(BarrierConnectionError):
+            await bell.call(Delete(membership.own.bell(self.rank)))
+
+    def _break_all(
+        self, membership: Membership, store: Connection, successor: State | None
+    ) -> None:
+        """Break what is awaited in a generation that is over."""
+        by = None if successor is None else successor.by
+        who = "another rank" if by is None else f"rank {by}"
+        broken = Broken(by, f"{who} joined again: it was restarted, or its barrier was built anew")
+        logger.info("barrier %r: %s", self.prefix, broken.reason)
+        for phase in list(self.open):
+            if phase.membership is membership and not phase.decided:
+                self.start(self._break_for(phase, store, broken))
+
+    def _left(self, membership: Membership, closed: Closed, bell: Connection) -> None:
+        """A rank left: nothing in its generation will be released any more."""
+        if self._closed_by is not None:
+            return
+        self._closed_by = closed
+        for phase in list(self.open):
+            if phase.membership is membership and not phase.decided:
+                self.start(self._break_for(phase, bell, Broken(closed.rank, closed.reason)))
+
+    async def _break_for(self, phase: Phase, store: Connection, broken: Broken) -> None:
+        """Break a phase for what another rank did."""
+        entry = phase.entry
+        try:
+            arrived = phase.entered and not phase.unsure
+            giving_up = phases.give_up(store, entry, broken, entered=arrived)
+            judged, _ = await self._using(phase, giving_up)
+        except Forgotten as exc:
+            if phase.early or phase.entry is not entry:
+                await self._break_for(phase, store, broken)
+            else:
+                self.settle(phase, error=exc)
+            return
+        except BarrierConnectionError:
+            await self._break_elsewhere(phase, broken)
+            return
+        if phase.entry is not entry:
+            # It got another number meanwhile.
+            await self._break_for(phase, store, broken)
+        elif not isinstance(judged, Count):
+            self.settle(phase, judged)
+        elif phase.entry.leader == broken.rank:
+            # It may have published before it went; nobody else can say.
+            self.settle(
+                phase,
+                error=BrokenBarrierError(
+                    phase.name, phase.sequence, broken.rank, broken.reason, in_doubt=True
+                ),
+            )
+        else:
+            self._all_in(phase)
+            self._wait_alone(phase)
+
+    async def _break_elsewhere(self, phase: Phase, broken: Broken) -> None:
+        """As `_break_for`, when the bell was lost: on the phase's own connection, or a new one."""
+        if phase.decided or phase.giving_up or self.closing:
+            return
+        try:
+            connection = await self._reopen_for(phase)
+        except BarrierConnectionError as exc:
+            self.settle(phase, error=in_doubt(phase, exc))
+        else:
+            await self._break_for(phase, connection, broken)
+
+    async def _all_joined(self, turns: Turns, bell: Connection) -> None:
+        """All ranks have joined: what was tried before does not count."""
+        if turns.complete:
+            return
+        membership = turns.membership
+        turns.count_from_now()
+        interrupted: bytes | None = None
+        early = [p for p in self.open if p.membership is membership and p.early]
+        if any(phase.rejoined for phase in early):
+            with contextlib.suppress(BarrierConnectionError):
+                (interrupted,) = await bell.call(Read(membership.own.interrupted))
+        self._clear_early(turns)
+        for phase in early:
+            if phase.decided or phase.giving_up:
+                continue
+            if phase.rejoined and _named(phase.name) in (interrupted or b"").split():
+                # Its peers were told that this one broke, and go on with the next.
+                self.settle(
+                    phase,
+                    error=BrokenBarrierError(
+                        phase.name,
+                        phase.sequence,
+                        self.rank,
+                        f"rank {self.rank} joined again while its peers waited in this phase",
+                    ),
+                )
+                continue
+            phase.full = False
+            before = phase.entry
+            turns.renumber(phase)
+            connection = phase.connection
+            if connection is not None and connection.lost is None:
+                connection.stop_waiting()
+                connection.outbox.append((phases.spent(before, broken=True), nothing))
+                self._enter_on(connection, phase, phase.payload)
+
+    async def _drain(self, membership: Membership) -> None:
+        """The host wants to leave: let it, once nothing here depends on it."""
+        assert self.loop is not None
+        deadline = self._now() + PEERS_SECS
+        # Also of what is decided something may have to be fetched yet.
+        while self._now() < deadline and any(p.membership is membership for p in self.open):
+            await sleep(self.loop, 0.01)
+        bell = self._bell
+        if bell is None:
+            return
+        with contextlib.suppress(BarrierConnectionError):
+            await self._flush()
+            await members.release_host(bell, membership)
+
+
+def _named(name: str) -> bytes:
+    return name.encode().hex().encode() or b"-"

@@ -1,0 +1,131 @@
+"""The connections of one rank: those that nobody uses, and what goes out with the next message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._errors import BarrierConnectionError
+from .._protocol.count import Count
+from .._protocol.store import Read, Set, SetMany
+from .._store.future import Future
+from .._store.sources import Connection
+from .._store.waiting import sleep, within
+from .phases import Phase
+from .state import RETRY_SECS, SessionState
+
+# What the last departure of a burst waits for; and how long spare connections are kept.
+_IDLE_SECS = 0.25
+
+
+class Pool(SessionState):
+    """Hands out connections, and takes them back."""
+
+    def _put_back(self, connection: Connection) -> None:
+        if connection.lost is not None:
+            return
+        if self._over:
+            connection.close()
+            return
+        connection.on_lost = lambda error: self._idle_lost(connection)
+        connection.outbox += self._adrift
+        self._adrift.clear()
+        self._idle.append(connection)
+        self._tidy_soon()
+
+    def _idle_lost(self, connection: Connection) -> None:
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._salvage(connection)
+
+    def _salvage(self, connection: Connection) -> None:
+        """What was to go out with the next message of a lost connection goes out on another; and
+        whom this rank has woken there is woken once more."""
+        self._adrift += connection.outbox
+        connection.outbox.clear()
+        phase = self._announced.pop(connection, None)
+        if phase is not None and not self.closing:
+            self.start(self._wake_again(phase))
+
+    async def _wake_again(self, phase: Phase) -> None:
+        """This rank was the last one to enter, and cannot know whether it has woken the others."""
+        loop, entry = self.loop, phase.entry
+        assert loop is not None
+        until = self._now() + self.init_secs
+        while not self.closing and self._now() < until:
+            bell = self._bell
+            try:
+                if bell is not None:
+                    (value,) = await bell.call(Read(entry.keys.count))
+                    # It is not there any more where all have departed.
+                    if value and Count(int(value)).full(*entry.world):
+                        bells = SetMany(phase.membership.bells, b"all in")
+                        await bell.call(Set(entry.keys.released, b"%d" % self.rank), bells)
+                    return
+            except (BarrierConnectionError, ValueError):
+                pass
+            await sleep(loop, RETRY_SECS)
+
+    def _tidy_soon(self) -> None:
+        if not self._tidying and self.loop is not None:
+            self._tidying = True
+            self.loop.call_at(self.loop.now() + _IDLE_SECS, self._tidy)
+
+    def _tidy(self) -> None:
+        """Send what waits for company, and keep one connection of those that nobody uses."""
+        self._tidying = False
+        for connection in self._connections():
+            if connection.outbox and connection.lost is None:
+                connection.call()
+                self._tidy_soon()
+        for connection in self._idle[:-1]:
+            if not connection.unsaid and not connection.outbox:
+                self._idle.remove(connection)
+                self._announced.pop(connection, None)
+                connection.close()
+
+    async def _flush(self) -> None:
+        for connection in self._connections():
+            while connection.outbox and connection.lost is None:
+                await connection.call(Read(self.keys.state))
+
+    async def _retire(self, connection: Connection) -> None:
+        """Close it when what is on its way there was answered: departures, and what they lead to.
+
+        Those that hang were left behind before.
+        """
+        loop = self.loop
+        assert loop is not None
+        deadline = self._now() + self.init_secs
+        connection.stop_waiting()
+        while connection.lost is None and (connection.unsaid or connection.outbox):
+            answered = connection.call(Read(self.keys.state))
+            if not await within(loop, answered, deadline - self._now()):
+                break
+        connection.close(reset=connection.unsaid)
+        self._salvage(connection)
+
+    async def _wait_for(
+        self, store: Connection, key: str, secs: float, state: bytes | None = None
+    ) -> bool:
+        """Whether ``key`` was written in ``secs`` seconds, or ``state``, if given, has changed."""
+        loop = self.loop
+        assert loop is not None
+        if not store.waits:
+            deadline = self._now() + secs
+            while self._now() < deadline:
+                now, found = await store.call(Read(self.keys.state), Read(key))
+                if found is not None or state not in (None, now):
+                    return True
+                await sleep(loop, 0.02)
+            return False
+        came: Future[None] = Future()
+        store.on_wake = lambda: came.resolve(None)
+        (now,) = await store.call(Read(self.keys.state), wait=key)
+        try:
+            return state not in (None, now) or await within(loop, came, secs)
+        finally:
+            store.stop_waiting()
+
+
+def nothing(answers: list[Any]) -> None:
+    pass

@@ -1,0 +1,247 @@
+"""What one rank has at one store: its loop, its efforts, its membership, its open phases.
+
+A session is built in layers, one module and one class each; each layer knows those below it:
+
+    state < pool < entering < hearing < breaking < listening < joining < session
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from .._errors import BarrierConnectionError, BarrierError, describe
+from .._protocol.keys import Keys
+from .._protocol.membership import Closed, Membership
+from .._protocol.store import Request
+from .._protocol.verdict import Broken, Verdict
+from .._store.future import Effort, Future
+from .._store.loops import Loop, loop_here
+from .._store.sources import Connection, Source
+from .._store.worker import end_at_exit
+from .phases import Phase, Turns
+
+T = TypeVar("T")
+
+# How long what has to be undone may hold up its caller; law 5 and law 8 leave a second in all.
+UNDO_SECS = 0.8
+_SILENT_SECS = 0.3
+# How often a connection that was lost is tried again.
+RETRY_SECS = 0.2
+# How long a host waits for its peers.
+PEERS_SECS = 3.0
+RETRY_SECS_AT_MOST = 2.0
+
+
+class SessionState:
+    """What a session has, and how it begins what goes on by itself.
+
+    :ivar turns: of the generation that this rank has joined; None before it has
+    :ivar open: the phases that somebody on this rank waits for, or that are owed a break
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prefix: str,
+        rank: int,
+        world_size: int,
+        *,
+        init_secs: float,
+        run_id: str | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.init_secs = init_secs
+        self.prefix = prefix
+        self.keys = Keys(prefix)
+        self.closing = False
+        self.turns: Turns | None = None
+        self.open: dict[Phase, None] = {}
+        self.loop: Loop | None = None
+        self._source = source
+        self._run_id = run_id
+        self._pid = os.getpid()
+        self._closed_by: Closed | None = None
+        # Whether a rank may be there, in this generation, that only hears its bell.
+        self._rings = True
+        # Its membership is not known to hold any more.
+        self._doubtful = False
+        self._before: Membership | None = None
+        # One that this rank has claimed, and does not take part in yet; and whether it is at that.
+        self._claimed: Membership | None = None
+        self._claiming = False
+        self._joining: Effort[None] | None = None
+        self._joining_on: Effort[None] | None = None
+        # The phase that this rank was the last one to enter, on each connection.
+        self._announced: dict[Connection, Phase] = {}
+        self._opened: list[Connection] = []
+        self._idle: list[Connection] = []
+        self._bell: Connection | None = None
+        self._reopening: Effort[None] | None = None
+        # Breaks of turns that were used up where no store could be reached.
+        self._owed: list[tuple[str, int | None, str]] = []
+        # What was to go out with the next message of a connection that was lost.
+        self._adrift: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
+        self._efforts: set[Effort[Any]] = set()
+        self._leaving: Effort[None] | None = None
+        # All is closed, and nothing may be begun any more.
+        self._over = False
+        self._drained = False
+        self._tidying = False
+        self._not_at_end: Callable[[], object] = lambda: None
+
+    def use(self) -> Loop:
+        """The loop that runs here; connections move with their barrier."""
+        loop = self.loop
+        if loop is not None and loop.here():
+            return loop
+        if os.getpid() != self._pid:
+            raise BarrierError(
+                f"barrier {self.prefix!r} was built in process {self._pid} and belongs to it; this "
+                f"is process {os.getpid()}, forked from there: build a barrier in the process "
+                "that uses it"
+            )
+        return self._move(loop_here(loop))
+
+    def _move(self, loop: Loop) -> Loop:
+        self._not_at_end()
+        self.loop = loop
+        for connection in self._connections():
+            connection.move(loop)
+        self._not_at_end = loop.at_end(self.end_with_loop)
+        end_at_exit(self)
+        return loop
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a process that was forked from the one it belongs to."""
+        return os.getpid() != self._pid
+
+    def _now(self) -> float:
+        assert self.loop is not None
+        return self.loop.now()
+
+    def start(self, coroutine: Any) -> Effort[Any]:
+        """Begin what goes on by itself."""
+        effort: Effort[Any] = Effort(coroutine)
+        if not effort.done:
+            self._efforts.add(effort)
+            effort.when_done(lambda: self._efforts.discard(effort))
+        return effort
+
+    def owe(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Have the peers told something; done when they are, or cannot be.
+
+        A signal handler may raise in the middle of it. It is begun anew then, so it has to be
+        something that may be said twice.
+        """
+        owed: Future[T] = Future()
+
+        def attempt() -> None:
+            if owed.done or self._over:
+                return
+            try:
+                effort: Effort[T] = self.start(begin())
+                effort.when_done(partial(ended, effort))
+            except BaseException:
+                self._post(attempt)
+                raise
+
+        def ended(effort: Effort[T]) -> None:
+            if effort.error is None:
+                owed.resolve(effort.result())
+            elif isinstance(effort.error, BarrierError):
+                owed.fail(effort.error)
+            else:
+                self._post(attempt)
+
+        attempt()
+        return owed
+
+    def _post(self, callback: Callable[[], object]) -> None:
+        if self.loop is not None:
+            self.loop.post(callback)
+
+    @property
+    def stands(self) -> bool:
+        """Whether phases can be begun: joined, the generation not known to be over, not closed."""
+        known = self.turns is not None and self._closed_by is None
+        return known and not (self._doubtful or self.closing)
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether this barrier ever has."""
+        return self._before is not None
+
+    @property
+    def membership(self) -> Membership | None:
+        return None if self.turns is None else self.turns.membership
+
+    @property
+    def why_not(self) -> BaseException | None:
+        """What the latest attempt to connect failed by, where none has worked since."""
+        return self._source.failures[-1] if self._source.failures else None
+
+    @property
+    def closed_by(self) -> Closed | None:
+        """Who left the generation first, so that nothing in it can be released any more."""
+        return self._closed_by
+
+    @property
+    def patience_secs(self) -> float:
+        """How long what has to be undone may hold up its caller.
+
+        Less where the store has left a call unanswered: law 8 leaves two seconds in all.
+        """
+        return _SILENT_SECS if self._doubtful else UNDO_SECS
+
+    def _connections(self) -> list[Connection]:
+        used = [phase.connection for phase in self.open if phase.connection is not None]
+        own = [self._bell] if self._bell is not None else []
+        return list(dict.fromkeys([*own, *self._idle, *used]))
+
+    async def _open(self, loop: Loop, deadline: float) -> Connection:
+        """A new connection, which is closed with this at the latest."""
+        if self._over:
+            raise BarrierConnectionError(f"{describe(self.prefix)} is closed")
+        connection = await self._source.open(loop, deadline)
+        self._opened = [each for each in self._opened if each.lost is None]
+        self._opened.append(connection)
+        return connection
+
+    # -- what the layers above do --------------------------------------------------------
+
+    def join(self) -> Effort[None]:
+        raise NotImplementedError
+
+    def end_with_loop(self) -> None:
+        raise NotImplementedError
+
+    def _woken(self, phase: Phase) -> None:
+        raise NotImplementedError
+
+    async def _look(self, phase: Phase, connection: Connection, *, came_late: bool = False) -> None:
+        raise NotImplementedError
+
+    async def _collect(self, phase: Phase, connection: Connection) -> None:
+        raise NotImplementedError
+
+    def _begin_giving_up(
+        self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
+    ) -> Future[bool]:
+        raise NotImplementedError
+
+    async def settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
+        raise NotImplementedError
+
+    def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:
+        raise NotImplementedError
+
+    def _bell_lost(self, bell: Connection, error: BarrierConnectionError) -> None:
+        raise NotImplementedError
+
+    async def _all_joined(self, turns: Turns, bell: Connection) -> None:
+        raise NotImplementedError
