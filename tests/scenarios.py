@@ -14,7 +14,7 @@ from replayed import Cancelled, CancelScope, Host, Job, Spec, get_cancelled_exc_
 
 from async_barriers import BarrierError
 from async_barriers._client import barrier as barriers
-from async_barriers._client import session as sessions
+from async_barriers._client import joining, session, state
 from async_barriers._client.barrier import CrossingBarrier
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._client.session import Session
@@ -106,20 +106,17 @@ def modelled_world() -> Iterator[None]:
             "_barrier", "_reasons", "_client.barrier", "_client.crossing", "_client.publication",
         ):  # fmt: skip
             patch.setattr(f"async_barriers.{module}.anyio", anyio)
-        patch.setattr("async_barriers._store.waiting.sleep", _asleep) if False else None
         patch.setattr(barriers, "Session", ObservedSession)
-        patch.setattr(sessions, "loop_here", lambda before: Host.running.loop)
-        patch.setattr(sessions, "end_at_exit", lambda session: None)
-        patch.setattr(
-            sessions,
-            "process",
-            SimpleNamespace(new_life=_new_life, lives=_lives, holders=_Nobody()),
-        )
+        patch.setattr(state, "loop_here", lambda before: Host.running.loop)
+        patch.setattr(state, "end_at_exit", lambda session: None)
+        for each in (joining, session):
+            patch.setattr(
+                each,
+                "process",
+                SimpleNamespace(new_life=_new_life, lives=_lives, holders=_Nobody()),
+            )
         patch.setattr(members, "secrets", SimpleNamespace(token_hex=lambda n: Host.running.token()))
         yield
-
-
-def _asleep() -> None: ...
 
 
 class _Nobody(dict[str, Any]):
