@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,11 @@ async def test_all_bodies_succeed(world: World) -> None:
                 part.result  # noqa: B018  (it raises)
         return part.result
 
-    results = await gather([partial(takes_part, ranks[0], publish, b"zero"), silent])
+    calls: list[Callable[[], Awaitable[bytes]]] = [
+        partial(takes_part, ranks[0], publish, b"zero"),
+        silent,
+    ]
+    results = await gather(calls)
     assert results == [b"zero+"] * 2
     assert publish.calls == [{0: b"zero", 1: b""}]  # who never sets a payload brings none
 
