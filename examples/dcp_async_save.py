@@ -90,10 +90,6 @@ async def finish(
     rank = dist.get_rank()
     side = directory / f"reader-{rank}.json"
     try:
-        # The others shall not wait for a rank that will not come.
-        async with barrier.phase("written", step=step, timeout_secs=60):
-            await asyncio.wrap_future(uploaded)
-            await asyncio.to_thread(write_json, side, reader_of(reader_state))
 
         async def publish(manifests: Mapping[int, bytes]) -> None:
             files = {rank: manifest.decode() for rank, manifest in manifests.items()}
@@ -104,9 +100,11 @@ async def finish(
             # and the verdict; a thread would go on if this were cancelled.
             os.replace(pointer, directory.with_name("latest"))
 
-        await barrier.commit(
-            publish, payload=side.name.encode(), name="published", step=step, timeout_secs=60
-        )
+        # The others shall not wait for a rank that will not come.
+        async with barrier.committing(publish, name="saved", step=step, timeout_secs=60) as part:
+            await asyncio.wrap_future(uploaded)
+            await asyncio.to_thread(write_json, side, reader_of(reader_state))
+            part.payload = side.name.encode()
     except (BarrierError, OSError) as exc:
         # Training goes on; the checkpoint before this one stays the latest.
         logger.warning("rank %d: %s does not count: %s", rank, directory.name, exc)

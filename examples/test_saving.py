@@ -26,10 +26,11 @@ async def save(barrier: Barrier, step: int, shard: bytes | None) -> str:
     async def publish(shards: Mapping[int, bytes]) -> bytes:
         return b"+".join(shards[rank] for rank in sorted(shards))
 
-    async with barrier.phase("written", step=step):
+    async with barrier.committing(publish, name="saved", step=step) as part:
         if shard is None:
             raise OSError("no space left")
-    return (await barrier.commit(publish, payload=shard, name="published", step=step)).decode()
+        part.payload = shard
+    return part.result.decode()
 
 
 async def save_on_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._barrier import Barrier
+from ._bodies import Committing
 from ._config import BARRIER_REGISTRY, BarrierConfig, create_barrier_from_config, register_barrier
 from ._errors import (
     BarrierClosedError,
@@ -29,6 +30,7 @@ __all__ = [
     # values
     "BarrierResult",
     "BarrierProgress",
+    "Committing",
     # errors
     "BarrierError",
     "BarrierTimeoutError",

@@ -11,11 +11,11 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar
 
-import anyio
-
+from ._bodies import Body, Committing, tell
 from ._reasons import reason_of
 from ._values import BarrierResult
 
+T = TypeVar("T")
 BarrierT = TypeVar("BarrierT", bound="Barrier")
 Publish = Callable[[Mapping[int, bytes]], Awaitable[bytes | None] | bytes | None]
 
@@ -96,7 +96,8 @@ class Barrier(abc.ABC):
         :raises: as `execute_barrier`. If ``publish`` raises, the leader gets its exception
             and the others get `BrokenBarrierError`. If it returns anything but bytes or None, all
             ranks get the same `BrokenBarrierError`, in doubt, since it may have published.
-        :raises TypeError: ``publish`` is not callable; nothing was entered
+        :raises TypeError, ValueError: ``publish`` is not callable, ``payload`` is no bytes or too
+            large; nothing was entered (`committing` breaks the commit there)
 
         **Cancellation and deadlines:** as `execute_barrier` until all have entered. From then
         on only the leader settles the phase; another rank that stops waiting breaks nothing,
@@ -115,10 +116,16 @@ class Barrier(abc.ABC):
     ) -> tuple[bytes, ...]:
         """Enter with a payload, and get those of all ranks, in their order, on every rank.
 
-        Each rank receives the payloads of all: world size times their size, so that this is for
-        small values; 4 MiB each at most.
+        For small values. Each rank sends its payload once and receives those of all, so that with
+        n ranks that bring b bytes each the store sends n * n * b bytes, and 8 n * n more: 256 KiB
+        for 64 ranks with 56 bytes, but 4 GiB with 1 MiB each. Use `commit` where one rank's view
+        is enough: there the leader alone receives them.
 
+        :param payload: 4 MiB at most, and may be empty
         :raises: as `execute_barrier`
+        :raises ValueError: ``payload`` is too large; the phase is broken, and the other ranks get
+            `BrokenBarrierError` with that reason
+        :raises TypeError: ``payload`` is no bytes; nothing was entered
 
         **Cancellation:** as `execute_barrier`.
         """
@@ -155,7 +162,77 @@ class Barrier(abc.ABC):
         :param step: as in `execute_barrier`
         :param timeout_secs: for the waiting after the body; the body itself has no deadline
         """
-        return _Phase(self, name, step, timeout_secs)
+
+        async def cross() -> None:
+            await self.execute_barrier(name, **_given(step), timeout_secs=timeout_secs)
+
+        return self._body(None, cross, name, step)
+
+    def committing(
+        self,
+        publish: Publish,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> AbstractAsyncContextManager[Committing]:
+        """Do this rank's part in the body of ``async with``, then `commit` it: one crossing. ::
+
+            async with barrier.committing(publish, name="saved", step=step) as part:
+                part.payload = await upload()
+            part.result  # what publish returned, on every rank
+
+        Nothing is published unless every rank's body has succeeded. A body that raises, is
+        cancelled or is left by a generator that is closed breaks the commit with that as the
+        reason, and the exception goes on. So does a payload that is no bytes or too large, which
+        raises TypeError or ValueError here, after the body.
+
+        :param publish, name, step, leader: as in `commit`
+        :param timeout_secs: for the waiting after the body, and publishing; the body itself has no
+            deadline
+        :raises: as `commit`, after the body; what is wrong with the call is said before it
+
+        **Cancellation:** in the body, breaks the commit for everyone; after it, as `commit`.
+        """
+        check_publish(publish)
+        part = Committing()
+
+        async def cross() -> None:
+            brought = await self._checked(part.payload, name, step, TypeError, ValueError)
+            part._result = await self.commit(
+                publish,
+                payload=brought,
+                name=name,
+                **_given(step),
+                timeout_secs=timeout_secs,
+                leader=leader,
+            )
+
+        return self._body(part, cross, name, step)
+
+    def _body(
+        self, value: T, cross: Callable[[], Awaitable[None]], name: str, step: int | None
+    ) -> Body[T]:
+        return Body(
+            value,
+            cross,
+            lambda reason: self._fail(reason, name, step),
+            lambda reason: self._fail_soon(reason, name, step),
+        )
+
+    async def _checked(
+        self, payload: bytes, name: str, step: int | None, *breaking: type[Exception]
+    ) -> bytes:
+        """What this rank brings; one that is wrong in a ``breaking`` way breaks the phase.
+
+        How large a payload is depends on a rank's data, so that its peers may be waiting already.
+        """
+        try:
+            return checked_blob("payload", payload)
+        except breaking as exc:
+            await tell(exc, lambda reason: self._fail(reason, name, step))
+            raise
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         """Use up this rank's next turn of ``name`` by breaking it."""
@@ -190,35 +267,6 @@ class Barrier(abc.ABC):
             await self.aclose()
         else:
             await self._leave(f"it closed its barrier: {reason_of(exc)}")
-
-
-class _Phase(AbstractAsyncContextManager[None]):
-    def __init__(
-        self, barrier: Barrier, name: str, step: int | None, timeout_secs: Timeout
-    ) -> None:
-        self._barrier = barrier
-        self._name = name
-        self._step = step
-        self._timeout_secs = timeout_secs
-
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        barrier, name, step = self._barrier, self._name, self._step
-        if exc is None:
-            await barrier.execute_barrier(name, **_given(step), timeout_secs=self._timeout_secs)
-        elif isinstance(exc, GeneratorExit):
-            # Nothing may be awaited here: its loop may be gone. What is begun goes on by itself.
-            barrier._fail_soon(reason_of(exc), name, step)
-        else:
-            with anyio.CancelScope(shield=True):
-                await barrier._fail(reason_of(exc), name, step)
 
 
 def _given(step: int | None) -> dict[str, Any]:

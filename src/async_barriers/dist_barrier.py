@@ -23,11 +23,13 @@ from ._barrier import (
     check_world,
     checked_blob,
 )
+from ._bodies import Committing
 from ._config import register_barrier
 from ._dist.calls import UNDO_SECS, Calls
 from ._dist.collectives import IN_DOUBT, PUBLISHED
 from ._dist.publication import Publication
 from ._errors import BarrierError, BrokenBarrierError, describe, in_one_line
+from ._protocol.count import MAX_RANKS
 from ._store.future import Future
 from ._store.promises import told
 from ._store.waiting import until_done
@@ -149,6 +151,23 @@ class DistBarrier(Barrier):
             raise BrokenBarrierError(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
         return word.message
 
+    def committing(
+        self,
+        publish: Publish,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> AbstractAsyncContextManager[Committing]:
+        self._calls.check_open(name, step)
+        self._checked_timeout(timeout_secs)
+        # How many ranks there are is known when they have connected.
+        check_world(leader, MAX_RANKS)
+        return super().committing(
+            publish, name=name, step=step, timeout_secs=timeout_secs, leader=leader
+        )
+
     async def all_gather(
         self,
         payload: bytes,
@@ -158,8 +177,9 @@ class DistBarrier(Barrier):
         timeout_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         calls = self._calls
+        calls.check_open(name, step)
         timeout = self._checked_timeout(timeout_secs)
-        brought = checked_blob("payload", payload)
+        brought = await self._checked(payload, name, step, ValueError)
         _, gathered = await calls.run(
             name, step, timeout, lambda: calls.collectives.all_gather(brought, step)
         )

@@ -26,6 +26,7 @@ from typing import Any
 import anyio
 
 from ._barrier import CONFIGURED, Barrier, Publish, Timeout, _given, check_publish
+from ._bodies import Committing
 from ._client.barrier import CrossingBarrier
 from ._client.publication import is_async
 from ._errors import BarrierError
@@ -268,6 +269,20 @@ class _Watched(Barrier):
         # That one may refuse the call; what it returns would not be recorded.
         self._barrier.phase(name, **_given(step), timeout_secs=timeout_secs)
         return super().phase(name, step=step, timeout_secs=timeout_secs)
+
+    def committing(
+        self,
+        publish: Publish,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> AbstractAsyncContextManager[Committing]:
+        given: Any = {"name": name, "timeout_secs": timeout_secs, "leader": leader}
+        # As for `phase`.
+        self._barrier.committing(publish, **_given(step), **given)
+        return super().committing(publish, step=step, **given)
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         with self._recorder._call(self._rank, "phase failed", name) as facts:

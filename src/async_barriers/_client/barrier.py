@@ -24,6 +24,7 @@ from .._barrier import (
     check_world,
     checked_blob,
 )
+from .._bodies import Committing
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
@@ -144,6 +145,21 @@ class CrossingBarrier(Barrier):
         assert phase is not None
         return await self._publish(crossing, phase, publish)
 
+    def committing(
+        self,
+        publish: Publish,
+        *,
+        name: str = "",
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        leader: int = 0,
+    ) -> AbstractAsyncContextManager[Committing]:
+        self._check_call(name, step, timeout_secs)
+        check_world(leader, self._session.world_size)
+        return super().committing(
+            publish, name=name, step=step, timeout_secs=timeout_secs, leader=leader
+        )
+
     async def all_gather(
         self,
         payload: bytes,
@@ -153,7 +169,7 @@ class CrossingBarrier(Barrier):
         timeout_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         timeout = self._check_call(name, step, timeout_secs)
-        brought = checked_blob("payload", payload)
+        brought = await self._checked(payload, name, step, ValueError)
         crossing = self._crossing(name, step, timeout, GATHER)
         return await crossing.gathered(brought)
 
