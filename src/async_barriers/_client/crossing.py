@@ -31,6 +31,7 @@ from .._store.waiting import settled, until_done
 from .._values import BarrierProgress
 from .phases import Phase
 from .session import UNDO_SECS, Session
+from .tally import kind_of
 
 # How long connecting that failed just in time has to say so.
 _SAYS_WHY_SECS = 0.3
@@ -97,8 +98,10 @@ class Crossing:
             released = self.accept(phase)
             if self.kind == GATHER:
                 self.brought = await self._fetched(phase)
+            self.was_released()
             return released
         except BaseException as exc:
+            self.failed(exc)
             try:
                 await self._stopped(exc)
             except anyio.get_cancelled_exc_class():
@@ -117,6 +120,25 @@ class Crossing:
         released = await self.decided(payload)
         assert released is not None
         return self.brought
+
+    def was_released(self) -> None:
+        """Count it."""
+        phase = self.phase
+        self.session.tally.released(self.waited_secs, phase is not None and phase.last)
+
+    def failed(self, exc: BaseException) -> None:
+        """Count it, and have the error say which barrier it is of."""
+        session, phase = self.session, self.phase
+        if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
+            exc.prefix = session.prefix
+        left = session.closed_by
+        why = kind_of(
+            exc,
+            session.rank,
+            left=left is not None and getattr(exc, "rank", None) == left.rank,
+            over=phase is not None and phase.membership is not session.membership,
+        )
+        session.tally.broke(why, self.waited_secs)
 
     def _hold(self, phase: Phase) -> None:
         phase.waiter = self.loop.waiter()
@@ -199,7 +221,9 @@ class Crossing:
                 in_doubt=verdict.in_doubt,
             )
         if self.session.closing and verdict.rank == self.session.rank:
-            raise BarrierClosedError(describe(phase.name, phase.sequence))
+            raise BarrierClosedError(
+                describe(phase.name, phase.sequence, self.session.prefix)
+            )
         raise BrokenBarrierError(
             phase.name, phase.sequence, verdict.rank, verdict.reason, in_doubt=verdict.in_doubt
         )
@@ -304,7 +328,7 @@ class Crossing:
     ) -> BarrierConnectionError:
         why = "the store did not answer" if exc is None else str(exc)
         error = BarrierConnectionError(
-            f"{describe(phase.name, phase.sequence)}: rank {self.session.rank} waited "
+            f"{describe(phase.name, phase.sequence, self.session.prefix)}: rank {self.session.rank} waited "
             f"{seconds(self.waited_secs)}, then {why}; see whether the process that hosts the "
             "store is alive and can be reached",
             in_doubt=phase.entered if in_doubt is None else in_doubt,

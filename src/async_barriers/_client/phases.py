@@ -34,6 +34,7 @@ class Phase:
     :ivar abandoned: nobody waits for it any more
     :ivar users: how many calls on other connections than its own may still write to its keys
     :ivar since: when its call began, by the loop's clock
+    :ivar last: this rank was the last one to enter
     :ivar lost: the connection was, on which this rank had entered
     """
 
@@ -52,6 +53,7 @@ class Phase:
     rejoined = False
     differs = False
     worried = False
+    last = False
     large = False
     users = 0
     verdict: Verdict | None = None
@@ -159,6 +161,7 @@ class Turns:
             name, step, self.membership.rank,
             f"rank {self.membership.rank} came for step {step} when {which} was {how} already; a "
             "step is decided once: go on with a later one",
+            prefix=self.membership.keys.prefix,
         )  # fmt: skip
 
 

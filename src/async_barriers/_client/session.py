@@ -36,7 +36,9 @@ from .._store.sources import CannotHost, Connection, Source
 from .._store.waiting import sleep, within
 from .._store.worker import end_at_exit
 from . import process
+from .outcomes import Outcomes
 from .phases import Phase, Turns
+from .tally import Tally
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -88,6 +90,8 @@ class Session:
         self.closing = False
         self.turns: Turns | None = None
         self.open: dict[Phase, None] = {}
+        self.outcomes = Outcomes()
+        self.tally = Tally()
         self.loop: Loop | None = None
         self._source = source
         self._run_id = run_id
@@ -163,6 +167,13 @@ class Session:
         self._opened = [each for each in self._opened if each.lost is None]
         self._opened.append(connection)
         return connection
+
+    open_another = _open
+
+    @property
+    def namespace(self) -> str:
+        """What all our keys begin with; known once a connection is open."""
+        return self._source.namespace
 
     def _now(self) -> float:
         assert self.loop is not None
@@ -330,6 +341,7 @@ class Session:
             raise BarrierClosedError(describe(self.prefix))
         self.turns = turns
         self._before, self._claimed = turns.membership, None
+        self.tally.reconnections += self._doubtful
         self._doubtful = False
         self._listen(bell)
         await self._look_around()
@@ -446,6 +458,7 @@ class Session:
                 bell.close()
                 return
             self._listen(bell)
+            self.tally.reconnections += 1
             for phase in self.open if not bell.waits else ():
                 if phase.connection is not None and phase.connection.lost is None:
                     phase.lost = None
@@ -817,6 +830,7 @@ class Session:
         elif count.full(*entry.world):
             me = b"%d" % self.rank
             self._announced[connection] = phase
+            phase.last = True
             if entry.kind != COMMIT:
                 if not self._rings:
                     connection.fulfil(Set(entry.keys.released, me))
@@ -940,7 +954,7 @@ class Session:
             judged = await phases.hear(connection, phase.entry)
         except ValueError as exc:
             error = BarrierConnectionError(
-                f"{describe(phase.name, phase.sequence)}: the verdict of this commit was "
+                f"{describe(phase.name, phase.sequence, self.prefix)}: the verdict of this commit was "
                 f"overwritten ({exc})", in_doubt=True,
             )  # fmt: skip
             self.settle(phase, error=error)
@@ -1218,6 +1232,7 @@ class Session:
                     raise
                 await sleep(loop, _RETRY_SECS)
         phase.connection = connection
+        self.tally.reconnections += 1
         connection.on_lost = None
         if phase not in self.open:
             # It was forgotten meanwhile; what is under way for it may use this as long as it is.
@@ -1364,12 +1379,19 @@ class Session:
 
     async def _settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
         connection = phase.connection or self._bell
+        again = False
         while True:
             try:
                 if connection is None or connection.lost is not None:
                     connection = await self._reopen_for(phase)
-                membership = phase.membership
-                if await phases.settle(connection, phase.entry, verdict, membership.own.threaded):
+                membership, outcomes = phase.membership, self.outcomes
+                noting = await outcomes.noting(connection, phase, verdict, again=again)
+                rings, noted = await phases.settle(
+                    connection, phase.entry, verdict, membership.own.threaded, noting
+                )
+                if noted:
+                    outcomes.noted(connection, phase, verdict, noted[0], self.start)
+                if rings:
                     await connection.call(SetMany(membership.bells, b"settled"))
                 self.settle(phase, verdict)
                 return verdict
@@ -1378,7 +1400,7 @@ class Session:
             except BarrierConnectionError:
                 if self._over:
                     raise
-                connection = None
+                connection, again = None, True
 
     # -- leaving -------------------------------------------------------------------------
 
@@ -1483,7 +1505,7 @@ class Session:
             await within(loop, parting, deadline - self._now())
 
     def _closed_error(self, phase: Phase) -> BarrierClosedError:
-        error = BarrierClosedError(describe(phase.name, phase.sequence))
+        error = BarrierClosedError(describe(phase.name, phase.sequence, self.prefix))
         error.in_doubt = phase.entered
         return error
 
@@ -1550,7 +1572,8 @@ class Session:
 
 def _in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionError:
     error = BarrierConnectionError(
-        f"{describe(phase.name, phase.sequence)}: {exc}", in_doubt=phase.entered
+        f"{describe(phase.name, phase.sequence, phase.membership.keys.prefix)}: {exc}",
+        in_doubt=phase.entered,
     )
     error.__cause__ = exc.__cause__
     return error
