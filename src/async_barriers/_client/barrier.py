@@ -320,8 +320,8 @@ class CrossingBarrier(Barrier):
             if not await until_done(loop, giving_up, within_secs):
                 session.worry(phase)
                 raise BarrierConnectionError(
-                    f"{describe(phase.name, phase.sequence, session.prefix)}: the store did not answer in time; "
-                    "its peers are told as soon as it does"
+                    f"{describe(phase.name, phase.sequence, session.prefix)}: the store did not "
+                    "answer in time; its peers are told as soon as it does"
                 )
             broke = giving_up.result()
             if broke and phase.waiter is None:

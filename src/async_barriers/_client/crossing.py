@@ -221,9 +221,7 @@ class Crossing:
                 in_doubt=verdict.in_doubt,
             )
         if self.session.closing and verdict.rank == self.session.rank:
-            raise BarrierClosedError(
-                describe(phase.name, phase.sequence, self.session.prefix)
-            )
+            raise BarrierClosedError(describe(phase.name, phase.sequence, self.session.prefix))
         raise BrokenBarrierError(
             phase.name, phase.sequence, verdict.rank, verdict.reason, in_doubt=verdict.in_doubt
         )
@@ -328,8 +326,8 @@ class Crossing:
     ) -> BarrierConnectionError:
         why = "the store did not answer" if exc is None else str(exc)
         error = BarrierConnectionError(
-            f"{describe(phase.name, phase.sequence, self.session.prefix)}: rank {self.session.rank} waited "
-            f"{seconds(self.waited_secs)}, then {why}; see whether the process that hosts the "
+            f"{describe(phase.name, phase.sequence, self.session.prefix)}: "
+            f"rank {self.session.rank} waited {seconds(self.waited_secs)}, then {why}; see whether the process that hosts the "
             "store is alive and can be reached",
             in_doubt=phase.entered if in_doubt is None else in_doubt,
         )

@@ -27,9 +27,7 @@ class Tally:
         self._came_last = 0
         self._waited_secs = 0.0
         self._waited_secs_at_most = 0.0
-        self._broken = dict.fromkeys(
-            (TIMEOUT, GAVE_UP, PEER, LEFT, RESTART, CONNECTION, CLOSED), 0
-        )
+        self._broken = dict.fromkeys((TIMEOUT, GAVE_UP, PEER, LEFT, RESTART, CONNECTION, CLOSED), 0)
 
     def released(self, waited_secs: float, last: bool) -> None:
         self._released += 1

@@ -68,17 +68,14 @@ class Record:
 class Log:
     """What was read.
 
+    :ivar begin: how many are not kept any more
     :ivar end: how many there ever were
     :ivar records: those that are kept, by number; the oldest first
     """
 
+    begin: int
     end: int
     records: dict[int, Record]
-
-    @property
-    def begin(self) -> int:
-        """The number of the oldest one that is kept."""
-        return next(iter(self.records), self.end)
 
 
 def encode(record: Record) -> bytes:
@@ -124,9 +121,11 @@ def decode(value: bytes | None) -> Log:
         if record is not None and record.identity not in known:
             known.add(record.identity)
             records[first + at] = record
+    begin = first
     for at in list(records)[:-KEPT]:
         del records[at]
-    return Log(first + len(lines), records)
+        begin = at + 1
+    return Log(begin, first + len(lines), records)
 
 
 def noting(
