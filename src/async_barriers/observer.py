@@ -34,7 +34,8 @@ class CommitObserver:
     leaves anything behind in the store. The last 64 commits of a prefix that were released are on
     record, for as long as the store lives and whoever of the ranks restarts. It keeps one
     connection to the store (over stores that are no TCPStore, two threads), and is woken when
-    there is something new. Works on asyncio and trio; one observer belongs to one event loop at a time.
+    there is something new. Works on asyncio and trio; one observer belongs to one event loop at a
+    time.
 
     :param store: leads to the same data as the ranks' store; wrapped in the same PrefixStores
     :param prefix: that of the barriers
@@ -130,11 +131,12 @@ class CommitObserver:
     def records(self, name: str | None = None) -> AsyncIterator[CommitRecord]:
         """Each commit from now on, in the order in which they were released.
 
-        An observer that is connected (``async with``, `connect`) has the commits after this call;
-        else they are those after the first one is asked for. An iterator that falls behind so far
-        that records are not kept any more raises `BarrierError`, which says how many it missed; one
-        whose connection is lost raises `BarrierConnectionError`. Both may be asked for the next one
-        after that, and go on with what there is.
+        An observer that is connected (``async with``, `connect`) has the commits after this call
+        (and perhaps one that was released in the moments before); else they are those after the
+        first one is asked for. An iterator that falls behind so far that records are not kept any
+        more raises `BarrierError`, which says how many it missed; one whose connection is lost
+        raises `BarrierConnectionError`. Both may be asked for the next one after that, and go on
+        with what there is.
 
         :param name: only commits of that name
         :raises BarrierClosedError: the observer is closed

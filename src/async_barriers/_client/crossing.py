@@ -327,8 +327,8 @@ class Crossing:
         why = "the store did not answer" if exc is None else str(exc)
         error = BarrierConnectionError(
             f"{describe(phase.name, phase.sequence, self.session.prefix)}: "
-            f"rank {self.session.rank} waited {seconds(self.waited_secs)}, then {why}; see whether the process that hosts the "
-            "store is alive and can be reached",
+            f"rank {self.session.rank} waited {seconds(self.waited_secs)}, then {why}; see whether "
+            "the process that hosts the store is alive and can be reached",
             in_doubt=phase.entered if in_doubt is None else in_doubt,
         )
         error.__cause__ = exc.__cause__ if exc is not None else None

@@ -23,9 +23,12 @@ from .._protocol.keys import Keys
 from .._protocol.records import Log, Record
 from .._protocol.store import Read
 from .._protocol.verdict import number
+from .._store.connection import SocketConnection
 from .._store.future import Effort, Future
 from .._store.loops import Loop, Waiter, loop_here
+from .._store.promises import told
 from .._store.sources import Connection, Source
+from .._store.threads import ThreadedConnection
 from .._store.waiting import settled, sleep, within
 from .._store.worker import end_at_exit
 from .._values import CommitRecord
@@ -38,6 +41,7 @@ _LOOK_SECS = 5.0
 # After being woken for nothing.
 _PAUSE_SECS = 0.05
 _CLOSE_SECS = 0.3
+_THREAD_SECS = 0.5
 
 
 class Watch:
@@ -226,15 +230,20 @@ class Watch:
             return
         self._closed = True
         connection, loop = self._connection, self._loop
-        if connection is not None and loop is not None and loop.here():
-            # c10d's server complains of who hangs up before it was answered.
-            connection.stop_waiting()
-            answered = connection.call(Read(self._keys().commits_number))
-            with contextlib.suppress(BarrierError):
+        try:
+            if isinstance(connection, SocketConnection) and loop is not None and loop.here():
+                # c10d's server complains of who hangs up before it was answered.
+                connection.stop_waiting()
+                answered = connection.call(Read(self._keys().commits_number))
                 await settled(loop, answered, loop.now() + _CLOSE_SECS)
-        self._stop(BarrierClosedError(f"the observer of {describe(self.prefix)}"))
-        self._source.let_go()
-        self._wake()
+        finally:
+            self._stop(BarrierClosedError(f"the observer of {describe(self.prefix)}"))
+            self._source.let_go()
+            self._wake()
+        if isinstance(connection, ThreadedConnection) and loop is not None and loop.here():
+            # Its thread is woken by a key, which is deleted then.
+            for ended in connection.ended:
+                await told(loop, ended, loop.now() + _THREAD_SECS)
 
     def abandon(self) -> None:
         """The observer was dropped, in whatever thread."""
