@@ -27,9 +27,10 @@ from async_barriers import (
     CommitRecord,
     StoreBarrier,
 )
-from async_barriers._client import watch
+from async_barriers._observer import watch
 from async_barriers._protocol import records
 from async_barriers._protocol.keys import Keys
+from async_barriers._protocol.store import Delete
 
 pytestmark = pytest.mark.anyio
 
@@ -263,10 +264,10 @@ async def test_a_leader_that_dies_between_its_record_and_its_word(memory: World)
 async def test_a_leader_that_says_it_again(memory: World, lost: str) -> None:
     """Where its connection is lost in between, it repeats what it said, and one record is there."""
     assert isinstance(memory.store, PlainStore)
+    data: Any = memory.store.data
     ranks = await memory.barriers(2)
     await committed(ranks, "x", 0)
     ends = {"append": "/commits", "number": "/commits/number", "word": "/word"}[lost]
-    data = memory.store.data
 
     def lose(operation: str, key: str) -> None:
         if key.endswith(ends) and operation in ("compare_set", "add", "set"):
@@ -435,7 +436,7 @@ async def test_a_leader_that_was_killed_before_it_woke_anybody(
     ranks = await tcp.barriers(2)
     async with watching(tcp) as observer:
         with monkeypatch.context() as patch:
-            patch.setattr(records, "_news", lambda keys, count: records.Delete("nothing"))
+            patch.setattr(records, "_news", lambda keys, count: Delete("nothing"))
             await committed(ranks, "x", 1)
             assert await observer.wait_for("x", timeout_secs=5) == record("x", 1)
         follows = observer.records()
@@ -542,9 +543,9 @@ async def test_the_ranks_namespace_is_found(tcp: World) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
-        (lambda store: CommitObserver("localhost"), TypeError),
+        (lambda store: CommitObserver("localhost"), TypeError),  # type: ignore[arg-type]
         (lambda store: CommitObserver(store, prefix=""), ValueError),
-        (lambda store: CommitObserver(store).records(3), TypeError),
+        (lambda store: CommitObserver(store).records(3), TypeError),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_arguments(wrong: Callable[[Any], object], error: type[Exception]) -> None:

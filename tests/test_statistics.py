@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -15,6 +15,8 @@ from worlds import AnyBarrier, Tasks, World, crash, gather
 from async_barriers import BarrierError, BarrierStatistics, StoreBarrier
 
 pytestmark = pytest.mark.anyio
+
+Call = Callable[[], Awaitable[object]]
 
 
 async def publish(payloads: Mapping[int, bytes]) -> bytes:
@@ -34,17 +36,19 @@ async def test_what_is_released(world: World) -> None:
     ranks = [world.barrier(rank, 2) for rank in range(2)]
     await gather(rank.connect for rank in ranks)
 
-    async def last(call: object) -> None:
+    async def last(call: Call) -> object:
         await anyio.sleep(0.1)
-        await call()  # type: ignore[operator]
+        return await call()
 
-    await gather([ranks[0].execute_barrier, partial(last, ranks[1].execute_barrier)])
-    await gather(
-        [partial(ranks[0].all_gather, b""), partial(last, partial(ranks[1].all_gather, b""))]
-    )
-    for leader in range(2):
-        of = [partial(rank.commit, publish, name="c", leader=leader) for rank in ranks]
-        await gather([of[0], partial(last, of[1])])
+    calls: list[Callable[[AnyBarrier], Call]] = [
+        lambda rank: rank.execute_barrier,
+        lambda rank: partial(rank.all_gather, b""),
+        lambda rank: partial(rank.commit, publish, name="c", leader=0),
+        lambda rank: partial(rank.commit, publish, name="c", leader=1),
+    ]
+    for call in calls:
+        both: list[Call] = [call(ranks[0]), partial(last, call(ranks[1]))]
+        await gather(both)
     first, second = (rank.statistics() for rank in ranks)
     assert (first.released, first.broken, first.came_last) == (4, 0, 0)
     assert (second.released, second.broken, second.came_last) == (4, 0, 4)

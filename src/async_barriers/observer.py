@@ -12,8 +12,8 @@ from torch.distributed import Store
 
 from . import _launch
 from ._barrier import check_call_timeout
-from ._client.watch import CONNECT_SECS, Watch
 from ._errors import BarrierError, BarrierTimeoutError, describe
+from ._observer.watch import CONNECT_SECS, Watch
 from ._protocol.keys import Keys, check_name, check_prefix
 from ._protocol.records import KEPT, Log, Record
 from ._store.loops import Loop

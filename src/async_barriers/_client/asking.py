@@ -11,7 +11,6 @@ from .._store.loops import Loop
 from .._store.sources import Connection
 from .._store.waiting import settled, sleep
 from .._values import CommitRecord
-from .outcomes import public
 from .session import Session
 
 _RETRY_SECS = 0.2
@@ -66,7 +65,7 @@ async def _look(
     (value,) = await connection.call(Read(keys.commits))
     log = records.decode(value)
     record = session.outcomes.find(log, name, sequence)
-    found = None if record is None else await public(connection, keys, record)
+    found = None if record is None else await records.public(connection, keys, record)
     if found is None:
         session.outcomes.explain(log, session.prefix, name, sequence)
     return found

@@ -101,7 +101,6 @@ class Crossing:
             self.was_released()
             return released
         except BaseException as exc:
-            self.failed(exc)
             try:
                 await self._stopped(exc)
             except anyio.get_cancelled_exc_class():
@@ -110,6 +109,8 @@ class Crossing:
                 # A signal handler's, which struck here.
                 await self._stopped(another)
                 raise
+            finally:
+                self.failed(exc)
             raise
         finally:
             if self.phase is not None and not self._publishes:
@@ -123,8 +124,13 @@ class Crossing:
 
     def was_released(self) -> None:
         """Count it."""
-        phase = self.phase
-        self.session.tally.released(self.waited_secs, phase is not None and phase.last)
+        phase, tally, secs = self.phase, self.session.tally, self.waited_secs
+        tally.released += 1
+        tally.waited_secs += secs
+        if secs > tally.waited_secs_at_most:
+            tally.waited_secs_at_most = secs
+        if phase is not None and phase.last:
+            tally.came_last += 1
 
     def failed(self, exc: BaseException) -> None:
         """Count it, and have the error say which barrier it is of."""

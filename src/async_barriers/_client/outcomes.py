@@ -8,12 +8,10 @@ from typing import Any
 
 from .._errors import describe
 from .._protocol import records
-from .._protocol.keys import Keys
 from .._protocol.records import Log, Record
 from .._protocol.store import Read, Request, Store
 from .._protocol.verdict import Released, Verdict
 from .._store.sources import Connection
-from .._values import CommitRecord
 from .phases import Phase
 
 logger = logging.getLogger(__name__)
@@ -33,13 +31,12 @@ class Outcomes:
         # The identities of this rank's latest commits by name and sequence.
         self._generations: dict[tuple[str, int], tuple[str, bool]] = {}
 
-    async def noting(
-        self, store: Store, phase: Phase, verdict: Verdict, *, again: bool
-    ) -> list[Request]:
+    async def noting(self, store: Store, phase: Phase, verdict: Verdict) -> list[Request]:
         """What the leader says before its word; nothing where that is no release."""
         if not isinstance(verdict, Released):
             return []
         keys, record = phase.membership.keys, _record_of(phase, verdict.result)
+        again, phase.noted = phase.noted, True
         noted = False
         if again:
             # It may have come, though the connection was lost before that was said.
@@ -107,16 +104,6 @@ class Outcomes:
         logger.info("%s: no record that this commit was released: %s", what, why)
 
 
-async def public(store: Store, keys: Keys, record: Record) -> CommitRecord | None:
-    """What users are told of a record; None where its result is not kept any more."""
-    result = record.result
-    if result is None:
-        (result,) = await store.call(Read(record.keys(keys).published))
-        if result is None:
-            return None
-    return CommitRecord(record.name, record.sequence, result, record.leader, record.world_size)
-
-
 def _record_of(phase: Phase, result: bytes) -> Record:
     entry = phase.entry
     label = f"{phase.sequence}" if phase.step is None else f"s{phase.sequence}"
@@ -135,4 +122,4 @@ def _nothing(answers: list[Any]) -> None:
     pass
 
 
-__all__ = ["Outcomes", "public"]
+__all__ = ["Outcomes"]

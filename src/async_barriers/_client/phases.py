@@ -35,6 +35,7 @@ class Phase:
     :ivar users: how many calls on other connections than its own may still write to its keys
     :ivar since: when its call began, by the loop's clock
     :ivar last: this rank was the last one to enter
+    :ivar noted: its leader may have written the record
     :ivar lost: the connection was, on which this rank had entered
     """
 
@@ -54,6 +55,7 @@ class Phase:
     differs = False
     worried = False
     last = False
+    noted = False
     large = False
     users = 0
     verdict: Verdict | None = None

@@ -1379,13 +1379,12 @@ class Session:
 
     async def _settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
         connection = phase.connection or self._bell
-        again = False
         while True:
             try:
                 if connection is None or connection.lost is not None:
                     connection = await self._reopen_for(phase)
                 membership, outcomes = phase.membership, self.outcomes
-                noting = await outcomes.noting(connection, phase, verdict, again=again)
+                noting = await outcomes.noting(connection, phase, verdict)
                 rings, noted = await phases.settle(
                     connection, phase.entry, verdict, membership.own.threaded, noting
                 )
@@ -1400,7 +1399,7 @@ class Session:
             except BarrierConnectionError:
                 if self._over:
                     raise
-                connection, again = None, True
+                connection = None
 
     # -- leaving -------------------------------------------------------------------------
 

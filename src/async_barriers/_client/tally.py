@@ -16,41 +16,33 @@ LEFT, RESTART, CONNECTION, CLOSED = "left", "restart", "connection", "closed"
 
 
 class Tally:
-    """Counts for one barrier.
+    """Counts for one barrier; a crossing that is released adds to them itself, since it is quick.
 
     :ivar reconnections: how often a connection was lost and another one took its place
     """
 
     def __init__(self) -> None:
+        self.released = 0
+        self.came_last = 0
+        self.waited_secs = 0.0
+        self.waited_secs_at_most = 0.0
         self.reconnections = 0
-        self._released = 0
-        self._came_last = 0
-        self._waited_secs = 0.0
-        self._waited_secs_at_most = 0.0
         self._broken = dict.fromkeys((TIMEOUT, GAVE_UP, PEER, LEFT, RESTART, CONNECTION, CLOSED), 0)
 
-    def released(self, waited_secs: float, last: bool) -> None:
-        self._released += 1
-        self._came_last += last
-        self._waited(waited_secs)
-
     def broke(self, why: str, waited_secs: float = 0.0) -> None:
+        """Count a phase that was not released, for one of the reasons above."""
         self._broken[why] += 1
-        self._waited(waited_secs)
-
-    def _waited(self, secs: float) -> None:
-        self._waited_secs += secs
-        if secs > self._waited_secs_at_most:
-            self._waited_secs_at_most = secs
+        self.waited_secs += waited_secs
+        self.waited_secs_at_most = max(self.waited_secs_at_most, waited_secs)
 
     def statistics(self) -> BarrierStatistics:
         return BarrierStatistics(
-            self._released,
+            self.released,
             sum(self._broken.values()),
             dict(self._broken),
-            self._waited_secs,
-            self._waited_secs_at_most,
-            self._came_last,
+            self.waited_secs,
+            self.waited_secs_at_most,
+            self.came_last,
             self.reconnections,
         )
 

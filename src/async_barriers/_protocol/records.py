@@ -17,6 +17,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._values import CommitRecord
 from .keys import Keys, PhaseKeys
 from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, Store
 from .verdict import RUBBISH, number
@@ -194,6 +195,16 @@ def looking(keys: Keys) -> list[Request]:
     return [Read(keys.commits_number), Read(keys.commits)]
 
 
+async def public(store: Store, keys: Keys, record: Record) -> CommitRecord | None:
+    """What users are told of a record; None where its result is not kept any more."""
+    result = record.result
+    if result is None:
+        (result,) = await store.call(Read(record.keys(keys).published))
+        if result is None:
+            return None
+    return CommitRecord(record.name, record.sequence, result, record.leader, record.world_size)
+
+
 __all__ = [
     "KEPT",
     "NEWS",
@@ -208,4 +219,5 @@ __all__ = [
     "is_to_cut",
     "looking",
     "noting",
+    "public",
 ]

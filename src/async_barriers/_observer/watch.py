@@ -20,7 +20,7 @@ from .._errors import (
 )
 from .._protocol import records
 from .._protocol.keys import Keys
-from .._protocol.records import Log, Record
+from .._protocol.records import Log, Record, public
 from .._protocol.store import Read
 from .._protocol.verdict import number
 from .._store.connection import SocketConnection
@@ -32,7 +32,6 @@ from .._store.threads import ThreadedConnection
 from .._store.waiting import settled, sleep, within
 from .._store.worker import end_at_exit
 from .._values import CommitRecord
-from .outcomes import public
 
 # How long the store may take to be reached, or to answer.
 CONNECT_SECS = 60.0
