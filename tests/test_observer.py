@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from cuttable import Way, Ways
+from processes import StartJob
 from stores import PlainStore
 from torch.distributed import PrefixStore, TCPStore
 from worlds import AnyBarrier, Tasks, World, close, crash, free_port, gather, until
@@ -221,9 +223,38 @@ async def test_a_leader_that_dies_inside_publish(
     assert "barrier 'tests/x' #1: no record that this commit was released" in caplog.text
     # In its next life it commits the same step, and that is on record.
     again = [shared.barrier(0, 2), ranks[1]]
-    await gather(rank.connect for rank in again)
+    await again[0].connect()
+
+    async def told() -> bool:
+        return not ranks[1]._session.stands
+
+    await until(told)
     await committed(again, "x", 1)
     assert await ranks[1].outcome("x", 1) == record("x", 1)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_leader_that_is_killed(start_job: StartJob) -> None:
+    """As a process: nothing of a commit that it was publishing, and the one before is on record, for
+    its next life, too."""
+    job = start_job(2)
+    before = {"name": "x", "step": 1, "publish": "", "payload": "p"}
+    for call in job.starts(range(2), "commit", **before):
+        call.answer()
+    killed = {**before, "step": 2, "publish": "hang"}
+    job.ranks[0].start("commit", **killed)
+    waits = job.ranks[1].start("commit", **killed, timeout_secs=1.0)
+    assert job.ranks[0].event()["event"] == "publishing"
+    assert job.ranks[0].event()["event"] == "publishing"
+    job.ranks[0].strike(signal.SIGKILL)
+    assert waits.error("BarrierTimeoutError")["in_doubt"]
+    asked = {step: job.ranks[1].do("outcome", name="x", sequence=step) for step in (1, 2)}
+    assert asked[2]["record"] is None
+    found = asked[1]["record"]
+    assert found == {"name": "x", "sequence": 1, "result": "p+p", "leader": 0, "world_size": 2}
+    job.come_back(0)
+    assert job.ranks[0].do("outcome", name="x", sequence=1)["record"] == found
 
 
 async def test_a_leader_that_dies_between_its_record_and_its_word(memory: World) -> None:

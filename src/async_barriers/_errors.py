@@ -40,7 +40,9 @@ def told_by(exc: BaseException) -> str:
 
 def seconds(value: float) -> str:
     """``4 s``, ``0.25 s``: rounded as a person would."""
-    return f"{round(value, 2 if value < 10 else 1):g} s"
+    if 0 < value < 0.01:
+        return f"{value:.1g} s"
+    return f"{round(value, 2 if value < 10 else 1):.10g} s"
 
 
 def describe(name: str, sequence: int | None = None, prefix: str = "") -> str:
