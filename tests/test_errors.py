@@ -61,7 +61,7 @@ async def test_errors_name_their_barrier(memory: World) -> None:
     """Each that a call raises, prefix and name."""
     ranks = await memory.barriers(2)
     first, second = ranks
-    said = {}
+    said: dict[str, BarrierError] = {}
     with pytest.raises(BarrierTimeoutError) as late:
         await first.execute_barrier("late", timeout_secs=0.1)
     said["late"] = late.value
@@ -69,7 +69,7 @@ async def test_errors_name_their_barrier(memory: World) -> None:
         waits = tasks.start(partial(first.execute_barrier, "aborted"))
         await memory.entered(0, name="aborted")
         await second.abort("no disk", "aborted")
-        said["aborted"] = await waits.raised(BrokenBarrierError)
+        aborted = said["aborted"] = await waits.raised(BrokenBarrierError)
     await gather(partial(rank.execute_barrier, "step", step=5) for rank in ranks)
     with pytest.raises(BrokenBarrierError) as behind:
         await first.execute_barrier("step", step=4)
@@ -82,7 +82,8 @@ async def test_errors_name_their_barrier(memory: World) -> None:
     for name, error in said.items():
         assert "barrier 'tests" in str(error), name
         assert name == "lost" or f"'tests/{name}' #" in str(error)
-    assert said["aborted"].prefix == "tests"
+    assert isinstance(aborted, BrokenBarrierError)
+    assert aborted.prefix == "tests"
     await first.aclose()
     with pytest.raises(BarrierClosedError, match="barrier 'tests' is closed"):
         await first.execute_barrier("x")
