@@ -478,6 +478,35 @@ async def test_a_leader_that_was_killed_before_it_woke_anybody(
             assert await anext(follows) == record("x", 2)
 
 
+async def test_an_observer_that_is_overtaken(memory: World) -> None:
+    """So many commits come between its look and its wait that what it would wait for is gone again:
+    it looks once more."""
+    data: Any = memory.store.data  # type: ignore[attr-defined]
+    ranks = await memory.barriers(2)
+    await committed(ranks, "x", 0)
+    parked, go_on = threading.Event(), threading.Event()
+    looks: list[str] = []
+
+    def park(operation: str, key: str) -> None:
+        if operation == "check" and key == Keys(PREFIX).commits_number:
+            looks.append(key)
+            if len(looks) == 2:
+                parked.set()
+                go_on.wait()
+
+    data.hook = park
+    async with watching(memory) as observer, Tasks() as tasks:
+        waits = tasks.start(partial(observer.wait_for, "last", timeout_secs=10))
+        await anyio.to_thread.run_sync(parked.wait)
+        for step in range(1, 12):
+            await committed(ranks, "x", step)
+        data.hook = None
+        go_on.set()
+        await committed(ranks, "last", 1)
+        with anyio.fail_after(2):
+            assert await waits.returned() == record("last", 1)
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_nobody_polls(tcp: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An observer that waits says nothing; and a commit is no message longer for being recorded."""

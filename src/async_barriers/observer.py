@@ -112,7 +112,6 @@ class CommitObserver:
         while True:
             # What is decided now can be told by a store only that was reached.
             await self._reached(loop, max(deadline, loop.now() + (0.8 if timeout == 0 else 0)))
-            losses = watch.losses
             looked = looked or await watch.look(loop, max(deadline, loop.now() + 0.8))
             log = watch.log
             for record in reversed(log.records.values()) if log is not None and looked else ():
@@ -124,9 +123,8 @@ class CommitObserver:
             if loop.now() >= deadline:
                 assert timeout is not None
                 raise self._in_vain(name, timeout) if looked else watch.unreached(timeout)
-            if watch.losses == losses and looked:
+            if looked and watch.log is log:
                 await watch.change(waiter, deadline)
-            looked = looked and watch.losses == losses
 
     def records(self, name: str | None = None) -> AsyncIterator[CommitRecord]:
         """Each commit from now on, in the order in which they were released.
