@@ -242,6 +242,13 @@ class Doings:
 
         return await self.barrier.commit(act, payload=payload.encode(), **given)
 
+    async def outcome(self, name: str, sequence: int) -> dict[str, Any]:
+        """What became of a commit."""
+        record = await self.barrier.outcome(name, sequence)
+        if record is None:
+            return {"record": None}
+        return {"record": {**asdict(record), "result": record.result.decode()}}
+
     async def use_store(self, key: str) -> dict[str, Any]:
         """Use the store that the barrier was given, in a thread, as its owner would."""
 

@@ -754,10 +754,10 @@ async def test_the_store_is_lost_while_the_leader_publishes(memory: World, endin
             error = await leading.raised(BarrierConnectionError)
             assert error.in_doubt
             did = "published" if ending == "published" else "did not publish"
-            assert f"barrier 'x' #0: rank 0 {did}, but the store was lost" in str(error)
+            assert f"barrier 'tests/x' #0: rank 0 {did}, but the store was lost" in str(error)
         error = await following.raised(BarrierConnectionError)
         assert error.in_doubt
-        assert "barrier 'x' #0: rank 1 waited 1." in str(error)
+        assert "barrier 'tests/x' #0: rank 1 waited 1." in str(error)
     data(memory).hook = None
     await commits_again(ranks)
     # The leader's word is given as soon as the store takes it.

@@ -34,6 +34,7 @@ def keys_of(phase: PhaseKeys) -> set[str]:
     return {
         phase.log, phase.count, phase.released, phase.departed, phase.reason, phase.word,
         phase.terms, phase.summary, phase.brought, phase.payload(0), phase.payload(11),
+        phase.published,
     }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_no_two_phases_share_a_key(
     def fields(prefix: str, identity: str, name: str, sequence: str) -> set[str]:
         return keys_of(Keys(prefix).generation(identity).phase(name, sequence))
 
-    assert len(fields(*one)) == 11
+    assert len(fields(*one)) == 12
     assert (one == other) or not (fields(*one) & fields(*other))
     keys = Keys(one[0])
     own = keys.generation(one[1])
@@ -59,8 +60,9 @@ def test_no_two_phases_share_a_key(
         keys.state, keys.commits, keys.member(0), keys.member(1), own.roll, own.closed,
         own.host_leaves, own.all_left, own.threaded, own.bell(0), own.asked(0), own.answer("ab"),
         own.latest(one[2]), own.latest(one[2] + "0"),
+        keys.commits_number, keys.commits_news(0), keys.commits_news(15),
     }  # fmt: skip
-    assert len(members) == 14
+    assert len(members) == 17
     assert not members & fields(*other)
     elsewhere = Keys(one[0], "namespace/").generation(one[1]).phase(one[2], one[3])
     assert not keys_of(elsewhere) & fields(*other)

@@ -12,8 +12,9 @@ from ._errors import (
     BarrierTimeoutError,
     BrokenBarrierError,
 )
-from ._values import BarrierProgress, BarrierResult
+from ._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
 from .dist_barrier import DistBarrier
+from .observer import CommitObserver
 from .store_barrier import StoreBarrier, TCPStoreBarrier
 
 __all__ = [
@@ -31,6 +32,10 @@ __all__ = [
     "BarrierResult",
     "BarrierProgress",
     "Committing",
+    "BarrierStatistics",
+    "CommitRecord",
+    # for processes that are no ranks
+    "CommitObserver",
     # errors
     "BarrierError",
     "BarrierTimeoutError",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 _MOST_TOLD = 600
+_MOST_SAID = 2000
+# A name may have kilobytes.
+_MOST_NAMED = 200
 
 
 def in_one_line(text: str, most: int = _MOST_TOLD) -> str:
@@ -37,12 +40,15 @@ def told_by(exc: BaseException) -> str:
 
 def seconds(value: float) -> str:
     """``4 s``, ``0.25 s``: rounded as a person would."""
-    return f"{round(value, 2 if value < 10 else 1):g} s"
+    if 0 < value < 0.01:
+        return f"{value:.1g} s"
+    return f"{round(value, 2 if value < 10 else 1):.10g} s"
 
 
-def describe(name: str, sequence: int | None = None) -> str:
-    """How messages speak of a phase: ``barrier 'step-100' #3``."""
-    return f"barrier {name!r}" if sequence is None else f"barrier {name!r} #{sequence}"
+def describe(name: str, sequence: int | None = None, prefix: str = "") -> str:
+    """How messages speak of a phase, ``barrier 'ckpt/step-100' #3``, or of a barrier."""
+    shown = in_one_line(f"{prefix}/{name}" if prefix and name else prefix or name, _MOST_NAMED)
+    return f"barrier {shown!r}" if sequence is None else f"barrier {shown!r} #{sequence}"
 
 
 def plural_ranks(ranks: tuple[int, ...]) -> str:
@@ -62,13 +68,14 @@ class BarrierError(Exception):
     in_doubt: bool
 
     def __init__(self, message: str, *, in_doubt: bool = False) -> None:
-        super().__init__(message)
+        # Whatever others have put into it, a log has it in one line.
+        super().__init__(in_one_line(message, _MOST_SAID))
         self.in_doubt = in_doubt
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The message is built by __init__ from other arguments than those that
         # Exception remembers, so the default way to unpickle would call it wrongly.
-        return (_rebuild, (type(self), str(self), self.__dict__))
+        return (_rebuild, (type(self), BaseException.__str__(self), self.__dict__))
 
 
 def _rebuild(cls: type[BarrierError], message: str, state: dict[str, Any]) -> BarrierError:
@@ -78,13 +85,26 @@ def _rebuild(cls: type[BarrierError], message: str, state: dict[str, Any]) -> Ba
     return error
 
 
-class BarrierTimeoutError(BarrierError, TimeoutError):
+class _PhaseError(BarrierError):
+    """One that is of a phase, which its message begins with."""
+
+    name: str
+    sequence: int
+    prefix: str
+
+    def __str__(self) -> str:
+        # Not before it is asked for: where a message is made, the prefix need not be known.
+        return f"{describe(self.name, self.sequence, self.prefix)} {super().__str__()}"
+
+
+class BarrierTimeoutError(_PhaseError, TimeoutError):
     """A deadline broke the phase; every rank that learns of it gets this error.
 
     :ivar name: the name given at the call
     :ivar sequence: which crossing of that name it was, from 0
     :ivar missing_ranks: exactly the ranks that had not entered when the deadline fired, sorted
     :ivar timeout_secs: the deadline that fired, in seconds
+    :ivar prefix: the barrier's, where it has one; part of the message
     """
 
     def __init__(
@@ -96,6 +116,7 @@ class BarrierTimeoutError(BarrierError, TimeoutError):
         *,
         detail: str = "",
         in_doubt: bool = False,
+        prefix: str = "",
     ) -> None:
         if not detail:
             detail = (
@@ -105,35 +126,42 @@ class BarrierTimeoutError(BarrierError, TimeoutError):
                 else "no rank was missing"
             )
         super().__init__(
-            f"{describe(name, sequence)} timed out after {seconds(timeout_secs)}: {detail}",
-            in_doubt=in_doubt,
+            f"timed out after {seconds(timeout_secs)}: {in_one_line(detail)}", in_doubt=in_doubt
         )
         self.name = name
         self.sequence = sequence
         self.missing_ranks = missing_ranks
         self.timeout_secs = timeout_secs
+        self.prefix = prefix
 
 
-class BrokenBarrierError(BarrierError):
+class BrokenBarrierError(_PhaseError):
     """A rank broke the phase, or this barrier can no longer be used.
 
     :ivar name: the name given at the call
     :ivar sequence: which crossing of that name it was, from 0
     :ivar rank: the rank that broke it; None where no rank is to blame
     :ivar reason: why, in words
+    :ivar prefix: the barrier's, where it has one; part of the message
     """
 
     def __init__(
-        self, name: str, sequence: int, rank: int | None, reason: str, *, in_doubt: bool = False
+        self,
+        name: str,
+        sequence: int,
+        rank: int | None,
+        reason: str,
+        *,
+        in_doubt: bool = False,
+        prefix: str = "",
     ) -> None:
         culprit = "" if rank is None else f" by rank {rank}"
-        super().__init__(
-            f"{describe(name, sequence)} was broken{culprit}: {reason}", in_doubt=in_doubt
-        )
+        super().__init__(f"was broken{culprit}: {in_one_line(reason)}", in_doubt=in_doubt)
         self.name = name
         self.sequence = sequence
         self.rank = rank
         self.reason = reason
+        self.prefix = prefix
 
 
 class BarrierConnectionError(BarrierError, ConnectionError):

@@ -41,9 +41,7 @@ def from_environment() -> Launched:
             "environment; start the program with torchrun, set "
             f"{', '.join(_VARIABLES)} on every rank, or give a store to StoreBarrier()"
         )
-    rank, world_size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if not 0 <= port <= 65535:
-        raise ValueError(f"MASTER_PORT is {port} in the environment; it must be 0 to 65535")
+    rank, world_size, port = _number("RANK"), _number("WORLD_SIZE"), _port()
     # torchrun's agent may host the store itself; nobody in the job does then.
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = StoreAt(
@@ -57,6 +55,27 @@ def from_environment() -> Launched:
     # torchrun's own default is the same for all jobs.
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return Launched(store, rank, world_size, None if run_id in (None, "", "none") else run_id)
+
+
+def store_from_environment() -> StoreAt:
+    """The store of a job that a launcher started, for a process that is none of its ranks.
+
+    :raises ValueError: variables are missing, or are no numbers
+    """
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ValueError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in the "
+            "environment; set MASTER_ADDR and MASTER_PORT to those of the job that is to be "
+            "observed, or give a store to CommitObserver()"
+        )
+    return StoreAt(os.environ["MASTER_ADDR"], _port(), True, hosts=False)
+
+
+def _port() -> int:
+    port = _number("MASTER_PORT")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"MASTER_PORT is {port} in the environment; it must be 0 to 65535")
+    return port
 
 
 def _number(name: str) -> int:

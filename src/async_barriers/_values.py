@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -46,3 +47,49 @@ class BarrierProgress:
     world_size: int
     missing_ranks: tuple[int, ...]
     waited_secs: float
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """A commit that was released: its leader has published.
+
+    :ivar name: the name given at the call
+    :ivar sequence: which crossing of that name it was, from 0; or the step that was given
+    :ivar result: what ``publish`` returned, ``b""`` for None
+    :ivar leader: the rank that published
+    :ivar world_size: how many ranks took part
+    """
+
+    name: str
+    sequence: int
+    result: bytes
+    leader: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class BarrierStatistics:
+    """What became of this rank's phases since its barrier was built.
+
+    :ivar released: how many were
+    :ivar broken: how many ended otherwise for this rank; the sum of ``broken_by``
+    :ivar broken_by: of those, how many by each of the following, all of which are always there:
+        ``"timeout"`` (a deadline, of whichever rank), ``"gave_up"`` (this rank was cancelled,
+        raised or aborted), ``"peer"`` (another rank did), ``"left"`` (a rank closed its barrier),
+        ``"restart"`` (a rank joined again), ``"connection"`` (the store was lost or not reached)
+        and ``"closed"`` (this barrier was)
+    :ivar waited_secs: how long this rank waited in all of them together, in seconds; a leader's
+        publishing included
+    :ivar waited_secs_at_most: in the longest of them
+    :ivar came_last: how many of the released ones waited for this rank: it was the last to enter
+    :ivar reconnections: how often a connection to the store was lost and another one took its
+        place
+    """
+
+    released: int
+    broken: int
+    broken_by: Mapping[str, int]
+    waited_secs: float
+    waited_secs_at_most: float
+    came_last: int
+    reconnections: int

@@ -36,12 +36,14 @@ from .._protocol.count import COMMIT, GATHER, MAX_RANKS
 from .._protocol.keys import Keys, check_name, check_prefix
 from .._store.sources import Source
 from .._store.waiting import settled, until_done
-from .._values import BarrierProgress, BarrierResult
+from .._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
+from .asking import became
 from .crossing import Crossing
 from .phases import Phase
 from .publication import Publication
 from .session import Session
 from .state import PEERS_SECS, UNDO_SECS
+from .tally import GAVE_UP
 
 _CLOSED = "it closed its barrier"
 # How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.
@@ -138,7 +140,11 @@ class CrossingBarrier(Barrier):
         check_world(leader, self._session.world_size)
         brought = checked_blob("payload", payload)
         crossing = self._crossing(name, step, timeout, COMMIT, leader)
-        released = await crossing.decided(brought)
+        try:
+            released = await crossing.decided(brought)
+        finally:
+            if crossing.phase is not None:
+                self._session.outcomes.remember(crossing.phase)
         if released is not None:
             return released.result
         phase = crossing.phase
@@ -200,6 +206,29 @@ class CrossingBarrier(Barrier):
             return bool(publishing.stopped)
         return broke
 
+    async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
+        """What became of a commit, for a rank that could not learn it (``in_doubt``).
+
+        The last 64 commits of a prefix that were released are on record, for as long as the store
+        lives. None: nobody has said that it was published (it broke, goes on, or its leader was
+        lost before it could say so), or it is not kept any more. The logger says which, at INFO.
+
+        :param name: the name given at the call
+        :param sequence: the step that was given; else the error's ``sequence``. A count means
+            something only where this barrier took part; a step does in any process.
+        :raises BarrierConnectionError: the store did not answer within
+            ``timeout_barrier_init_secs``
+        :raises BarrierClosedError: the barrier is closed
+
+        **Cancellation:** nothing was entered and nothing is broken; asking again is safe.
+        """
+        self._check_call(name, sequence, CONFIGURED)
+        return await became(self._session, name, sequence)
+
+    def statistics(self) -> BarrierStatistics:
+        """What became of this rank's phases so far, in numbers; costs nothing, also when closed."""
+        return self._session.tally.statistics()
+
     async def aclose(self) -> None:
         await self._leave(_CLOSED)
 
@@ -256,7 +285,8 @@ class CrossingBarrier(Barrier):
             await self._break(crossing, phase, reason, session.patience_secs)
         except BarrierError as exc:
             # The caller's own exception is on its way, and matters more than this one.
-            logger.warning("%s could not be broken for its peers: %s", describe(name), exc)
+            what = describe(name, None, session.prefix)
+            logger.warning("%s could not be broken for its peers: %s", what, exc)
             owes = owes and not isinstance(exc, BrokenBarrierError)
         finally:
             if owes and not self._closed:
@@ -274,6 +304,7 @@ class CrossingBarrier(Barrier):
             phase = session.begin(name, step)
             session.give_up(phase, reason)
             session.forget(phase)
+            session.tally.broke(GAVE_UP)
 
     # -- their parts -------------------------------------------------------------------
 
@@ -306,10 +337,13 @@ class CrossingBarrier(Barrier):
             if not await until_done(loop, giving_up, within_secs):
                 session.worry(phase)
                 raise BarrierConnectionError(
-                    f"{describe(phase.name, phase.sequence)}: the store did not answer in time; "
-                    "its peers are told as soon as it does"
+                    f"{describe(phase.name, phase.sequence, session.prefix)}: the store did not "
+                    "answer in time; its peers are told as soon as it does"
                 )
-            return giving_up.result()
+            broke = giving_up.result()
+            if broke and phase.waiter is None:
+                session.tally.broke(GAVE_UP)
+            return broke
         finally:
             # Another call of this rank may await it still, as when a leader has the say.
             if phase.waiter is None:
@@ -320,10 +354,17 @@ class CrossingBarrier(Barrier):
         if self._closed:
             # What closes says so to the peers.
             phase.abandoned = True
-            raise BarrierClosedError(describe(phase.name, phase.sequence))
+            error = BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
+            crossing.failed(error)
+            raise error
         publication = phase.publishing = Publication(crossing, phase)
         try:
-            return await publication.run(publish)
+            result = await publication.run(publish)
+            crossing.was_released()
+            return result
+        except BaseException as exc:
+            crossing.failed(exc)
+            raise
         finally:
             phase.publishing = None
             session.forget(phase)

@@ -135,6 +135,7 @@ class Breaking(Hearing):
                     raise
                 await sleep(loop, RETRY_SECS)
         phase.connection = connection
+        self.tally.reconnections += 1
         connection.on_lost = None
         if phase not in self.open:
             # It was forgotten meanwhile; what is under way for it may use this as long as it is.
@@ -230,8 +231,14 @@ class Breaking(Hearing):
             try:
                 if connection is None or connection.lost is not None:
                     connection = await self._reopen_for(phase)
-                membership = phase.membership
-                if await phases.settle(connection, phase.entry, verdict, membership.own.threaded):
+                membership, outcomes = phase.membership, self.outcomes
+                noting = await outcomes.noting(connection, phase, verdict)
+                rings, noted = await phases.settle(
+                    connection, phase.entry, verdict, membership.own.threaded, noting
+                )
+                if noted:
+                    outcomes.noted(connection, phase, verdict, noted[0], self.start)
+                if rings:
                     await connection.call(SetMany(membership.bells, b"settled"))
                 self.settle(phase, verdict)
                 return verdict

@@ -32,6 +32,7 @@ from .._values import BarrierProgress
 from .phases import Phase
 from .session import Session
 from .state import UNDO_SECS
+from .tally import kind_of
 
 # How long connecting that failed just in time has to say so.
 _SAYS_WHY_SECS = 0.3
@@ -98,6 +99,7 @@ class Crossing:
             released = self.accept(phase)
             if self.kind == GATHER:
                 self.brought = await self._fetched(phase)
+            self.was_released()
             return released
         except BaseException as exc:
             try:
@@ -108,6 +110,8 @@ class Crossing:
                 # A signal handler's, which struck here.
                 await self._stopped(another)
                 raise
+            finally:
+                self.failed(exc)
             raise
         finally:
             if self.phase is not None and not self._publishes:
@@ -118,6 +122,30 @@ class Crossing:
         released = await self.decided(payload)
         assert released is not None
         return self.brought
+
+    def was_released(self) -> None:
+        """Count it."""
+        phase, tally, secs = self.phase, self.session.tally, self.waited_secs
+        tally.released += 1
+        tally.waited_secs += secs
+        if secs > tally.waited_secs_at_most:
+            tally.waited_secs_at_most = secs
+        if phase is not None and phase.last:
+            tally.came_last += 1
+
+    def failed(self, exc: BaseException) -> None:
+        """Count it, and have the error say which barrier it is of."""
+        session, phase = self.session, self.phase
+        if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
+            exc.prefix = session.prefix
+        left = session.closed_by
+        why = kind_of(
+            exc,
+            session.rank,
+            left=left is not None and getattr(exc, "rank", None) == left.rank,
+            over=phase is not None and phase.membership is not session.membership,
+        )
+        session.tally.broke(why, self.waited_secs)
 
     def _hold(self, phase: Phase) -> None:
         phase.waiter = self.loop.waiter()
@@ -200,7 +228,7 @@ class Crossing:
                 in_doubt=verdict.in_doubt,
             )
         if self.session.closing and verdict.rank == self.session.rank:
-            raise BarrierClosedError(describe(phase.name, phase.sequence))
+            raise BarrierClosedError(describe(phase.name, phase.sequence, self.session.prefix))
         raise BrokenBarrierError(
             phase.name, phase.sequence, verdict.rank, verdict.reason, in_doubt=verdict.in_doubt
         )
@@ -305,9 +333,9 @@ class Crossing:
     ) -> BarrierConnectionError:
         why = "the store did not answer" if exc is None else str(exc)
         error = BarrierConnectionError(
-            f"{describe(phase.name, phase.sequence)}: rank {self.session.rank} waited "
-            f"{seconds(self.waited_secs)}, then {why}; see whether the process that hosts the "
-            "store is alive and can be reached",
+            f"{describe(phase.name, phase.sequence, self.session.prefix)}: "
+            f"rank {self.session.rank} waited {seconds(self.waited_secs)}, then {why}; see whether "
+            "the process that hosts the store is alive and can be reached",
             in_doubt=phase.entered if in_doubt is None else in_doubt,
         )
         error.__cause__ = exc.__cause__ if exc is not None else None

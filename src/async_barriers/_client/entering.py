@@ -129,6 +129,7 @@ class Entering(Pool):
         elif count.full(*entry.world):
             me = b"%d" % self.rank
             self._announced[connection] = phase
+            phase.last = True
             if entry.kind != COMMIT:
                 if not self._rings:
                     connection.fulfil(Set(entry.keys.released, me))

@@ -111,8 +111,8 @@ class Hearing(Entering):
             judged = await phases.hear(connection, phase.entry)
         except ValueError as exc:
             error = BarrierConnectionError(
-                f"{describe(phase.name, phase.sequence)}: the verdict of this commit was "
-                f"overwritten ({exc})", in_doubt=True,
+                f"{describe(phase.name, phase.sequence, self.prefix)}: the verdict of this "
+                f"commit was overwritten ({exc})", in_doubt=True,
             )  # fmt: skip
             self.settle(phase, error=error)
             return

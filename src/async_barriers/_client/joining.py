@@ -131,6 +131,7 @@ class Joining(Listening):
             raise BarrierClosedError(describe(self.prefix))
         self.turns = turns
         self._before, self._claimed = turns.membership, None
+        self.tally.reconnections += self._doubtful
         self._doubtful = False
         self._listen(bell)
         await self._look_around()

@@ -65,6 +65,7 @@ class Listening(Breaking):
                 bell.close()
                 return
             self._listen(bell)
+            self.tally.reconnections += 1
             for phase in self.open if not bell.waits else ():
                 if phase.connection is not None and phase.connection.lost is None:
                     phase.lost = None

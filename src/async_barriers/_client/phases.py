@@ -35,6 +35,8 @@ class Phase:
     :ivar abandoned: nobody waits for it any more
     :ivar users: how many calls on other connections than its own may still write to its keys
     :ivar since: when its call began, by the loop's clock
+    :ivar last: this rank was the last one to enter
+    :ivar noted: its leader may have written the record
     :ivar lost: the connection was, on which this rank had entered
     """
 
@@ -53,6 +55,8 @@ class Phase:
     rejoined = False
     differs = False
     worried = False
+    last = False
+    noted = False
     large = False
     users = 0
     verdict: Verdict | None = None
@@ -168,12 +172,14 @@ class Turns:
             name, step, self.membership.rank,
             f"rank {self.membership.rank} came for step {step} when {which} was {how} already; a "
             "step is decided once: go on with a later one",
+            prefix=self.membership.keys.prefix,
         )  # fmt: skip
 
 
 def in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionError:
     error = BarrierConnectionError(
-        f"{describe(phase.name, phase.sequence)}: {exc}", in_doubt=phase.entered
+        f"{describe(phase.name, phase.sequence, phase.membership.keys.prefix)}: {exc}",
+        in_doubt=phase.entered,
     )
     error.__cause__ = exc.__cause__
     return error

@@ -112,7 +112,7 @@ class Publication:
             if not done:
                 session.worry(phase)
             raise BarrierConnectionError(
-                f"{describe(phase.name, phase.sequence)}: rank {session.rank} "
+                f"{describe(phase.name, phase.sequence, session.prefix)}: rank {session.rank} "
                 f"{'published' if published else 'did not publish'}, but "
                 f"{'this barrier was closed' if self._closing else 'the store was lost'} before "
                 "its peers could be told",
@@ -120,7 +120,7 @@ class Publication:
             )
         self.verdict = settling.result()
         if self._closing and self.verdict == Broken(session.rank, self._stopped_for):
-            raise BarrierClosedError(describe(phase.name, phase.sequence))
+            raise BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
         return crossing.accept(phase).result
 
     async def _call(self, publish: Publish, payloads: Mapping[int, bytes]) -> Any:

@@ -136,7 +136,7 @@ class Session(Joining):
             await within(loop, parting, deadline - self._now())
 
     def _closed_error(self, phase: Phase) -> BarrierClosedError:
-        error = BarrierClosedError(describe(phase.name, phase.sequence))
+        error = BarrierClosedError(describe(phase.name, phase.sequence, self.prefix))
         error.in_doubt = phase.entered
         return error
 

@@ -21,7 +21,9 @@ from .._store.future import Effort, Future
 from .._store.loops import Loop, loop_here
 from .._store.sources import Connection, Source
 from .._store.worker import end_at_exit
+from .outcomes import Outcomes
 from .phases import Phase, Turns
+from .tally import Tally
 
 T = TypeVar("T")
 
@@ -60,6 +62,8 @@ class SessionState:
         self.closing = False
         self.turns: Turns | None = None
         self.open: dict[Phase, None] = {}
+        self.outcomes = Outcomes()
+        self.tally = Tally()
         self.loop: Loop | None = None
         self._source = source
         self._run_id = run_id
@@ -211,6 +215,13 @@ class SessionState:
         self._opened = [each for each in self._opened if each.lost is None]
         self._opened.append(connection)
         return connection
+
+    open_another = _open
+
+    @property
+    def namespace(self) -> str:
+        """What all our keys begin with; known once a connection is open."""
+        return self._source.namespace
 
     # -- what the layers above do --------------------------------------------------------
 

@@ -73,6 +73,11 @@ class PhaseKeys:
         """What the ranks brought, one after another; see `_payloads`."""
         return self.path + "/brought"
 
+    @property
+    def published(self) -> str:
+        """`commit` only: its result, where that is too large to stand among the others'."""
+        return self.path + "/published"
+
     def payload(self, rank: int) -> str:
         """What ``rank`` brought, where it is too large to stand among the others'."""
         return f"{self.path}/payload/{rank}"
@@ -99,8 +104,17 @@ class Keys:
 
     @property
     def commits(self) -> str:
-        """What the last commits published."""
+        """The records of the last released commits, in their order; see `records`."""
         return f"{self.root}/commits"
+
+    @property
+    def commits_number(self) -> str:
+        """How many commits were ever released."""
+        return f"{self.root}/commits/number"
+
+    def commits_news(self, slot: int) -> str:
+        """Wakes who waits for another record; a few are there at a time."""
+        return f"{self.root}/commits/news/{slot}"
 
     def generation(self, identity: str) -> GenerationKeys:
         return GenerationKeys(f"{self.root}/{identity}")

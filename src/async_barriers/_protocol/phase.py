@@ -279,19 +279,23 @@ async def give_up(
         # Somebody entered, or broke it, in between: look at that.
 
 
-async def settle(store: Store, entry: Entry, verdict: Verdict, threaded: str) -> bool:
+async def settle(
+    store: Store, entry: Entry, verdict: Verdict, threaded: str, noting: Iterable[Request] = ()
+) -> tuple[bool, list[Any]]:
     """The leader's word on a commit in which all are in; it gives one, and may repeat it.
 
     :param threaded: the key that tells whether there are ranks to ring for, which is answered
+    :param noting: what is said before it, in the same message; its answers come second
     """
     keys = entry.keys
     # Plain writes: nobody else writes there, and an answer would bring the whole word back.
-    (rings,) = await store.call(
+    *noted, rings = await store.call(
+        *noting,
         Set(keys.word, encode_word(verdict)),
         Set(keys.settled, b"%d" % entry.rank),
         Read(threaded),
     )
-    return rings is not None
+    return rings is not None, noted
 
 
 async def hear(store: Store, entry: Entry) -> Verdict | None:

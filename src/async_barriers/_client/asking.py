@@ -1,0 +1,74 @@
+"""A rank asks what became of a commit that it could not learn the verdict of."""
+
+from __future__ import annotations
+
+from .._barrier import check_step
+from .._errors import BarrierConnectionError, describe, seconds, told_by
+from .._protocol import records
+from .._protocol.keys import Keys
+from .._protocol.store import Read
+from .._store.loops import Loop
+from .._store.sources import Connection
+from .._store.waiting import settled, sleep
+from .._values import CommitRecord
+from .session import Session
+
+_RETRY_SECS = 0.2
+# What fails with the time that there is says why.
+_SAYS_WHY_SECS = 0.3
+
+
+async def became(session: Session, name: str, sequence: int) -> CommitRecord | None:
+    """As `StoreBarrier.outcome`."""
+    if check_step(sequence) is None:
+        raise TypeError("sequence must be an integer, not None")
+    loop = session.use()
+    deadline = loop.now() + session.init_secs
+    asking = session.start(_ask(session, loop, name, sequence, deadline))
+    try:
+        await settled(loop, asking, deadline + _SAYS_WHY_SECS)
+    finally:
+        asking.stop(BarrierConnectionError("nobody waits for the answer any more"))
+    if asking.error is None:
+        found: CommitRecord | None = asking.result()
+        return found
+    why = session.why_not or asking.error
+    raise BarrierConnectionError(
+        f"{describe(name, sequence, session.prefix)}: rank {session.rank} asked the store what "
+        f"became of it, and had no answer within {seconds(session.init_secs)} ({told_by(why)}); "
+        "ask again once the process that hosts the store can be reached"
+    ) from why
+
+
+async def _ask(
+    session: Session, loop: Loop, name: str, sequence: int, deadline: float
+) -> CommitRecord | None:
+    while True:
+        connection: Connection | None = None
+        try:
+            # Of its own: what hangs on those of the session is not waited for.
+            connection = await session.open_another(loop, deadline)
+            return await _look(session, connection, name, sequence)
+        except BarrierConnectionError:
+            if loop.now() >= deadline or session.closing:
+                raise
+        finally:
+            if connection is not None:
+                connection.close(reset=connection.unsaid)
+        await sleep(loop, _RETRY_SECS)
+
+
+async def _look(
+    session: Session, connection: Connection, name: str, sequence: int
+) -> CommitRecord | None:
+    keys = Keys(session.prefix, session.namespace)
+    (value,) = await connection.call(Read(keys.commits))
+    log = records.decode(value)
+    record = session.outcomes.find(log, name, sequence)
+    found = None if record is None else await records.public(connection, keys, record)
+    if found is None:
+        session.outcomes.explain(log, session.prefix, name, sequence)
+    return found
+
+
+__all__ = ["became"]

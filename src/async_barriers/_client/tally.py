@@ -1,0 +1,71 @@
+"""What became of a rank's phases, in numbers; costs no message."""
+
+from __future__ import annotations
+
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+)
+from .._values import BarrierStatistics
+
+TIMEOUT, GAVE_UP, PEER = "timeout", "gave_up", "peer"
+LEFT, RESTART, CONNECTION, CLOSED = "left", "restart", "connection", "closed"
+
+
+class Tally:
+    """Counts for one barrier; a crossing that is released adds to them itself, since it is quick.
+
+    :ivar reconnections: how often a connection was lost and another one took its place
+    """
+
+    def __init__(self) -> None:
+        self.released = 0
+        self.came_last = 0
+        self.waited_secs = 0.0
+        self.waited_secs_at_most = 0.0
+        self.reconnections = 0
+        self._broken = dict.fromkeys((TIMEOUT, GAVE_UP, PEER, LEFT, RESTART, CONNECTION, CLOSED), 0)
+
+    def broke(self, why: str, waited_secs: float = 0.0) -> None:
+        """Count a phase that was not released, for one of the reasons above."""
+        self._broken[why] += 1
+        self.waited_secs += waited_secs
+        self.waited_secs_at_most = max(self.waited_secs_at_most, waited_secs)
+
+    def statistics(self) -> BarrierStatistics:
+        return BarrierStatistics(
+            self.released,
+            sum(self._broken.values()),
+            dict(self._broken),
+            self.waited_secs,
+            self.waited_secs_at_most,
+            self.came_last,
+            self.reconnections,
+        )
+
+
+def kind_of(exc: BaseException, rank: int, *, left: bool, over: bool) -> str:
+    """Which of the reasons an error stands for.
+
+    :param left: whether a rank has left the phase's generation, and is to blame
+    :param over: whether that generation is over
+    """
+    if isinstance(exc, BarrierTimeoutError):
+        return TIMEOUT
+    if isinstance(exc, BarrierConnectionError):
+        return CONNECTION
+    if isinstance(exc, BarrierClosedError):
+        return CLOSED
+    if isinstance(exc, BrokenBarrierError):
+        if over:
+            return RESTART
+        if left:
+            return LEFT
+        return GAVE_UP if exc.rank == rank else PEER
+    return CONNECTION if isinstance(exc, BarrierError) else GAVE_UP
+
+
+__all__ = ["GAVE_UP", "Tally", "kind_of"]

@@ -1,0 +1,1 @@
+"""Watching commits, without being a rank."""

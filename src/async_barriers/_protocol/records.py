@@ -1,0 +1,223 @@
+"""What is kept of released commits: a log of the last ones, for all who ask what became of one.
+
+The leader appends a record before its word, in the same message on the same connection. So a rank
+that has heard the word finds the record, and a record is there of nothing that is not published: no
+other word follows one. The log is of the prefix and not of a generation. Each record has a *number*
+by its place, from 0; a first line says the number of the record after it. What a leader that lost
+its connection has appended twice is one record: generation, name and label are a phase's own.
+
+Who waits for the next record waits for a key whose name follows from how many there are. It stays
+for a few more, so that whoever looks and then waits misses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .._values import CommitRecord
+from .keys import Keys, PhaseKeys
+from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, Store
+from .verdict import RUBBISH, number
+
+KEPT = 64
+# The log is cut when so many have come: never longer than both together.
+_CUT_EVERY = 32
+_TRIES = 3
+# Larger results have keys of their own, so that the log can be read at once.
+SMALL_RESULT_BYTES = 1024
+# How many keys there are to wake by, and how many of them exist at a time.
+_SLOTS, NEWS = 16, 8
+
+
+@dataclass(frozen=True)
+class Record:
+    """A commit that was released.
+
+    :ivar label: its sequence or step, as the keys of its phase have it
+    :ivar result: None where it is too large, and has a key of its own
+    """
+
+    generation: str
+    name: str
+    label: str
+    leader: int
+    world_size: int
+    result: bytes | None
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """A phase's own; what is there twice is one record."""
+        return self.generation, self.name, self.label
+
+    @property
+    def by_step(self) -> bool:
+        """Whether its number was given, and does not depend on what was called before."""
+        return self.label.startswith("s")
+
+    @property
+    def sequence(self) -> int:
+        return int(self.label.removeprefix("s"))
+
+    def keys(self, keys: Keys) -> PhaseKeys:
+        return keys.generation(self.generation).phase(self.name, self.label)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What was read.
+
+    :ivar begin: how many are not kept any more
+    :ivar end: how many there ever were
+    :ivar records: those that are kept, by number; the oldest first
+    """
+
+    begin: int
+    end: int
+    records: dict[int, Record]
+
+
+def encode(record: Record) -> bytes:
+    """One line."""
+    result = None if record.result is None else b64encode(record.result).decode()
+    line = [*record.identity, record.leader, record.world_size, result]
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+
+def _decode(line: bytes) -> Record | None:
+    """None for what something else wrote."""
+    try:
+        generation, name, label, leader, world_size, result = json.loads(line)
+        found = Record(
+            generation,
+            name,
+            label,
+            leader,
+            world_size,
+            None if result is None else b64decode(result),
+        )
+        right = isinstance(leader, int) and isinstance(world_size, int) and found.sequence >= 0
+        return found if right and isinstance(name, str) and isinstance(generation, str) else None
+    except RUBBISH:
+        return None
+
+
+def _lines(value: bytes | None) -> tuple[int, list[bytes]]:
+    """The number of the first record, and a line for each."""
+    lines = (value or b"").splitlines()
+    if lines and lines[0].startswith(b"@"):
+        return number(lines[0][1:]) or 0, lines[1:]
+    return 0, lines
+
+
+def decode(value: bytes | None) -> Log:
+    """What the log says; rubbish in it is passed over."""
+    first, lines = _lines(value)
+    records: dict[int, Record] = {}
+    known = set()
+    for at, line in enumerate(lines):
+        record = _decode(line)
+        if record is not None and record.identity not in known:
+            known.add(record.identity)
+            records[first + at] = record
+    begin = first
+    for at in list(records)[:-KEPT]:
+        del records[at]
+        begin = at + 1
+    return Log(begin, first + len(lines), records)
+
+
+def noting(
+    keys: Keys, record: Record, result: bytes, *, expected: int | None, noted: bool = False
+) -> list[Request]:
+    """What a leader says before its word; answered by how many there are now.
+
+    :param expected: what the answer will be, if nobody else commits meanwhile; it wakes who waits
+    :param noted: the log has it already
+    """
+    requests: list[Request] = []
+    if record.result is None:
+        requests.append(Set(record.keys(keys).published, result))
+    if not noted:
+        requests.append(Append(keys.commits, encode(record)))
+    requests.append(Add(keys.commits_number, 0 if noted else 1))
+    if expected is not None:
+        requests.append(_news(keys, expected))
+    return requests
+
+
+def _news(keys: Keys, count: int) -> Set:
+    return Set(keys.commits_news(count % _SLOTS), b"%d" % count)
+
+
+def awaited(keys: Keys, count: int) -> str:
+    """The key that is written when there are more than ``count``."""
+    return keys.commits_news((count + 1) % _SLOTS)
+
+
+def announcing(keys: Keys, count: int, expected: int | None) -> list[Request]:
+    """What follows when the leader knows how many there are."""
+    old = Delete(keys.commits_news((count - NEWS) % _SLOTS))
+    return [old] if count == expected else [_news(keys, count), old]
+
+
+def is_to_cut(count: int, record: Record) -> bool:
+    """Whether the leader of the ``count``-th is to shorten the log."""
+    return count % _CUT_EVERY == 0 or record.result is None
+
+
+async def cut(store: Store, keys: Keys) -> None:
+    """Drop the records that are not kept any more; not the one who comes next, if it is busy."""
+    (value,) = await store.call(Read(keys.commits))
+    for _ in range(_TRIES):
+        first, lines = _lines(value)
+        gone = lines[:-KEPT]
+        if not gone:
+            return
+        kept = b"@%d\n" % (first + len(gone)) + b"".join(line + b"\n" for line in lines[-KEPT:])
+        (now,) = await store.call(CompareSet(keys.commits, value, kept))
+        if now == kept:
+            await store.call(DeleteMany(_large(keys, gone)))
+            return
+        value = now
+
+
+def _large(keys: Keys, lines: Sequence[bytes]) -> list[str]:
+    """The keys of results that are not among the records."""
+    records = [_decode(line) for line in lines]
+    return [each.keys(keys).published for each in records if each and each.result is None]
+
+
+def looking(keys: Keys) -> list[Request]:
+    """How many there are, and the log; in this order, so that what is counted is in the log."""
+    return [Read(keys.commits_number), Read(keys.commits)]
+
+
+async def public(store: Store, keys: Keys, record: Record) -> CommitRecord | None:
+    """What users are told of a record; None where its result is not kept any more."""
+    result = record.result
+    if result is None:
+        (result,) = await store.call(Read(record.keys(keys).published))
+        if result is None:
+            return None
+    return CommitRecord(record.name, record.sequence, result, record.leader, record.world_size)
+
+
+__all__ = [
+    "KEPT",
+    "NEWS",
+    "SMALL_RESULT_BYTES",
+    "Log",
+    "Record",
+    "announcing",
+    "awaited",
+    "cut",
+    "decode",
+    "encode",
+    "is_to_cut",
+    "looking",
+    "noting",
+    "public",
+]

@@ -1,0 +1,279 @@
+"""CommitObserver: what was committed, for processes that are no ranks."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import TypeVar
+
+from torch.distributed import Store
+
+from . import _launch
+from ._barrier import check_call_timeout
+from ._errors import BarrierError, BarrierTimeoutError, describe
+from ._observer.watch import CONNECT_SECS, Watch
+from ._protocol.keys import Keys, check_name, check_prefix
+from ._protocol.records import KEPT, Log, Record
+from ._store.loops import Loop
+from ._store.sources import PassedIn, Source, StoreAt
+from ._store.waiting import settled, sleep
+from ._values import CommitRecord
+
+CommitObserverT = TypeVar("CommitObserverT", bound="CommitObserver")
+Reached = Callable[[Loop, float], Awaitable[None]]
+
+_RETRY_SECS = 0.2
+
+
+class CommitObserver:
+    """Follows the commits of a barrier without being one of its ranks.
+
+    For an evaluation job, a controller, a tool: it delays nobody, any number may watch, and none
+    leaves anything behind in the store. The last 64 commits of a prefix that were released are on
+    record, for as long as the store lives and whoever of the ranks restarts. It keeps one
+    connection to the store (over stores that are no TCPStore, two threads), and is woken when
+    there is something new. Works on asyncio and trio; one observer belongs to one event loop at a
+    time.
+
+    :param store: leads to the same data as the ranks' store; wrapped in the same PrefixStores
+    :param prefix: that of the barriers
+    :param worker_threads: as in `StoreBarrier`
+    :raises TypeError, ValueError: an argument is not what is allowed
+    """
+
+    def __init__(
+        self, store: Store, *, prefix: str = "barrier", worker_threads: bool = False
+    ) -> None:
+        source: Source
+        if isinstance(store, StoreAt):
+            source = store
+            if worker_threads:
+                store.use_threads()
+        elif isinstance(store, Store):
+            source = PassedIn(store, worker_threads)
+        else:
+            raise TypeError(f"store must be a torch.distributed.Store, not {store!r}")
+        check_prefix(prefix)
+        self._keys = Keys(prefix)
+        self._watch = Watch(source, prefix)
+        # One that is dropped unclosed must not keep its connection.
+        weakref.finalize(self, _abandon, self._watch).atexit = False
+
+    @classmethod
+    def from_env(
+        cls: type[CommitObserverT], *, prefix: str = "barrier", worker_threads: bool = False
+    ) -> CommitObserverT:
+        """An observer of the job whose store is at MASTER_ADDR and MASTER_PORT.
+
+        RANK and WORLD_SIZE are not read, and it never hosts the store.
+
+        :raises ValueError: variables are missing, and which, or a value is not allowed
+        """
+        store = _launch.store_from_environment()
+        return cls(store, prefix=prefix, worker_threads=worker_threads)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"<CommitObserver {self._watch.prefix!r}>"
+
+    async def connect(self) -> None:
+        """Reach the store, and be in the picture; the first call does it otherwise.
+
+        :raises BarrierConnectionError: the store was not reached within 60 s
+
+        **Cancellation:** nothing has happened; connecting again is safe.
+        """
+        watch = self._watch
+        loop = watch.use()
+        await self._reached(loop, loop.now() + CONNECT_SECS)
+
+    async def wait_for(self, name: str, *, timeout_secs: float | None = None) -> CommitRecord:
+        """The latest record of a commit of ``name``; if there is none yet, the first that comes.
+
+        Where the store is lost, it is connected to again until the deadline, or for 60 s if that
+        comes first.
+
+        :param name: as given to ``commit``. Its ``step``, if it was given one, is the record's
+            ``sequence``.
+        :param timeout_secs: the deadline in seconds from now; None for none, 0 for what is there
+        :raises BarrierTimeoutError: there was none by then
+        :raises BarrierConnectionError: the store cannot be reached
+        :raises BarrierClosedError: the observer is closed
+
+        **Cancellation:** nothing is lost; waiting again finds what came meanwhile.
+        """
+        check_name(self._keys, name)
+        timeout = check_call_timeout(timeout_secs)
+        watch = self._watch
+        loop = watch.use()
+        deadline = math.inf if timeout is None else loop.now() + timeout
+        waiter, looked = loop.waiter(), False
+        while True:
+            # What is decided now can be told by a store only that was reached.
+            await self._reached(loop, max(deadline, loop.now() + (0.8 if timeout == 0 else 0)))
+            looked = looked or await watch.look(loop, max(deadline, loop.now() + 0.8))
+            log = watch.log
+            for record in reversed(log.records.values()) if log is not None and looked else ():
+                if record.name == name:
+                    found = await watch.told(loop, record, math.inf)
+                    if found is not None:
+                        return found
+                    break
+            if loop.now() >= deadline:
+                assert timeout is not None
+                raise self._in_vain(name, timeout) if looked else watch.unreached(timeout)
+            if looked and watch.log is log:
+                await watch.change(waiter, deadline)
+
+    def records(self, name: str | None = None) -> AsyncIterator[CommitRecord]:
+        """Each commit from now on, in the order in which they were released.
+
+        An observer that is connected (``async with``, `connect`) has the commits after this call
+        (and perhaps one that was released in the moments before); else they are those after the
+        first one is asked for. An iterator that falls behind so far that records are not kept any
+        more raises `BarrierError`, which says how many it missed; one whose connection is lost
+        raises `BarrierConnectionError`. Both may be asked for the next one after that, and go on
+        with what there is.
+
+        :param name: only commits of that name
+        :raises BarrierClosedError: the observer is closed
+
+        **Cancellation:** of waiting for the next one: nothing is lost.
+        """
+        if name is not None:
+            check_name(self._keys, name)
+        return _Records(self._watch, name, self._reached)
+
+    async def aclose(self) -> None:
+        """Let go of the connection. Idempotent; calls under way raise `BarrierClosedError`.
+
+        **Cancellation:** it is closed all the same.
+        """
+        await self._watch.close()
+
+    async def __aenter__(self: CommitObserverT) -> CommitObserverT:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _reached(self, loop: Loop, deadline: float) -> None:
+        """Wait for the first look, by ``deadline``.
+
+        :raises BarrierConnectionError: there was none
+        """
+        watch, waiter, began = self._watch, loop.waiter(), loop.now()
+        until = min(deadline, began + CONNECT_SECS)
+        while True:
+            watch.use()
+            if watch.is_live:
+                return
+            if loop.now() >= until:
+                raise watch.unreached(until - began)
+            await watch.change(waiter, until)
+            if watch.error is not None:
+                await settled(loop, sleep(loop, _RETRY_SECS), until)
+
+    def _in_vain(self, name: str, timeout_secs: float) -> BarrierTimeoutError:
+        log = self._watch.log
+        kept = "" if log is None else f" ({log.end} commits of this prefix are on record)"
+        return BarrierTimeoutError(
+            name,
+            0,
+            (),
+            timeout_secs,
+            detail=f"no commit of that name was released{kept}; do name and prefix agree with the "
+            "ranks', and are they running?",
+            prefix=self._watch.prefix,
+        )
+
+
+class _Records(AsyncIterator[CommitRecord]):
+    """An iterator of `CommitObserver.records`.
+
+    It goes on where it was also on another connection, unless what it has seen is not there: then
+    the store was built anew, and all that is in it came after.
+    """
+
+    def __init__(self, watch: Watch, name: str | None, reached: Reached) -> None:
+        self._watch = watch
+        self._name = name
+        self._reached = reached
+        self._losses = watch.losses
+        # The number of the first one that it has not looked at, and one that is in the log before.
+        self._next: int | None = None
+        self._seen: tuple[int, Record] | None = None
+        if watch.is_live and watch.log is not None:
+            self._begin_after(watch.log)
+
+    async def __anext__(self) -> CommitRecord:
+        watch = self._watch
+        loop = watch.use()
+        waiter = loop.waiter()
+        while True:
+            if self._losses != watch.losses:
+                self._losses = watch.losses
+                if self._next is not None:
+                    raise watch.unreached()
+            await self._reached(loop, math.inf)
+            self._losses = watch.losses
+            log = watch.log
+            assert log is not None
+            begin = self._place(log)
+            for number, record in log.records.items():
+                if number >= begin and self._name in (None, record.name):
+                    found = await watch.told(loop, record, math.inf)
+                    self._next = number + 1
+                    self._seen = number, record
+                    if found is None:
+                        raise self._behind(1)
+                    return found
+            self._begin_after(log)
+            await watch.change(waiter, math.inf)
+
+    def _begin_after(self, log: Log) -> None:
+        self._next = log.end
+        if log.records:
+            self._seen = next(reversed(log.records.items()))
+
+    def _place(self, log: Log) -> int:
+        """The number of the first record that is new.
+
+        :raises BarrierError: there were others before it, which are not kept any more
+        """
+        if self._next is None:
+            self._begin_after(log)
+        assert self._next is not None
+        number, seen = self._seen or (-1, None)
+        if log.end < self._next or log.records.get(number, seen) != seen:
+            self._next, self._seen = 0, None
+        missed = log.begin - self._next
+        if missed > 0:
+            self._next = log.begin
+            raise self._behind(missed)
+        return self._next
+
+    def _behind(self, missed: int) -> BarrierError:
+        return BarrierError(
+            f"the observer of {describe(self._watch.prefix)} fell behind: {missed} records are not "
+            f"kept any more ({KEPT} are); ask for the next one to go on with what there is, and do "
+            "slow work elsewhere"
+        )
+
+
+def _abandon(watch: Watch) -> None:
+    watch.abandon()
+
+
+__all__ = ["CommitObserver"]
