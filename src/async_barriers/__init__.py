@@ -14,6 +14,7 @@ from ._errors import (
 )
 from ._values import BarrierProgress, BarrierResult
 from .dist_barrier import DistBarrier
+from .step_signal import StepSignal
 from .store_barrier import StoreBarrier, TCPStoreBarrier
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "StoreBarrier",
     "TCPStoreBarrier",
     "DistBarrier",
+    # what several ranks agree on, step by step
+    "StepSignal",
     # building one from configuration
     "BarrierConfig",
     "BARRIER_REGISTRY",

@@ -159,6 +159,12 @@ class Hearing(Entering):
         phase.brought = brought
         return brought
 
+    async def ask(self, *requests: Request) -> list[Any]:
+        """What the store answers, on the connection that listens."""
+        if self._bell is None:
+            raise BarrierConnectionError("there is no connection to the store")
+        return await self._bell.call(*requests)
+
     async def ask_missing(self, phase: Phase) -> tuple[int, ...] | None:
         bell = self._bell
         if bell is None:
