@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import Delete, Read
+from .._protocol.store import Delete, Read, Request
 from .._protocol.verdict import Broken, Released
 from .._store.sources import Connection
 from .entering import Entering
