@@ -1,6 +1,6 @@
 """A rank that trains until its signal is reached; run by test_step_signal.
 
-    python signal_rank.py RANK WORLD_SIZE PORT PACE_SECS
+python signal_rank.py RANK WORLD_SIZE PORT PACE_SECS
 """
 
 from __future__ import annotations
