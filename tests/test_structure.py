@@ -41,7 +41,8 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 350,
-    "_client.barrier": 350,
+    "_client.agreeing": 335,
+    "_client.barrier": 395,
     "_client.crossing": 375,
     "_dist.calls": 310,
     "_portal": 410,
@@ -51,11 +52,11 @@ LARGER_ROOMS = {
     "_store.connection": 380,
     "_store.loops": 490,
     "_store.threads": 410,
-    "blocking": 330,
+    "blocking": 340,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 6_650
+CORE_LINES = 7_310
 
 
 def wing_of(name: str) -> str:
