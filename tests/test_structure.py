@@ -42,7 +42,8 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 350,
-    "_client.barrier": 390,
+    "_client.agreeing": 335,
+    "_client.barrier": 440,
     "_client.crossing": 410,
     "_dist.calls": 310,
     "_portal": 410,
@@ -52,11 +53,11 @@ LARGER_ROOMS = {
     "_store.connection": 380,
     "_store.loops": 490,
     "_store.threads": 410,
-    "blocking": 330,
+    "blocking": 340,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 7_400
+CORE_LINES = 7_950
 
 
 def wing_of(name: str) -> str:

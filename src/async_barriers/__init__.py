@@ -15,6 +15,7 @@ from ._errors import (
 from ._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
 from .dist_barrier import DistBarrier
 from .observer import CommitObserver
+from .step_signal import StepSignal
 from .store_barrier import StoreBarrier, TCPStoreBarrier
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "StoreBarrier",
     "TCPStoreBarrier",
     "DistBarrier",
+    # what several ranks agree on, step by step
+    "StepSignal",
     # building one from configuration
     "BarrierConfig",
     "BARRIER_REGISTRY",

@@ -86,12 +86,12 @@ class Portal:
         ticket = _Ticket(self, call)
         try:
             self._submit(call)
-            _wait_for(call.promise, None)
+            wait_for(call.promise, None)
             return call.promise.result()
         except BaseException:
             if not call.promise.done():
                 self._cancel(call)
-                _wait_for(call.promise, _CANCELLED_SECS)
+                wait_for(call.promise, _CANCELLED_SECS)
             raise
         finally:
             # Its error has a traceback that leads here.
@@ -125,7 +125,7 @@ class Portal:
                 self._closing = True
                 self._rouse()
                 if threading.get_ident() != self._thread:
-                    _wait_for(self._ended, _CLOSED_SECS)
+                    wait_for(self._ended, _CLOSED_SECS)
                     if self._ended.done():
                         self._ended.result()
         finally:
@@ -139,13 +139,18 @@ class Portal:
             if self._threads:
                 self._rouse()
 
+    @property
+    def ended(self) -> Promise[None]:
+        """Settled when it was closed, and its loop has ended."""
+        return self._ended
+
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `worker.end_at_exit`."""
         # Half of it, as what the last call leaves undone has to end as well.
         self._patience_secs = max(0.0, deadline - time.monotonic()) / 2
         self.retire()
         if self._threads and not self._foreign:
-            _wait_for(self._ended, deadline - time.monotonic())
+            wait_for(self._ended, deadline - time.monotonic())
 
     def forsake(self) -> None:
         """In a forked child: its thread is the parent's, and every call says so."""
@@ -336,7 +341,7 @@ def _probe_loop() -> None:
             end.close()
 
 
-def _wait_for(promise: Promise[Any], within_secs: float | None) -> None:
+def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
     """Block until it is settled, or for so long; see the module's docstring."""
     told: SimpleQueue[None] = SimpleQueue()
     promise.when_settled(partial(told.put, None))

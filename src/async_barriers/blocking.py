@@ -29,6 +29,7 @@ from ._errors import BarrierError
 from ._portal import Portal
 from ._reasons import reason_of
 from ._values import BarrierResult
+from .step_signal import BlockingStepSignal
 
 __all__ = ["BlockingBarrier"]
 
@@ -174,6 +175,13 @@ class BlockingBarrier:
         self._take_turn(name, step)
         given = _given(check_step(step))
         return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given))
+
+    def step_signal(self, name: str = "stop") -> BlockingStepSignal:
+        """A `StepSignal` of this barrier, whose `reached` blocks; it ends with this barrier.
+
+        :raises: as `StepSignal`
+        """
+        return BlockingStepSignal(self._barrier, name)
 
     def start(
         self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs

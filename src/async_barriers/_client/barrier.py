@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 import anyio
 
@@ -34,8 +35,11 @@ from .._errors import (
 )
 from .._protocol.count import COMMIT, GATHER, MAX_RANKS
 from .._protocol.keys import Keys, check_name, check_prefix
-from .._store.sources import Source
+from .._store.loops import loop_here
+from .._store.promises import told
+from .._store.sources import Beside, PassedIn, Source, StoreAt
 from .._store.waiting import settled, until_done
+from .._store.worker import Promise
 from .._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
 from .asking import became
 from .crossing import Crossing
@@ -48,6 +52,8 @@ from .tally import GAVE_UP
 _CLOSED = "it closed its barrier"
 # How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.
 _STOP_SECS = 0.4
+# How long closing waits for what has a thread of its own.
+_COMPANION_SECS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +84,8 @@ class CrossingBarrier(Barrier):
             raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
         if run_id is not None and not isinstance(run_id, str):
             raise TypeError(f"run_id must be a string or None, not {run_id!r}")
+        self.prefix = prefix
+        self._source = source
         self._keys = Keys(prefix, source.namespace)
         self._session = Session(
             source, prefix, rank, world_size, init_secs=init_secs, run_id=run_id
@@ -87,6 +95,9 @@ class CrossingBarrier(Barrier):
         self._warn_after_secs = math.inf if warn_secs is None else warn_secs
         self._on_progress = on_progress
         self._closed = False
+        # What has a thread and a barrier of its own beside this one, and ends with it.
+        self._companions: dict[str, Companion] = {}
+        weakref.finalize(self, _retire_all, self._companions).atexit = False
         # The same one most often.
         self._checked_name = ""
         # A barrier that is dropped without aclose() has left, too.
@@ -237,6 +248,12 @@ class CrossingBarrier(Barrier):
         self._closed = True
         if session.foreign:
             return
+        try:
+            await self._end_companions(reason)
+        except BaseException:
+            # It goes on by itself.
+            session.leave(reason)
+            raise
         if session.loop is None:
             session.leave(reason)
             return
@@ -254,6 +271,26 @@ class CrossingBarrier(Barrier):
                 with anyio.CancelScope(shield=True):
                     await until_done(loop, leaving, UNDO_SECS)
             raise
+
+    async def _end_companions(self, reason: str) -> None:
+        companions = list(self._companions.values())
+        for companion in companions:
+            companion.retire(reason)
+        for companion in companions:
+            if (ended := companion.ended) is not None:
+                loop = loop_here(None)
+                await told(loop, ended, loop.now() + _COMPANION_SECS)
+
+    def beside(self, what: str) -> CrossingBarrier:
+        """Another barrier of the same rank at the same store, independent of this one; it hosts
+        nothing."""
+        session = self._session
+        warn_secs = None if self._warn_after_secs == math.inf else self._warn_after_secs
+        assert isinstance(self._source, PassedIn | StoreAt | Beside)
+        return CrossingBarrier(
+            Beside(self._source, what), session.rank, session.world_size, self.prefix,
+            session.init_secs, self._timeout_secs, warn_secs, None, session.run_id,
+        )  # fmt: skip
 
     async def _stop_publishing(self) -> None:
         # What was published must not be declared broken: publish itself has to end first.
@@ -369,6 +406,19 @@ class CrossingBarrier(Barrier):
             phase.publishing = None
             session.forget(phase)
             publication.settled.resolve(None)
+
+
+class Companion(Protocol):
+    """Something with a thread of its own that ends with a barrier."""
+
+    @property
+    def ended(self) -> Promise[None] | None: ...
+    def retire(self, reason: str | None = None) -> None: ...
+
+
+def _retire_all(companions: dict[str, Companion]) -> None:
+    for companion in companions.values():
+        companion.retire()
 
 
 def _abandon(session: Session) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import Delete, Read
+from .._protocol.store import Delete, Read, Request
 from .._protocol.verdict import Broken, Released
 from .._store.sources import Connection
 from .entering import Entering
@@ -158,6 +159,12 @@ class Hearing(Entering):
             raise BrokenBarrierError(phase.name, phase.sequence, brought.rank, brought.reason)
         phase.brought = brought
         return brought
+
+    async def ask(self, *requests: Request) -> list[Any]:
+        """What the store answers, on the connection that listens."""
+        if self._bell is None:
+            raise BarrierConnectionError("there is no connection to the store")
+        return await self._bell.call(*requests)
 
     async def ask_missing(self, phase: Phase) -> tuple[int, ...] | None:
         bell = self._bell

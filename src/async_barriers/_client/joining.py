@@ -88,7 +88,7 @@ class Joining(Listening):
             await self._await_return(store, before, closed_by)
         if before is not None:
             self._break_all(before, store, await self._successor(store, before))
-        life = process.new_life(self._run_id)
+        life = process.new_life(self.run_id)
         self._claiming = True
         try:
             joined = await members.join(

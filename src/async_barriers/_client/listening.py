@@ -30,7 +30,7 @@ class Listening(Breaking):
 
     def _listen(self, bell: Connection) -> None:
         self._bell = bell
-        bell.on_wake = lambda: self.start(self._look_around())
+        bell.on_wake = lambda: self.start(self._look_around()).when_done(self.on_look)
         bell.on_lost = partial(self._bell_lost, bell)
 
     def _bell_lost(self, bell: Connection, error: BarrierConnectionError) -> None:
@@ -57,6 +57,7 @@ class Listening(Breaking):
                 logger.debug("rank %d cannot listen: %s", self.rank, exc)
                 if not self.open and self._now() >= gone_at:
                     self._doubtful = True
+                    self.on_look()
                     return
                 await sleep(loop, pause)
                 pause = min(2 * pause, RETRY_SECS_AT_MOST)
@@ -71,6 +72,7 @@ class Listening(Breaking):
                     phase.lost = None
             with contextlib.suppress(BarrierConnectionError):
                 await self._look_around(first=True)
+            self.on_look()
 
     async def _look_around(self, *, first: bool = False) -> None:
         """Take the bell, and see what it was rung for."""

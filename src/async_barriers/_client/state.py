@@ -66,7 +66,7 @@ class SessionState:
         self.tally = Tally()
         self.loop: Loop | None = None
         self._source = source
-        self._run_id = run_id
+        self.run_id = run_id
         self._pid = os.getpid()
         self._closed_by: Closed | None = None
         # Whether a rank may be there, in this generation, that only hears its bell.
@@ -96,6 +96,8 @@ class SessionState:
         self._drained = False
         self._tidying = False
         self._not_at_end: Callable[[], object] = lambda: None
+        # Called when it was rung for, or does not stand any more.
+        self.on_look: Callable[[], object] = lambda: None
 
     def use(self) -> Loop:
         """The loop that runs here; connections move with their barrier."""

@@ -18,7 +18,8 @@ _LONGEST_SEQUENCE = "s" + "9" * 20
 _LONGEST_GENERATION = "9" * 10 + "-" + "f" * 16
 
 
-def _measured(text: str) -> str:
+def measured(text: str) -> str:
+    """Text behind its own length, so that it can be followed by other text."""
     return f"{len(text.encode())}:{text}"
 
 
@@ -91,7 +92,7 @@ class Keys:
 
     def __init__(self, prefix: str, namespace: str = "") -> None:
         self.prefix = prefix
-        self.root = f"{namespace}async_barriers/{_measured(prefix)}"
+        self.root = f"{namespace}async_barriers/{measured(prefix)}"
 
     @property
     def state(self) -> str:
@@ -101,6 +102,11 @@ class Keys:
     def member(self, rank: int) -> str:
         """The life that holds ``rank``, and the generation that it joined last."""
         return f"{self.root}/member/{rank}"
+
+    @property
+    def signal(self) -> str:
+        """Who has sent the signal that this prefix is for, and in which agreement."""
+        return f"{self.root}/signal"
 
     @property
     def commits(self) -> str:
@@ -184,10 +190,10 @@ class GenerationKeys:
 
     def latest(self, name: str) -> str:
         """The latest step of ``name`` that was broken, until all ranks are past it."""
-        return f"{self.root}/latest/{_measured(name)}"
+        return f"{self.root}/latest/{measured(name)}"
 
     def phase(self, name: str, sequence: str) -> PhaseKeys:
-        return PhaseKeys(f"{self.root}/phase/{_measured(name)}/{sequence}")
+        return PhaseKeys(f"{self.root}/phase/{measured(name)}/{sequence}")
 
 
 def check_prefix(prefix: str) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, seconds, told_by
+from .._protocol.keys import measured
 from . import connecting
 from .connecting import NotUnderstood, in_thread
 from .connection import SocketConnection
@@ -57,6 +58,42 @@ class Source(Protocol):
     def let_go(self) -> None:
         """The barrier is closed."""
         ...
+
+
+class Beside:
+    """Leads where another source does, to keys of its own; hosts nothing.
+
+    :param what: whose keys; no other choice of it collides
+    """
+
+    def __init__(self, source: PassedIn | StoreAt | Beside, what: str) -> None:
+        self.failures: list[BaseException] = []
+        self._source = source
+        self._client: PassedIn | StoreAt | Beside = source.client()
+        self._what = what
+
+    @property
+    def namespace(self) -> str:
+        # Another prefix's keys go on with "async_barriers/" there, or an agreed name's with hex.
+        return f"{self._client.namespace}async_barriers.beside/{measured(self._what)}/"
+
+    @namespace.setter
+    def namespace(self, value: str) -> None:
+        raise AttributeError("it follows from that of its source")
+
+    async def open(self, loop: Loop, deadline: float) -> Connection:
+        # Its port may be known only since it is hosted.
+        self._client = self._source.client()
+        return await self._client.open(loop, deadline)
+
+    def client(self) -> Beside:
+        return Beside(self._source, self._what)
+
+    async def hosts(self, loop: Loop) -> bool:
+        return False
+
+    def let_go(self) -> None:
+        """What it leads to is the other's."""
 
 
 def by_threads(asked: bool) -> bool:
@@ -110,6 +147,10 @@ class PassedIn:
 
     def let_go(self) -> None:
         """It is the caller's."""
+
+    def client(self) -> PassedIn:
+        """Another source that leads to the same store."""
+        return PassedIn(self._store, self._threads)
 
 
 class StoreAt:
@@ -213,6 +254,12 @@ class StoreAt:
 
     def let_go(self) -> None:
         self._server = None
+
+    def client(self) -> StoreAt:
+        """One that leads to the same store, and does not host it."""
+        host, port = self.address
+        at = port if self._server is None else self._server.port
+        return StoreAt(host, at, self._use_libuv, hosts=False, worker_threads=self._threads)
 
 
 async def _by_client(

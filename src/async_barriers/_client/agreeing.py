@@ -1,0 +1,333 @@
+"""A thread that listens for a signal and agrees on its step, whatever the caller's thread does.
+
+It has an event loop and a barrier of its own, at the same store. What is said there is in one
+register, which names the generation and the number of the agreement in it; whoever writes it rings
+the bells of all. The agreement itself is an `all_gather` of that number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BrokenBarrierError,
+    describe,
+    in_one_line,
+    told_by,
+)
+from .._portal import Portal
+from .._protocol.keys import check_name
+from .._protocol.store import CompareSet, Read, Request, SetMany
+from .._protocol.verdict import RUBBISH
+from .._store.loops import Loop, Waiter, loop_here
+from .._store.waiting import settled
+from .._store.worker import Promise
+from .barrier import CrossingBarrier
+from .gate import Agreement, Gate, Round
+
+_RETRY_SECS = 1.0
+# How long a store may take to answer one request, before it is asked anew.
+_ANSWER_SECS = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Said:
+    """That a rank has sent the signal, in the agreement with this number of a generation."""
+
+    generation: str
+    number: int
+    rank: int
+    reason: str
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    def of(self, turn: tuple[str, int]) -> bool:
+        return (self.generation, self.number) == turn
+
+
+def _decoded(value: bytes | None) -> Said | None:
+    if not value:
+        return None
+    try:
+        said = json.loads(value)
+        return Said(
+            str(said["generation"]), int(said["number"]), int(said["rank"]), str(said["reason"])
+        )
+    except RUBBISH:
+        return None
+
+
+class Agent:
+    """One rank's part in the agreements of one signal; begins with `start`.
+
+    :ivar closed: no step passes any more
+    """
+
+    def __init__(self, beside: CrossingBarrier, name: str) -> None:
+        self._barrier = beside.beside(f"signal {name}")
+        check_name(self._barrier._keys, name)
+        self.gate = Gate()
+        self.closed = False
+        self._name = name
+        self._about = f"signal {name!r} of {describe(beside.prefix)}"
+        self._pid = os.getpid()
+        _agents.add(self)
+        self._portal = Portal(lambda: self._about, self._leave)
+        self._serving: Future[None] | None = None
+        # What was sent, and how many rounds this rank's caller had seen the end of by then.
+        self._sent: deque[tuple[int, str]] = deque()
+        self._taken = 0
+        self._reason = "it closed its barrier"
+        # Those are the thread's to change.
+        self._loop: Loop | None = None
+        self._waiter: Waiter
+        self._round: Round | None = None
+        self._rounds = 0
+        self._turn = ("", 0)
+
+    # -- in any thread -------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        return self._serving is not None
+
+    @property
+    def ended(self) -> Promise[None] | None:
+        """When its thread is gone; None where none was begun."""
+        return self._portal.ended if self.started else None
+
+    def start(self) -> None:
+        """Begin to listen, unless that was done; returns at once."""
+        if self._serving is None:
+            self._serving = self._portal.start(self._serve)
+            self._serving.add_done_callback(self._has_ended)
+
+    def send(self, reason: str) -> None:
+        """As `StepSignal.send`: nothing here takes a lock."""
+        if os.getpid() != self._pid:
+            raise self._foreign()
+        self._sent.append((self._taken, reason))
+        loop = self._loop
+        if loop is not None:
+            loop.post(self._waiter.wake)
+
+    def take(self, taken: Round) -> None:
+        """In the caller's thread: it has seen the end of a round; the next one may come."""
+        self.gate.go_on(taken)
+        self._taken += 1
+
+    def retire(self, reason: str | None = None) -> None:
+        """End, without waiting for it; who waits for an agreement gets `BarrierClosedError`."""
+        if os.getpid() != self._pid:
+            return
+        self._reason = reason or self._reason
+        self.closed = True
+        self._portal.retire()
+        self._end(BarrierClosedError(self._about))
+
+    def forsake(self) -> None:
+        """In a forked child: its thread is the parent's, and every call says so."""
+        self._end(self._foreign())
+
+    def _foreign(self) -> BarrierError:
+        return BarrierError(
+            f"{self._about} was built in process {self._pid} and belongs to it; this is process "
+            f"{os.getpid()}, forked from there: build it in the process that uses it"
+        )
+
+    def _has_ended(self, serving: Future[None]) -> None:
+        """Nobody may wait for a thread that is gone."""
+        if self.closed or serving.cancelled():
+            self._end(BarrierClosedError(self._about))
+        elif (exc := serving.exception()) is not None:
+            self._end(exc if isinstance(exc, BarrierError) else BarrierError(told_by(exc)))
+
+    def _end(self, error: BarrierError) -> None:
+        """No step passes any more."""
+        last = Round(final=True)
+        last.settle(error=error)
+        self.gate.stop(last)
+        if self._round is not None:
+            self._round.final = True
+            self._round.settle(error=error)
+
+    # -- in the thread -------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        await self._barrier._leave(self._reason)
+
+    async def _serve(self) -> None:
+        loop = loop_here(None)
+        self._waiter = loop.waiter()
+        self._loop = loop
+        self._barrier._session.on_look = self._waiter.wake
+        while not self.closed:
+            pause = 0.0
+            while self._sent:
+                taken, reason = self._sent.popleft()
+                # Sent before the latest round had ended here, it was a part of that.
+                if taken >= self._rounds:
+                    await self._agree(loop, reason)
+            try:
+                pause = await self._look(loop)
+            except BarrierConnectionError as exc:
+                # Its host may come, or come back. Whoever sends is told.
+                logger.debug("%s cannot listen: %s", self._about, exc)
+                pause = _RETRY_SECS
+            except BarrierError as exc:
+                # Refused, most likely.
+                pause = _RETRY_SECS
+                if self._taken >= self._rounds:
+                    self._fail(exc)
+            if not self._sent:
+                await self._waiter.wait(loop.now() + pause)
+
+    async def _look(self, loop: Loop) -> float:
+        """See whether somebody has sent; for how long there is nothing to do."""
+        before = self._turn
+        left: BrokenBarrierError | None = None
+        try:
+            await self._join()
+        except BrokenBarrierError as exc:
+            left = exc
+        (value,) = await self._ask(loop, Read(self._register))
+        said = _decoded(value)
+        if said is None:
+            return math.inf
+        if said.of(self._turn):
+            await self._agree(loop, said)
+            return 0.0
+        if before != self._turn and said.of(before):
+            # It was sent, and that generation ended before this rank had heard of it.
+            self._fail(self._over(before[1]))
+        return _RETRY_SECS if left is not None and not self._barrier._session.turns else math.inf
+
+    async def _join(self) -> None:
+        """Be a member of the present generation."""
+        session = self._barrier._session
+        if not session.stands:
+            await self._barrier.connect()
+        membership = session.membership
+        if membership is not None and membership.state.identity != self._turn[0]:
+            self._turn = (membership.state.identity, 0)
+
+    async def _agree(self, loop: Loop, said: Said | str) -> None:
+        """Stop this rank's steps, and agree with the others on the first one that none has passed.
+
+        :param said: the reason, where this rank sends
+        """
+        stopped = self._round = Round()
+        # This rank knows of the signal; what passed before is what it tells the others.
+        self.gate.stop(stopped)
+        turn = self._turn
+        try:
+            if isinstance(said, str):
+                await self._join()
+                turn = self._turn
+                said = await self._publish(loop, said)
+            session = self._barrier._session
+            # In a later generation nobody would come.
+            if not session.stands or self._turn != turn or self._generation != turn[0]:
+                raise self._over(turn[1])
+            passed = await self._barrier.all_gather(
+                b"%d" % stopped.passed, name=self._name, step=turn[1]
+            )
+            step = max(map(int, passed)) + 1
+            self._end_round(turn)
+            stopped.settle(Agreement(step, said.rank, said.reason))
+        except BarrierError as exc:
+            self._end_round(turn)
+            stopped.settle(error=exc)
+        except BaseException:
+            stopped.final = True
+            stopped.settle(error=BarrierClosedError(self._about))
+            raise
+
+    def _end_round(self, turn: tuple[str, int]) -> None:
+        # Before anybody who waits for it goes on, and sends again.
+        self._rounds += 1
+        if self._turn == turn:
+            self._turn = (turn[0], turn[1] + 1)
+
+    def _fail(self, exc: BarrierError) -> None:
+        """Have the caller told, at its next step."""
+        stopped = self._round = Round()
+        self.gate.stop(stopped)
+        self._rounds += 1
+        stopped.settle(error=exc)
+
+    async def _publish(self, loop: Loop, reason: str) -> Said:
+        """Have all know that this rank sends; who did so first, which need not be this rank."""
+        session = self._barrier._session
+        membership, turn = session.membership, self._turn
+        if membership is None:
+            raise self._over(turn[1])
+        mine = Said(*turn, session.rank, in_one_line(reason))
+        held = b""
+        while True:
+            # In one message: where it is known, all hear of it.
+            (now,) = await self._ask(
+                loop,
+                CompareSet(self._register, held, mine.encode()),
+                SetMany(membership.bells, b"signal"),
+            )
+            said = _decoded(now)
+            if said is not None and said.of(turn):
+                return said
+            # So answers a key that is absent.
+            held = b"" if now == held else now
+
+    async def _ask(self, loop: Loop, *requests: Request) -> list[Any]:
+        session = self._barrier._session
+        asking = session.start(session.ask(*requests))
+        if not await settled(loop, asking, loop.now() + _ANSWER_SECS):
+            raise BarrierConnectionError(f"{self._about}: the store did not answer in time")
+        answers: list[Any] = asking.result()
+        return answers
+
+    @property
+    def _register(self) -> str:
+        return self._barrier._session.keys.signal
+
+    @property
+    def _generation(self) -> str:
+        membership = self._barrier._session.membership
+        return "" if membership is None else membership.state.identity
+
+    def _over(self, number: int) -> BrokenBarrierError:
+        session = self._barrier._session
+        if (closed := session.closed_by) is not None:
+            return BrokenBarrierError(self._name, number, closed.rank, closed.reason)
+        by = None if session.membership is None else session.membership.state.by
+        who = "a rank" if by is None else f"rank {by}"
+        return BrokenBarrierError(
+            self._name,
+            number,
+            by,
+            f"{who} joined again: it was restarted, or its barrier was built anew",
+        )
+
+
+_agents: weakref.WeakSet[Agent] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for agent in list(_agents):
+        agent.forsake()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,176 @@
+"""StepSignal: one rank says so, and all ranks act at one step."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+
+from ._barrier import Barrier, check_step
+from ._client.agreeing import Agent
+from ._client.barrier import CrossingBarrier
+from ._client.gate import Round
+from ._errors import BarrierError
+from ._portal import wait_for
+from ._store.loops import loop_here
+from ._store.promises import told
+
+__all__ = ["BlockingStepSignal", "StepSignal"]
+
+
+class _Signal:
+    """What both kinds have: all but how they wait."""
+
+    step: int | None
+    rank: int | None
+    reason: str | None
+
+    def __init__(self, barrier: Barrier, name: str = "stop") -> None:
+        if not isinstance(barrier, CrossingBarrier):
+            raise TypeError(
+                "barrier must be a StoreBarrier or a TCPStoreBarrier, since ranks agree over "
+                f"their store; not {barrier!r}"
+            )
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {name!r}")
+        companions = barrier._companions
+        before = companions.get(name)
+        if isinstance(before, Agent) and not before.closed:
+            raise ValueError(f"{barrier!r} has a signal {name!r} already; use that, or close it")
+        self.step = self.rank = self.reason = None
+        self.name = name
+        # The signal lives as long as its barrier, so that one that is kept alone works.
+        self._barrier = barrier
+        self._agent = companions[name] = Agent(barrier, name)
+        self._pass = self._agent.gate.stops
+        # Until it listens, no step is as high.
+        self._last: float = math.inf
+        weakref.finalize(self, self._agent.retire).atexit = False
+        if barrier._closed:
+            self._agent.retire()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} of {self._barrier!r}>"
+
+    def send(self, reason: str = "") -> None:
+        """Have all ranks act, at a step that none of them has passed.
+
+        Returns at once, from any thread and also from a signal handler: it takes no lock and does
+        no I/O of its own. What is sent before this rank has called `reached` for the first time is
+        told to the others then. After the barrier was closed it does nothing. Where several ranks
+        send, or one sends several times, before the step is reached, there is one agreement, and
+        the first rank that the store heard of is the one that all are told.
+
+        :param reason: in words, for `reason` on all ranks; up to 600 characters are told
+        :raises TypeError: ``reason`` is not a string
+        :raises BarrierError: this is a process that was forked from the one it belongs to
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be a string, not {reason!r}")
+        self._agent.send(reason)
+
+    def _begin(self, step: int) -> None:
+        """Refuse what is no step, or not higher; begin to listen with the first one."""
+        if step is None or check_step(step) is None:
+            raise TypeError("step must be an integer, not None")
+        if not self._agent.started:
+            if not self._agent.closed:
+                self._agent.start()
+            self._last = -1
+        if step <= self._last:
+            raise ValueError(f"step is {step}, after {int(self._last)}; steps must rise")
+
+    def _answer(self, stopped: Round, step: int) -> bool:
+        """Whether ``step`` is the one, where that is known."""
+        try:
+            agreed = stopped.agreed.result()
+        except BarrierError as exc:
+            if stopped.final:
+                # For each caller a new one: a traceback must not grow with each.
+                raise copy.copy(exc) from None
+            self._agent.take(stopped)
+            raise
+        self.step, self.rank, self.reason = agreed
+        reached = step >= agreed.step
+        if reached:
+            self.step = step
+            self._agent.take(stopped)
+        self._last = step
+        return reached
+
+
+class StepSignal(_Signal):
+    """Has all ranks act at one step, once one of them says so: save and stop, most often. ::
+
+        stop = StepSignal(barrier)
+        signal.signal(signal.SIGTERM, lambda *_: stop.send("SIGTERM"))
+        for step in range(first, last):
+            if await stop.reached(step):
+                save_and_exit()  # on all ranks, at this step
+            train(step)
+
+    Every rank calls `reached` with the same rising numbers. The first call begins a thread of the
+    library's that connects to the barrier's store (two connections on a TCPStore, as those of one
+    more barrier) and listens. It has no need of this rank's main thread or event loop, which may
+    both be blocked in a collective. It ends when the barrier is closed.
+
+    :param barrier: a `StoreBarrier` or `TCPStoreBarrier`; its timeout is that of the agreement
+    :param name: signals of different names are independent; a barrier has one of each
+    :ivar step: what was agreed, at the latest `reached` that knew; None until then. Where the
+        ranks' steps leave out numbers, the first one that they call with at or after what was
+        agreed
+    :ivar rank: who sent it
+    :ivar reason: why
+    :raises TypeError: ``barrier`` has no store, or ``name`` is not a string
+    :raises ValueError: ``barrier`` has a signal of this name, or it is too long
+    """
+
+    async def reached(self, step: int) -> bool:
+        """Whether this is the step at which all ranks act: True on each of them, once.
+
+        Until somebody sends, it is False at once and sends nothing to the store. From when this
+        rank hears of the signal until all ranks have agreed it waits, as a phase does, with the
+        barrier's ``timeout_secs`` and reports. Once it was True, the signal may be sent again.
+
+        :param step: 0 or more, and higher than that of the last call that returned
+        :raises BarrierTimeoutError: ranks did not take part in the agreement, and which: they have
+            not called `reached` yet, or their process hangs
+        :raises BrokenBarrierError: a rank left, or was started anew, before all had agreed
+        :raises BarrierConnectionError: the store was lost, and the signal had been sent
+        :raises BarrierClosedError: the barrier is closed
+        :raises TypeError, ValueError: ``step`` is no step, or not higher
+
+        All ranks get such an error, each once, and may send the signal again then; where a rank
+        loses the store in that instant, the others may have agreed.
+
+        **Cancellation:** ends the waiting, not the agreement. The step has not been passed; call
+        again with the same one.
+        """
+        if step.__class__ is not int or step <= self._last:
+            self._begin(step)
+        stopped = self._pass(step)
+        if stopped is None:
+            self._last = step
+            return False
+        await told(loop_here(None), stopped.agreed)
+        return self._answer(stopped, step)
+
+
+class BlockingStepSignal(_Signal):
+    """`StepSignal` for code that cannot await; see `BlockingBarrier.step_signal`."""
+
+    def reached(self, step: int) -> bool:
+        """As `StepSignal.reached`, blocking this thread where that one waits.
+
+        :raises: as `StepSignal.reached`
+
+        **Interruption**, as by Ctrl-C: as the cancellation of `StepSignal.reached`.
+        """
+        if step.__class__ is not int or step <= self._last:
+            self._begin(step)
+        stopped = self._pass(step)
+        if stopped is None:
+            self._last = step
+            return False
+        wait_for(stopped.agreed, None)
+        return self._answer(stopped, step)
