@@ -31,21 +31,25 @@ Heard = Callable[[list[Any]], object]
 class _Message(Future[list[Any]]):
     """Requests under way.
 
-    :ivar kinds: of the answers that will come
+    :ivar kinds: of the answers that have yet to come
+    :ivar answers: those that have come, where they do in several pieces
     :ivar late: what went out of the outbox with it: where its answers end, and who hears them
     """
 
-    __slots__ = ("kinds", "late")
+    __slots__ = ("answers", "kinds", "late")
 
     def __init__(self) -> None:
         super().__init__()
         self.kinds: list[int] = []
+        self.answers: list[Any] | None = None
         self.late: list[tuple[int, Heard]] = []
 
     def answer(self, answers: list[Any]) -> None:
         """All answers are there."""
         begin = 0
         try:
+            if self.answers is not None:
+                answers = self.answers + answers
             for end, heard in self.late:
                 heard(answers[begin:end])
                 begin = end
@@ -88,7 +92,9 @@ class SocketConnection:
         self._due: deque[_Message] = deque()
         self._awaited: str | None = None
         self._unsaid = bytearray()
-        self._heard = b""
+        # What came of an answer that is not complete, and what it takes to go on.
+        self._heard: list[bytes] = []
+        self._needed = 0
         self._writing = False
         loop.watch_readable(sock, self.read)
 
@@ -222,7 +228,13 @@ class SocketConnection:
             if not heard:
                 raise ConnectionResetError(errno.ECONNRESET, "the server hung up")
             if self._heard:
-                heard, self._heard = self._heard + heard, b""
+                # Looked at only when there is enough: a large value comes in many pieces.
+                self._heard.append(heard)
+                self._needed -= len(heard)
+                if self._needed > 0:
+                    return
+                heard = b"".join(self._heard)
+                self._heard.clear()
             self._hear(heard)
         except BlockingIOError:
             return
@@ -256,14 +268,18 @@ class SocketConnection:
                 continue
             try:
                 answers, at = wire.hear(message.kinds, heard, at)
-            except wire.Incomplete:
+            except wire.Incomplete as incomplete:
+                if incomplete.answers:
+                    message.answers = (message.answers or []) + incomplete.answers
+                message.kinds, at = incomplete.kinds, incomplete.at
+                self._needed = incomplete.needed - end
                 break
             due.popleft()
             message.answer(answers)
         if at < end and self.lost is None:
             if not due:
                 raise ValueError("more came than was asked for")
-            self._heard = heard[at:]
+            self._heard.append(heard[at:])
 
     # -- its end -----------------------------------------------------------------------
 

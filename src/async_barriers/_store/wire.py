@@ -110,7 +110,19 @@ SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
 
 
 class Incomplete(Exception):
-    """More has to come."""
+    """More has to come.
+
+    :ivar answers: those that have come
+    :ivar kinds: of the others
+    :ivar at: where those begin
+    :ivar needed: how many bytes there must be, at least, for the next one
+    """
+
+    def __init__(self, answers: list[Any], kinds: list[int], at: int, needed: int) -> None:
+        self.answers = answers
+        self.kinds = kinds
+        self.at = at
+        self.needed = needed
 
 
 def hear(kinds: list[int], heard: bytes, at: int) -> tuple[list[Any], int]:
@@ -121,30 +133,26 @@ def hear(kinds: list[int], heard: bytes, at: int) -> tuple[list[Any], int]:
     """
     answers: list[Any] = []
     size = len(heard)
-    for kind in kinds:
+    for index, kind in enumerate(kinds):  # noqa: B007  (where it broke off is told)
         end = at + (8 if kind >= 0 else -8 * kind)
-        if kind == NUMBER:
-            if end > size:
-                raise Incomplete
-            answers.append(_NUMBER.unpack_from(heard, at)[0])
-        elif kind < 0:
-            if end > size:
-                raise Incomplete
-        elif kind == ECHO:
+        if kind == ECHO:
             end = at + 4
-            if end > size:
-                raise Incomplete
+        if end > size:
+            break
+        if kind == NUMBER:
+            answers.append(_NUMBER.unpack_from(heard, at)[0])
+        elif kind == ECHO:
             answers.append(heard[at:end])
-        else:
-            if end > size:
-                raise Incomplete
+        elif kind >= 0:
             length = _NUMBER.unpack_from(heard, at)[0]
             if not 0 <= length <= 4 * MOST_BYTES:
                 raise ValueError(f"a value of {length} bytes")
-            at, end = end, end + length
+            begin, end = end, end + length
             if end > size:
-                raise Incomplete
-            value = heard[at:end]
+                break
+            value = heard[begin:end]
             answers.append(None if kind == READ and value == ABSENT else value)
         at = end
-    return answers, at
+    else:
+        return answers, at
+    raise Incomplete(answers, kinds[index:], at, end)
