@@ -154,13 +154,16 @@ async def left(world: World) -> Left:
     store: Any = world.store
 
     async def quiet() -> bool:
-        return not any("/phase/" in key for key in await world.call(store.list_keys))
+        # Connections of many phases at once are kept for a moment, for the next ones.
+        spare = any(len(barrier._session._idle) > 1 for barrier in world.made)
+        return not spare and not any("/phase/" in k for k in await world.call(store.list_keys))
 
     await until(quiet)
     gc.collect()
     descriptors = Path("/proc/self/fd")
     return Left(
-        keys=await world.call(store.num_keys),
+        # Of the numbered keys that wake observers there are 16 at most.
+        keys=sum("/commits/news/" not in key for key in await world.call(store.list_keys)),
         threads=threading.active_count(),
         sockets=sum(
             os.readlink(fd).startswith("socket:") for fd in descriptors.iterdir() if fd.is_symlink()
