@@ -100,7 +100,7 @@ def test_the_sdist_is_the_whole_project(built: Built) -> None:
     """The sdist holds the tests, documents, examples and benchmarks, and makes the same wheel."""
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("src", "tests", "examples", "benchmarks", "docs")
+    folders = ("src", "tests", "examples", "benchmarks", "tools", "docs")
     texts = {
         path.relative_to(ROOT).as_posix()
         for folder in folders

@@ -66,9 +66,12 @@ def expected(rank: int, versions: list[str]) -> dict[str, object]:
     return told
 
 
-def cross(pythons: list[Path], backend: str, worker_threads: bool) -> list[str]:
+def cross(
+    pythons: list[Path], backend: str, worker_threads: bool, env: dict[str, str]
+) -> list[str]:
     """A rank on each interpreter, the first one hosting the store; their versions of torch.
 
+    :param env: the ranks' environment variables
     :raises AssertionError: something else came of it than should
     """
     with socket.socket() as free:
@@ -78,6 +81,7 @@ def cross(pythons: list[Path], backend: str, worker_threads: bool) -> list[str]:
     ranks = [
         subprocess.Popen(
             [python, __file__, *map(str, (rank, size, port, backend, int(worker_threads)))],
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -92,7 +96,7 @@ def cross(pythons: list[Path], backend: str, worker_threads: bool) -> list[str]:
     for number, (out, err) in enumerate(said):
         # A thread that waits as the host leaves may have c10d say so.
         silent = worker_threads or not err
-        assert ranks[number].returncode == 0 and silent, f"rank {number}: {out}{err}"
+        assert (ranks[number].returncode, silent) == (0, True), f"rank {number}: {out}{err}"
     told = [json.loads(out) for out, _ in said]
     versions: list[str] = told[0]["versions"]
     for rank_number, each in enumerate(told):

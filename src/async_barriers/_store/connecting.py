@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# What reads an address as text, which Python would load as the first is read: in the way of a loop.
+import encodings.idna  # noqa: F401
 import errno
 import os
 import socket
