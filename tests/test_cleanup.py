@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+from stores import keys_of
 from worlds import AnyBarrier, World, gather, until
 
 from async_barriers import BarrierError
@@ -154,7 +155,7 @@ async def left(world: World) -> Left:
     store: Any = world.store
 
     async def quiet() -> bool:
-        return not any("/phase/" in key for key in await world.call(store.list_keys))
+        return not any("/phase/" in key for key in await world.call(keys_of, store))
 
     await until(quiet)
     gc.collect()

@@ -133,18 +133,6 @@ class Environment:
         if installed.returncode:
             raise NotRun(f"pip cannot install it: {installed.stderr.strip()[-600:]}")
 
-    def has(self) -> str:
-        """What is in it, in words."""
-        ask = (
-            "import platform as p, sysconfig as s, torch; from importlib.metadata import version;"
-            "gil = '' if not s.get_config_var('Py_GIL_DISABLED') else ' without a GIL';"
-            "print(f'torch {torch.__version__}, Python {p.python_version()}{gil}, '"
-            'f\'anyio {version("anyio")}, trio {version("trio")}\')'
-        )
-        command = [self.python, "-c", ask]
-        said = subprocess.run(command, env=clean(), check=True, capture_output=True, text=True)
-        return said.stdout.strip()
-
     def check_types(self) -> None:
         """What type checkers say of the library's source, and of what users write, with its torch.
 
@@ -158,6 +146,18 @@ class Environment:
         check([tools / "mypy", "--cache-dir", os.devnull, *executable, *sources], 240.0)
         check([tools / "pyright", *path, sources[1]], 240.0)
         check([tools / "pyright", *path, *public], 240.0)
+
+
+def describe(python: str | Path) -> str:
+    """What an environment has, in words."""
+    ask = (
+        "import platform as p, sysconfig as s, torch; from importlib.metadata import version;"
+        "gil = '' if not s.get_config_var('Py_GIL_DISABLED') else ' without a GIL';"
+        "print(f'torch {torch.__version__}, Python {p.python_version()}{gil}, '"
+        'f\'anyio {version("anyio")}, trio {version("trio")}\')'
+    )
+    said = subprocess.run([python, "-c", ask], env=clean(), check=True, capture_output=True)
+    return said.stdout.decode().strip()
 
 
 def check(command: list[str | Path], within_secs: float) -> str:
@@ -176,7 +176,9 @@ def check(command: list[str | Path], within_secs: float) -> str:
     return done.stdout.strip().rpartition("\n")[2]
 
 
-def run(row: Row, folder: Path, wheel: Path, tested: list[str], until: float) -> str:
+def run(
+    row: Row, folder: Path, wheel: Path, tested: list[str], until: float, *, types: bool
+) -> str:
     """Run the tests; what passed, in words.
 
     :raises NotRun: it could not be tried
@@ -187,12 +189,12 @@ def run(row: Row, folder: Path, wheel: Path, tested: list[str], until: float) ->
     chosen = (("anyio", row.anyio), ("trio", row.trio))
     named = [f"{name}=={version}" if version else name for name, version in chosen]
     environment = Environment(folder, row.torch, python, wheel, *named, *TOOLS)
-    what = environment.has()
+    what = describe(environment.python)
     command: list[str | Path] = [environment.python, "-m", "pytest", "-q", "--tb=short"]
     command += ["-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
     command += ["-m", "not processes and not bound", *tested]
     passed = check(command, until - time.monotonic())
-    if row.types:
+    if row.types and types:
         environment.check_types()
         passed += "; mypy and pyright have nothing to say"
     return f"{what}: {passed}"
@@ -226,14 +228,19 @@ def outcome(name: str, run_it: Callable[[], str]) -> bool | None:
 
 
 def main() -> int:
-    """Run rows; 1 if one failed, or was asked for by name and not run."""
+    """Run rows; 1 if one failed, 2 if one that was asked for by name was not run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [*ROWS, ACROSS]
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(names)}")
     parser.add_argument("--in", dest="folder", help="where downloads go, up to 2 GB")
     parser.add_argument("--within", type=float, default=1200.0, help="seconds for all rows")
     parser.add_argument("--tests", nargs="+", default=TESTED, help="in place of the usual ones")
+    parser.add_argument("--no-types", dest="types", action="store_false", help="no type checkers")
+    parser.add_argument("--here", action="store_true", help="say what this environment has")
     asked = parser.parse_args()
+    if asked.here:
+        print(f"here: {describe(sys.executable)}")
+        return 0
     if unknown := set(asked.rows) - set(names):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     until = time.monotonic() + asked.within
@@ -248,13 +255,15 @@ def main() -> int:
                 raise NotRun("there was no time left")
             if name == ACROSS:
                 return run_across(folder)
-            return run(ROWS[name], folder, wheel, asked.tests, until)
+            return run(ROWS[name], folder, wheel, asked.tests, until, types=asked.types)
 
         for name in asked.rows or USUAL:
             folder = Path(scratch, name)
             came.append(outcome(name, lambda name=name, folder=folder: run_row(name, folder)))
             shutil.rmtree(folder, ignore_errors=True)
-    return int(False in came or bool(asked.rows and None in came))
+    if False in came:
+        return 1
+    return 2 if asked.rows and None in came else 0
 
 
 if __name__ == "__main__":
