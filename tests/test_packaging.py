@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -94,6 +96,29 @@ def test_the_wheel_needs_torch_and_anyio_alone(built: Built, tmp_path: Path) -> 
     assert run(python, "-c", USE, cwd=tmp_path) == f"{package / '__init__.py'}\n"
     assert (package / "py.typed").is_file()
     assert "doctor" in run(python, "-m", "async_barriers", "--help", cwd=tmp_path)
+
+
+def test_what_the_wheel_says_of_itself(built: Built) -> None:
+    """It requires what `make versions` runs the oldest of, and names each Python that it runs."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        said = email.message_from_bytes(archive.read(name))
+    tools = runpy.run_path(str(ROOT / "tools" / "versions.py"))
+    oldest = tools["ROWS"]["oldest"]
+    needed = {require for require in said.get_all("Requires-Dist", []) if "extra" not in require}
+    for requirement in map(Requirement, needed):
+        # At least that minor version.
+        (least,) = requirement.specifier
+        assert least.operator == ">="
+        assert f"{getattr(oldest, requirement.name)}.".startswith(f"{least.version}.")
+    assert {Requirement(each).name for each in needed} == {"torch", "anyio"}
+    assert said["Requires-Python"] == f">={oldest.pythons}"
+    tried = {each.rstrip("t") for row in tools["ROWS"].values() for each in row.pythons.split()}
+    language = "Programming Language :: Python :: "
+    told = {each.removeprefix(language) for each in said.get_all("Classifier", [])}
+    assert tried == {each for each in told if each.startswith("3.")}
+    assert said["Version"] == distribution("async-barriers").version
+    assert said["License-Expression"] == "BSD-3-Clause"
 
 
 def test_the_sdist_is_the_whole_project(built: Built) -> None:

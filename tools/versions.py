@@ -125,7 +125,7 @@ class Environment:
         subprocess.run(get, check=True, stderr=subprocess.DEVNULL)
         (pip,) = folder.glob("pip-*.whl")
         installed = subprocess.run(
-            [self.python, "-m", "pip", "install", "-q", "--no-compile", *requirements],
+            [self.python, "-m", "pip", "install", "-q", "--prefer-binary", *requirements],
             env={**clean(), "PYTHONPATH": str(pip), "PIP_CONSTRAINT": os.devnull},
             capture_output=True,
             text=True,
@@ -203,8 +203,8 @@ def run(
 def run_across(folder: Path) -> str:
     """Have ranks on three torches cross; what passed, in words."""
     python = "{}.{}".format(*sys.version_info)
-    older = Environment(folder / "older", "2.11.0", python, "anyio", "trio")
-    newest = Environment(folder / "newest", "", python, "anyio", "trio")
+    older = Environment(folder / "older", "2.11.0", python, "anyio", "trio", "numpy")
+    newest = Environment(folder / "newest", "", python, "anyio", "trio", "numpy")
     ranks = [older.python, Path(sys.executable), newest.python]
     env = {**clean(), "PYTHONPATH": str(ROOT / "src")}
     versions = []
