@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import email
+import importlib
 import os
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -98,13 +98,14 @@ def test_the_wheel_needs_torch_and_anyio_alone(built: Built, tmp_path: Path) -> 
     assert "doctor" in run(python, "-m", "async_barriers", "--help", cwd=tmp_path)
 
 
-def test_what_the_wheel_says_of_itself(built: Built) -> None:
+def test_what_the_wheel_says_of_itself(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     """It requires what `make versions` runs the oldest of, and names each Python that it runs."""
     with zipfile.ZipFile(built.wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         said = email.message_from_bytes(archive.read(name))
-    tools = runpy.run_path(str(ROOT / "tools" / "versions.py"))
-    oldest = tools["ROWS"]["oldest"]
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    rows = importlib.import_module("versions").ROWS
+    oldest = rows["oldest"]
     needed = {require for require in said.get_all("Requires-Dist", []) if "extra" not in require}
     for requirement in map(Requirement, needed):
         # At least that minor version.
@@ -113,11 +114,11 @@ def test_what_the_wheel_says_of_itself(built: Built) -> None:
         assert f"{getattr(oldest, requirement.name)}.".startswith(f"{least.version}.")
     assert {Requirement(each).name for each in needed} == {"torch", "anyio"}
     assert said["Requires-Python"] == f">={oldest.pythons}"
-    tried = {each.rstrip("t") for row in tools["ROWS"].values() for each in row.pythons.split()}
+    tried = {each.rstrip("t") for row in rows.values() for each in row.pythons.split()}
     language = "Programming Language :: Python :: "
     told = {each.removeprefix(language) for each in said.get_all("Classifier", [])}
     assert tried == {each for each in told if each.startswith("3.")}
-    assert said["Version"] == distribution("async-barriers").version
+    assert f'\nversion = "{said["Version"]}"\n' in (ROOT / "pyproject.toml").read_text()
     assert said["License-Expression"] == "BSD-3-Clause"
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 
 import anyio
 import pytest
@@ -63,7 +65,7 @@ def test_a_promise_tells_all_the_same_and_wakes_each_once() -> None:
 
     doings: list[Callable[[], object]] = []
     for number in range(THREADS):
-        doings += [lambda number=number: tell(number), lambda number=number: ask(number)]
+        doings += [partial(tell, number), partial(ask, number)]
     at_once(doings, ROUNDS)
     assert all(len(each) == ROUNDS for each in told)
     assert [sorted(each) for each in zip(*told, strict=True)] == [
@@ -71,18 +73,24 @@ def test_a_promise_tells_all_the_same_and_wakes_each_once() -> None:
     ]
 
 
+def submit_to(worker: Worker, taken: list[Promise[threading.Thread]]) -> None:
+    """Have it tell, some times, which thread it is."""
+
+    def who() -> threading.Thread:
+        time.sleep(0)  # lets another go first, if there is one
+        return threading.current_thread()
+
+    for _ in range(10):
+        with suppress(RuntimeError):
+            taken.append(worker.submit(who))
+
+
 def test_a_worker_makes_each_call_that_it_took() -> None:
     """Several threads submit while one retires it: what was taken is done, in one thread."""
     for _ in range(ROUNDS // 8):
         worker = Worker()
-        taken: list[Promise[int]] = []
-
-        def submit(worker: Worker = worker, taken: list[Promise[int]] = taken) -> None:
-            for _ in range(20):
-                with suppress(RuntimeError):
-                    taken.append(worker.submit(threading.get_ident))
-
-        at_once([*[submit] * THREADS, worker.retire])
+        taken: list[Promise[threading.Thread]] = []
+        at_once([*[partial(submit_to, worker, taken)] * THREADS, worker.retire])
         assert len({promise.result(PATIENCE_SECS) for promise in taken}) <= 1
         assert worker.ended.wait(PATIENCE_SECS)
 
@@ -94,18 +102,19 @@ def test_who_lives_is_told_while_others_come_and_go() -> None:
         pass
 
     living: Living[Thing] = Living()
-    stays = Thing()
-    living.add(stays)
+    stay = [Thing() for _ in range(300)]
+    for thing in stay:
+        living.add(thing)
 
     def come_and_go() -> None:
-        for _ in range(10):
-            living.add(Thing())
+        for thing in [Thing() for _ in range(100)]:
+            living.add(thing)
 
     def look() -> None:
-        assert stays in living.latest_first()
+        assert stay[0] in living.latest_first()
 
     at_once([come_and_go, come_and_go, look, look], ROUNDS // 8)
-    assert living.latest_first() == [stays]
+    assert living.latest_first() == stay[::-1]
 
 
 def test_threads_cross_one_ranks_barrier_at_once() -> None:
@@ -125,7 +134,7 @@ def test_threads_cross_one_ranks_barrier_at_once() -> None:
             barriers[rank].execute_barrier(name=f"of {thread}", step=step)
             assert entered[1 - rank, thread] >= step
 
-    at_once([lambda key=key: cross(*key) for key in entered])
+    at_once([partial(cross, *key) for key in entered])
     at_once([barrier.close for barrier in barriers])
 
 
@@ -165,7 +174,7 @@ def test_ranks_in_threads_cross(backend: str, worker_threads: bool) -> None:
 
     # An anyio before 4.5 or so cannot load what it has for a loop in two threads at once.
     anyio.run(anyio.sleep, 0, backend=backend)
-    at_once([lambda rank=rank: run(rank) for rank in range(THREADS)])
+    at_once([partial(run, rank) for rank in range(THREADS)])
     steps = range(1, CROSSINGS + 1)
     for rank in range(THREADS):
         assert broken[rank] == sum(step % 10 < THREADS and step % 10 != rank for step in steps)

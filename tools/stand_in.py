@@ -98,7 +98,16 @@ def build(library: Path, symbols: dict[str, set[str]]) -> None:
         source, versions = Path(folder, "stand_in.c"), Path(folder, "versions")
         source.write_text("\n".join([*code, "int stands_in = 1;", ""]))
         versions.write_text("\n".join(script))
-        command = ["gcc", "-w", "-fno-builtin", "-shared", "-fPIC", "-o", library, source]
+        command: list[str | Path] = [
+            "gcc",
+            "-w",
+            "-fno-builtin",
+            "-shared",
+            "-fPIC",
+            "-o",
+            library,
+            source,
+        ]
         command += [f"-Wl,-soname,{library.name}"]
         command += [f"-Wl,--version-script={versions}"] if script else []
         subprocess.run(command, check=True)

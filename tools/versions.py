@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +122,17 @@ class Environment:
         (site,) = folder.glob("env/lib/python*/site-packages")
         (site / "torch.pth").write_text(f"{folder / 'torch'}\n")
         # A pip that works on every Python, from its wheel.
-        get = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "pip"]
+        get: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            folder,
+            "pip",
+        ]
         subprocess.run(get, check=True, stderr=subprocess.DEVNULL)
         (pip,) = folder.glob("pip-*.whl")
         installed = subprocess.run(
@@ -141,8 +152,8 @@ class Environment:
         tools = Path(sys.executable).parent
         sources = [ROOT / "src", ROOT / "tests" / "typed_uses.py"]
         public = ["--verifytypes", "async_barriers", "--ignoreexternal"]
-        executable = ["--python-executable", self.python]
-        path = ["--pythonpath", self.python]
+        executable: list[str | Path] = ["--python-executable", self.python]
+        path: list[str | Path] = ["--pythonpath", self.python]
         check([tools / "mypy", "--cache-dir", os.devnull, *executable, *sources], 240.0)
         check([tools / "pyright", *path, sources[1]], 240.0)
         check([tools / "pyright", *path, *public], 240.0)
@@ -246,7 +257,16 @@ def main() -> int:
     until = time.monotonic() + asked.within
     came: list[bool | None] = []
     with tempfile.TemporaryDirectory(prefix="versions-", dir=asked.folder) as scratch:
-        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", scratch, ROOT]
+        build: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--wheel",
+            "-o",
+            scratch,
+            ROOT,
+        ]
         check(build, 60.0)
         (wheel,) = Path(scratch).glob("*.whl")
 
@@ -259,7 +279,7 @@ def main() -> int:
 
         for name in asked.rows or USUAL:
             folder = Path(scratch, name)
-            came.append(outcome(name, lambda name=name, folder=folder: run_row(name, folder)))
+            came.append(outcome(name, partial(run_row, name, folder)))
             shutil.rmtree(folder, ignore_errors=True)
     if False in came:
         return 1
