@@ -35,7 +35,8 @@ def download(what: list[str], python: str, folder: Path) -> None:
     command += ["--python-version", python.rstrip("t"), "--abi", "cp" + python.replace(".", "")]
     # What this machine's pip is told about the torch to take is for another one.
     env = {**os.environ, "PIP_CONSTRAINT": os.devnull, "TMPDIR": str(folder)}
-    subprocess.run([*command, "-d", folder, *what], check=True, env=env)
+    command += ["-d", str(folder), *what]
+    subprocess.run(command, check=True, env=env, capture_output=True, text=True)
 
 
 def drop_gpu_code(library: Path) -> None:
