@@ -116,9 +116,8 @@ class Environment:
         try:
             fetch(torch, python, folder / "torch")
         except subprocess.CalledProcessError as exc:
-            raise NotRun(
-                f"torch cannot be had ({(exc.stderr or str(exc)).strip()[-300:]})"
-            ) from exc
+            why = (exc.stderr or str(exc)).strip()[-300:]
+            raise NotRun(f"torch cannot be had ({why})") from exc
         self.python = folder / "env" / "bin" / "python"
         subprocess.run([interpreter, "-m", "venv", "--without-pip", folder / "env"], check=True)
         (site,) = folder.glob("env/lib/python*/site-packages")
