@@ -200,6 +200,8 @@ def run(
     python = next((each for each in known if find(each)), known[0])
     chosen = (("anyio", row.anyio), ("trio", row.trio))
     named = [f"{name}=={version}" if version else name for name, version in chosen]
+    # What type checkers have to see of it; the tests do without.
+    named += ["torch_checkpointing"] if row.types and types else []
     environment = Environment(folder, row.torch, python, wheel, *named, *TOOLS)
     what = describe(environment.python)
     command: list[str | Path] = [environment.python, "-m", "pytest", "-q", "--tb=short"]

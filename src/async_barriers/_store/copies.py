@@ -16,6 +16,8 @@ _NAMESPACE = "async_barriers/namespace"
 
 def copy_of(store: Store) -> Store:
     """A store of our own that leads where ``store`` leads; its owner's timeout stays as it is."""
+    # torch's stubs know it in some versions only.
+    held: Any = store
     base: Any = innermost(store)
     if isinstance(base, FileStore):
         # A clone would count as one of the users that have to be gone before the file is deleted.
@@ -23,7 +25,8 @@ def copy_of(store: Store) -> Store:
     if not hasattr(store, "clone"):
         return _without_clone(store, base)
     try:
-        return store.clone()  # type: ignore[no-any-return]
+        clone: Store = held.clone()
+        return clone
     except RuntimeError as exc:
         if "pure virtual" not in str(exc):
             raise
