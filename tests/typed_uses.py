@@ -15,10 +15,3 @@ async def over_groups() -> None:
     async with StoreBarrier.from_process_group(dist.new_group([0, 1])) as barrier:
         result = await barrier.execute_barrier("end", step=1)
         print(result.waited_secs + 1.0, result.last_rank)
-
-
-def over_stores() -> None:
-    """Every store of torch's is taken."""
-    tcp = dist.TCPStore("127.0.0.1", 29500, is_master=False)
-    for store in (tcp, dist.PrefixStore("job", tcp), dist.HashStore(), dist.FileStore("store", 1)):
-        StoreBarrier(store, rank=0, world_size=2, timeout_secs=None)
