@@ -1,4 +1,4 @@
-# make test, make check, make demo, make docs, make bench, make soak: each makes .venv first if it is
+# make test, make check, make versions, make demo, make docs, make bench, make soak: each makes .venv first if it is
 # missing or out of date. ARGS goes through to pytest, to the example, or to soak.py;
 # make bench BENCHMARKS="crossing start" runs some of them.
 
@@ -9,7 +9,7 @@ BENCH_STAMP := .venv/.bench-installed
 MINUTES ?= 5
 RANKS ?= 4
 BENCHMARKS = crossing round_trips scale event_loop staging break_latency waiting start
-SOURCES = $(wildcard src tests examples benchmarks)
+SOURCES = $(wildcard src tests examples benchmarks tools)
 
 # c10d looks up its peer's host name in the DNS; where that is slow it takes seconds.
 test demo bench soak: export RES_OPTIONS = timeout:1 attempts:1
@@ -17,7 +17,7 @@ demo bench soak: export OMP_NUM_THREADS = 1
 # Of a resolver that knows no name for the loopback address.
 bench: export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: demo test check types docs explore bench soak
+.PHONY: demo test check types versions docs explore bench soak
 
 demo: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
@@ -35,6 +35,11 @@ check: $(STAMP) types
 # What users' type checkers see; fails below 100 %. It looks for torch where `python` on the PATH does.
 types: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes async_barriers --ignoreexternal
+
+# The oldest and the newest torch, Python, anyio and trio, each in an environment of its own that is
+# deleted before the next; ROWS="newest 2.11" runs some. PYTHONS=FOLDER:FOLDER has more Pythons.
+versions: $(STAMP)
+	$(BIN)/python tools/versions.py $(ROWS) $(ARGS)
 
 # Warnings are errors. Nothing is fetched from elsewhere.
 docs: $(STAMP)

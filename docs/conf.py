@@ -1,6 +1,9 @@
 """`make docs` builds build/docs/index.html from this, offline; a warning is an error."""
 
+import importlib.metadata
+
 project = "async_barriers"
+release = importlib.metadata.version("async-barriers")
 copyright = "the async_barriers authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 

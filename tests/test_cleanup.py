@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+from stores import keys_of
 from worlds import AnyBarrier, World, gather, until
 
 from async_barriers import BarrierError
@@ -156,14 +157,14 @@ async def left(world: World) -> Left:
     async def quiet() -> bool:
         # Connections of many phases at once are kept for a moment, for the next ones.
         spare = any(len(barrier._session._idle) > 1 for barrier in world.made)
-        return not spare and not any("/phase/" in k for k in await world.call(store.list_keys))
+        return not spare and not any("/phase/" in k for k in await world.call(keys_of, store))
 
     await until(quiet)
     gc.collect()
     descriptors = Path("/proc/self/fd")
     return Left(
         # Of the numbered keys that wake observers there are 16 at most.
-        keys=sum("/commits/news/" not in key for key in await world.call(store.list_keys)),
+        keys=sum("/commits/news/" not in key for key in await world.call(keys_of, store)),
         threads=threading.active_count(),
         sockets=sum(
             os.readlink(fd).startswith("socket:") for fd in descriptors.iterdir() if fd.is_symlink()

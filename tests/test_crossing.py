@@ -27,7 +27,7 @@ from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import Count
 from async_barriers._protocol.phase import Entry
 from async_barriers._protocol.verdict import Broken, Released
-from async_barriers._store.connecting import copy_of
+from async_barriers._store.copies import copy_of
 
 pytestmark = pytest.mark.anyio
 

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import CRASHES, EXIT_SECS, GRACE_SECS, Call, Job, StartJob, until
 from rank_process import STORE_TIMEOUT_SECS
-from stores import MemoryStore
+from stores import MemoryStore, keys_of
 from worlds import Tasks, library_threads, library_threads_gone
 
 from async_barriers import (
@@ -295,7 +295,7 @@ async def test_a_barrier_that_is_dropped_leaves_no_thread() -> None:
     gc.collect()
     await library_threads_gone(before)
     store: Any = dist.distributed_c10d._get_default_store()
-    assert not [key for key in store.list_keys() if "async_barriers" in key]
+    assert not [key for key in keys_of(store) if "async_barriers" in key]
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -319,7 +319,7 @@ def test_closing_is_not_undone_by_cancelling_it_twice() -> None:
 
     asyncio.run(close())
     store: Any = dist.distributed_c10d._get_default_store()
-    assert not [key for key in store.list_keys() if "async_barriers" in key]
+    assert not [key for key in keys_of(store) if "async_barriers" in key]
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -569,13 +569,13 @@ def test_thousands_of_calls_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> No
                     found.append((store.num_keys(), threading.active_count()))
 
     with default_group(store):
-        before = sorted(store.list_keys())
+        before = sorted(keys_of(store))
         anyio.run(cross)
         # A thread that starts others may have been there at first.
         (few, threads), (many, threads_after) = found
         assert few == many
         assert threads_after <= threads
-        assert sorted(store.list_keys()) == before
+        assert sorted(keys_of(store)) == before
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -1087,7 +1087,7 @@ def test_notes_do_not_pile_up() -> None:
     log = ArrivalLog(Group(None))
 
     def ours() -> list[str]:
-        return [key.partition("0/")[2] for key in store.list_keys() if "async_barriers" in key]
+        return [key.partition("0/")[2] for key in keys_of(store) if "async_barriers" in key]
 
     log.enter(1)
     assert log.missing(1).result(5) == ()

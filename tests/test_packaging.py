@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import importlib
 import os
 import subprocess
 import sys
@@ -96,11 +98,35 @@ def test_the_wheel_needs_torch_and_anyio_alone(built: Built, tmp_path: Path) -> 
     assert "doctor" in run(python, "-m", "async_barriers", "--help", cwd=tmp_path)
 
 
+def test_what_the_wheel_says_of_itself(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It requires what `make versions` runs the oldest of, and names each Python that it runs."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        said = email.message_from_bytes(archive.read(name))
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    rows = importlib.import_module("versions").ROWS
+    oldest = rows["oldest"]
+    needed = {require for require in said.get_all("Requires-Dist", []) if "extra" not in require}
+    for requirement in map(Requirement, needed):
+        # At least that minor version.
+        (least,) = requirement.specifier
+        assert least.operator == ">="
+        assert f"{getattr(oldest, requirement.name)}.".startswith(f"{least.version}.")
+    assert {Requirement(each).name for each in needed} == {"torch", "anyio"}
+    assert said["Requires-Python"] == f">={oldest.pythons}"
+    tried = {each.rstrip("t") for row in rows.values() for each in row.pythons.split()}
+    language = "Programming Language :: Python :: "
+    told = {each.removeprefix(language) for each in said.get_all("Classifier", [])}
+    assert tried == {each for each in told if each.startswith("3.")}
+    assert f'\nversion = "{said["Version"]}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert said["License-Expression"] == "BSD-3-Clause"
+
+
 def test_the_sdist_is_the_whole_project(built: Built) -> None:
     """The sdist holds the tests, documents, examples and benchmarks, and makes the same wheel."""
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("src", "tests", "examples", "benchmarks", "docs")
+    folders = ("src", "tests", "examples", "benchmarks", "tools", "docs")
     texts = {
         path.relative_to(ROOT).as_posix()
         for folder in folders

@@ -21,7 +21,7 @@ from async_barriers._protocol.store import (
     Set,
     SetMany,
 )
-from async_barriers._store import connecting
+from async_barriers._store import copies
 from async_barriers._store.loops import PrivateLoop
 from async_barriers._store.threads import BlockingStore
 
@@ -51,7 +51,7 @@ def test_c10ds_client_says_the_same(on: OnALoop, server: TCPStore, seed: int) ->
     each reads of what the other wrote."""
     chosen = random.Random(seed)
     ours = on.connect()
-    theirs = BlockingStore(connecting.client_of(server.host, server.port))
+    theirs = BlockingStore(copies.client_of(server.host, server.port))
     many = [b"", b"v", bytes(range(256)), b"x" * 100_000, b"y" * 5]
 
     def message(root: str) -> list[Request]:

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from direct import DirectStore, run
-from stores import Data, MemoryStore
+from stores import Data, MemoryStore, keys_of
 from worlds import AnyBarrier, Tasks, World, crash, free_port, gather, until
 
 from async_barriers import (
@@ -344,7 +344,7 @@ async def test_what_is_tried_before_all_are_back_puts_nobody_out_of_step(shared:
     await ranks[2].connect()
     for sequence in range(2):
         assert await crosses(ranks) == sequence
-    keys: list[str] = await shared.call(shared.innermost.list_keys)
+    keys: list[str] = await shared.call(keys_of, shared.innermost)
     assert not [key for key in keys if "/x/e" in key]
 
 

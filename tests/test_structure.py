@@ -49,7 +49,6 @@ LARGER_ROOMS = {
     "_portal": 410,
     "_protocol.membership": 520,
     "_protocol.phase": 395,
-    "_store.connecting": 320,
     "_store.connection": 380,
     "_store.loops": 490,
     "_store.threads": 410,
@@ -194,7 +193,7 @@ def test_each_thing_is_known_in_one_place() -> None:
     assert {name for name in in_core if "asyncio" in imported(name)} == {"_store.loops"}
     # What c10d's stores are: who opens one, calls one, and is passed one.
     speak = {name for name in in_core if any(m.startswith("torch") for m in imported(name))}
-    assert speak == {"_store.connecting", "_store.sources", "_store.threads"}
+    assert speak == {"_store.connecting", "_store.copies", "_store.sources", "_store.threads"}
 
 
 def test_nothing_is_printed_by_the_source() -> None:

@@ -19,6 +19,7 @@ from async_barriers._client import process
 from async_barriers._protocol.keys import PhaseKeys
 from async_barriers._protocol.membership import Membership
 from async_barriers._store.connection import SocketConnection
+from async_barriers._store.copies import copy_of
 
 T = TypeVar("T")
 AnyBarrier = StoreBarrier | TCPStoreBarrier
@@ -118,8 +119,8 @@ class World:
 
         def look() -> bytes | None:
             if self._observer is None:
-                store: Any = self.innermost
-                self._observer = store if "without" in self.kind else store.clone()
+                store = self.innermost
+                self._observer = store if "without" in self.kind else copy_of(store)
             observer: Any = self._observer
             if self.kind in ("file", "python", "python without clone"):
                 return bytes(observer.get(key)) if observer.check([key]) else None

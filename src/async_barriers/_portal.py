@@ -18,7 +18,6 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
@@ -33,7 +32,7 @@ import anyio
 
 from ._errors import BarrierClosedError, BarrierConnectionError, BarrierError, told_by
 from ._store.loops import Loop, Waiter, loop_here
-from ._store.worker import Promise, Worker, end_at_exit
+from ._store.worker import Living, Promise, Worker, end_at_exit
 
 T = TypeVar("T")
 
@@ -245,11 +244,13 @@ class Portal:
         self._loop = loop
         async with anyio.create_task_group() as calls:
             while not self._closing:
-                while self._inbox:
-                    call = self._inbox.popleft()
-                    self._calls.add(call)
-                    calls.start_soon(self._make, call)
-                    del call
+                # Popped at once: who adds one looks for the loop after that.
+                with suppress(IndexError):
+                    while True:
+                        call = self._inbox.popleft()
+                        self._calls.add(call)
+                        calls.start_soon(self._make, call)
+                        del call
                 await self._waiter.wait(math.inf)
             try:
                 with anyio.move_on_after(self._patience_secs):
@@ -279,7 +280,7 @@ class Portal:
         """Fail the calls that nobody will make, or has brought to an end."""
         for calls in (self._inbox, self._calls):
             with suppress(IndexError, KeyError):
-                while calls:
+                while True:
                     calls.pop().promise.settle(error=error())
 
     def _closed(self) -> BarrierClosedError:
@@ -387,7 +388,7 @@ class _Future(Future[T]):
 
 # -- before the interpreter ends ----------------------------------------------------------
 
-_portals: weakref.WeakSet[Portal] = weakref.WeakSet()
+_portals: Living[Portal] = Living()
 
 
 def _end_first_at_exit(portal: Portal) -> None:
@@ -403,5 +404,5 @@ os.register_at_fork(after_in_child=_portals.clear)
 @atexit.register
 def _end_first() -> None:
     """The latest is ended first: a loop in another thread, before those whose loop it is."""
-    for portal in list(_portals):
+    for portal in _portals.latest_first():
         end_at_exit(portal)

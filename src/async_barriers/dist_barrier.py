@@ -6,7 +6,7 @@ import contextlib
 import logging
 import weakref
 from contextlib import AbstractAsyncContextManager
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import anyio
 import torch.distributed as dist
@@ -59,7 +59,8 @@ class DistBarrier(Barrier):
     and by one barrier at a time.
 
     :param process_group: the group to use; None for a gloo group over all ranks of the
-        default group, which every rank makes when it connects
+        default group, which every rank makes when it connects. -100 is what `new_group` returns
+        on a rank that is not in the group, and is refused
     :param timeout_secs: the deadline of connecting and of each crossing, in seconds; None
         for none
     :raises TypeError, ValueError: an argument is not what is allowed
@@ -73,7 +74,7 @@ class DistBarrier(Barrier):
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | Literal[-100] | None = None,
         *,
         timeout_secs: float | None = 600.0,
     ) -> None:

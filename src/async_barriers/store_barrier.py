@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from torch.distributed import ProcessGroup, Store
 
@@ -80,7 +80,7 @@ class StoreBarrier(CrossingBarrier):
     @classmethod
     def from_process_group(
         cls: type[StoreBarrierT],
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Literal[-100] | None = None,
         *,
         prefix: str = "barrier",
         timeout_secs: float | None = 600.0,
@@ -97,7 +97,8 @@ class StoreBarrier(CrossingBarrier):
         Barriers of different groups are independent, also where their prefixes are the same.
 
         :param group: None for the default group. Ranks, here and in results and errors, are
-            those within the group.
+            those within the group. -100 is what `new_group` returns on a rank that is not in the
+            group, and is refused.
         :param prefix: and what follows, as for `StoreBarrier`
         :raises ValueError: there is no default group, this process is not in ``group``, or an
             argument's value is not allowed

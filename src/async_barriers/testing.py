@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 from torch.distributed import HashStore, Store
 
+from ._store.copies import copy_of
 from .store_barrier import StoreBarrier
 
 __all__ = ["FaultyStore", "local_barriers"]
@@ -136,7 +137,7 @@ class FaultyStore(Store):
 
     def clone(self) -> FaultyStore:
         self._faults.meet("clone", "")
-        clone = FaultyStore(self._store.clone())
+        clone = FaultyStore(copy_of(self._store))
         clone._faults = self._faults
         return clone
 

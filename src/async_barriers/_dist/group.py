@@ -12,7 +12,8 @@ from torch.distributed import Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
 from .._launch import group_store
-from .._store.connecting import NotUnderstood, connect, copy_of
+from .._store.connecting import NotUnderstood, connect
+from .._store.copies import copy_of
 from .._store.future import Effort
 from .._store.loops import PrivateLoop
 from .._store.threads import BlockingStore, innermost
@@ -81,7 +82,7 @@ class Group:
     def _group(self) -> dist.ProcessGroup:
         # Not held on to, if it is not ours: whoever tears torch down means all of it.
         group = self._given or dist.group.WORLD
-        if group is None:
+        if not isinstance(group, dist.ProcessGroup):
             raise BarrierConnectionError(
                 "a DistBarrier needs a process group: call torch.distributed."
                 "init_process_group() first, or give it one"

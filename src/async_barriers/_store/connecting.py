@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+# What reads an address as text, which Python would load as the first is read: in the way of a loop.
+import encodings.idna  # noqa: F401
 import errno
 import os
 import socket
@@ -10,14 +11,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import FileStore, Store, TCPStore
+from torch.distributed import Store, TCPStore
 
 from .._errors import BarrierConnectionError, seconds, told_by
+from .._system import hosted_here
 from . import wire
 from .connection import SocketConnection
 from .future import Effort, Future
 from .loops import Loop
-from .threads import ThreadedConnection, innermost
+from .threads import ThreadedConnection
 from .waiting import sleep, within, writable
 from .worker import Promise, Worker
 
@@ -225,28 +227,6 @@ async def connect_by_threads(
     return connection
 
 
-def copy_of(store: Store) -> Store:
-    """A store of our own that leads where ``store`` leads; its owner's timeout stays as it is."""
-    base: Any = innermost(store)
-    if isinstance(base, FileStore):
-        # A clone would count as one of the users that have to be gone before the file is deleted.
-        return FileStore(base.path)  # type: ignore[attr-defined]
-    try:
-        return store.clone()  # type: ignore[attr-defined,no-any-return]
-    except RuntimeError as exc:
-        if "pure virtual" not in str(exc):
-            raise
-        # A store written in Python that has no clones; it has to be thread-safe.
-        return store
-
-
-def client_of(host: str, port: int) -> TCPStore:
-    """c10d's client of a TCPStore. Blocks; to be called when the server is known to answer."""
-    return TCPStore(
-        host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
-    )
-
-
 def host_store(host: str, port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
     """The server of a TCPStore in this process; blocks.
 
@@ -283,35 +263,3 @@ def _probe_port(port: int) -> None:
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         probe.bind(("", port))
         probe.listen(1)
-
-
-def listening(port: int) -> set[str]:
-    """What listens at ``port`` on this machine, as /proc names it; empty where it cannot tell."""
-    inodes = set()
-    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
-        try:
-            with open(table) as lines:
-                rows = [line.split() for line in list(lines)[1:]]
-        except OSError:
-            continue
-        for row in rows:
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{row[9]}]")
-    return inodes
-
-
-def opened_by(process: str) -> set[str]:
-    """What the descriptors of a process lead to, as far as this one may know."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{process}/fd"):
-            # It may close it meanwhile.
-            with contextlib.suppress(OSError):
-                found.add(os.readlink(f"/proc/{process}/fd/{fd}"))
-    return found
-
-
-def hosted_here(port: int) -> bool:
-    """Whether this process listens at ``port``; False where the system cannot tell."""
-    inodes = listening(port)
-    return bool(inodes and inodes & opened_by("self"))

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import socket
 import struct
-import sys
-import termios
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._errors import BarrierConnectionError, told_by
 from .._protocol.store import DeleteMany, Request
+from .._system import UNHARMED, prepare, unsent
 from . import wire
 from .future import Future
 from .loops import Loop
 
 _MOST = 1 << 18
-# No program is ended by writing to who has hung up.
-_UNHARMED = getattr(socket, "MSG_NOSIGNAL", 0)
 _RESET = struct.pack("ii", 1, 0)
 _LINGER_SECS = 2.0
 
@@ -85,6 +81,7 @@ class SocketConnection:
         self.on_lost: Callable[[BarrierConnectionError], object] | None = None
         self.outbox: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
         self.lost: BarrierConnectionError | None = None
+        prepare(sock)
         self._socket = sock
         self._loop = loop
         self._where = where
@@ -190,7 +187,7 @@ class SocketConnection:
             self._unsaid += said
             return
         try:
-            sent = self._socket.send(said, _UNHARMED)
+            sent = self._socket.send(said, UNHARMED)
         except BlockingIOError:
             sent = 0
         except OSError as exc:
@@ -205,7 +202,7 @@ class SocketConnection:
         """The socket can be written to."""
         try:
             if self._unsaid:
-                del self._unsaid[: self._socket.send(self._unsaid, _UNHARMED)]
+                del self._unsaid[: self._socket.send(self._unsaid, UNHARMED)]
         except BlockingIOError:
             return
         except OSError as exc:
@@ -336,8 +333,8 @@ class SocketConnection:
         sock, loop = self._socket, self._loop
         answers = any(message is not _WAKE for message in self._due)
         try:
-            unsent = bool(self._unsaid) or _unsent(sock)
-            if unsent and reset:
+            pending = bool(self._unsaid) or unsent(sock)
+            if pending and reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             elif answers and not loop.ended:
                 sock.shutdown(socket.SHUT_WR)
@@ -378,12 +375,6 @@ class _Linger:
         self._not_at_end()
         self._loop.unwatch(self._socket)
         self._socket.close()
-
-
-def _unsent(sock: socket.socket) -> bool:
-    """Whether the kernel has something that it could not bring to the server yet."""
-    waiting = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)
-    return bool(int.from_bytes(waiting, sys.byteorder))
 
 
 def _again(error: BarrierConnectionError) -> BarrierConnectionError:

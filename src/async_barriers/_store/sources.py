@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import socket
 from functools import partial
 from typing import Protocol
@@ -14,7 +13,8 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, seconds, told_by
 from .._protocol.keys import measured
-from . import connecting
+from .._system import holder_of, hosted_here
+from . import connecting, copies
 from .connecting import NotUnderstood, in_thread
 from .connection import SocketConnection
 from .loops import Loop
@@ -24,7 +24,6 @@ from .waiting import sleep
 Connection = SocketConnection | ThreadedConnection
 
 _BY_THREADS = "ASYNC_BARRIERS_WORKER_THREADS"
-_NAMESPACE = "async_barriers/namespace"
 _RETRY_SECS = 0.2
 # How long a server of this process takes to let go of its port.
 _CLOSING_SECS = 0.5
@@ -116,10 +115,11 @@ class PassedIn:
         tcp = self._tcp
         reopened = isinstance(innermost(self._store), TCPStore | FileStore)
         if reopened and isinstance(self._store, PrefixStore) and not self.namespace:
-            self.namespace = await in_thread(loop, "namespace", self._agreed)
+            agreed = partial(copies.agreed_namespace, self._store)
+            self.namespace = await in_thread(loop, "namespace", agreed)
         if tcp is None:
             return await connecting.connect_by_threads(
-                loop, partial(connecting.copy_of, self._store), deadline, "the store"
+                loop, partial(copies.copy_of, self._store), deadline, "the store"
             )
         host, port = tcp.host, tcp.port
         if not self._threads:
@@ -129,21 +129,10 @@ class PassedIn:
                 self._threads = True
         return await _by_client(loop, host, port, deadline, self.failures)
 
-    def _agreed(self) -> str:
-        """A PrefixStore does not tell its prefix. So one token wins there, for all ranks, and all
-        our keys stand behind it, outside of the prefix."""
-        store: object = self._store
-        token = secrets.token_hex(8)
-        try:
-            won = bytes(store.compare_set(_NAMESPACE, "", token))  # type: ignore[attr-defined]
-        except Exception as exc:
-            raise BarrierConnectionError(f"the store was lost ({told_by(exc)})") from exc
-        return f"async_barriers.{won.decode()}/"
-
     async def hosts(self, loop: Loop) -> bool:
         if self._tcp is None:
             return False
-        return bool(await in_thread(loop, "host", partial(connecting.hosted_here, self._tcp.port)))
+        return bool(await in_thread(loop, "host", partial(hosted_here, self._tcp.port)))
 
     def let_go(self) -> None:
         """It is the caller's."""
@@ -270,15 +259,5 @@ async def _by_client(
     with contextlib.suppress(NotUnderstood):
         (await connecting.connect(loop, host, port, deadline, failures)).close()
     return await connecting.connect_by_threads(
-        loop, partial(connecting.client_of, host, port), deadline, f"the store at {host}:{port}"
+        loop, partial(copies.client_of, host, port), deadline, f"the store at {host}:{port}"
     )
-
-
-def holder_of(port: int) -> tuple[str, bool]:
-    """In words, which process listens at ``port``, if this one may know; whether it is this one."""
-    inodes = connecting.listening(port)
-    for process in os.listdir("/proc") if inodes else ():
-        if process.isdigit() and inodes & connecting.opened_by(process):
-            with contextlib.suppress(OSError), open(f"/proc/{process}/comm") as comm:
-                return f"process {process} ({comm.read().strip()})", process == str(os.getpid())
-    return "another process", False

@@ -30,8 +30,9 @@ EXIT_SECS = 1.0
 class Promise(Generic[T]):
     """What a thread will tell; thread-safe.
 
-    It has no lock. The first one to append has told; and of a thread that tells and one that
-    asks to be woken, whichever comes second sees what the other did.
+    It has no lock of its own, but a list's methods exclude each other, without a GIL by a lock of
+    the list. The first one to append has told; and of a thread that tells and one that asks to be
+    woken, whichever comes second at the list of those to wake sees what the other did.
     """
 
     __slots__ = ("_told", "_wakes")
@@ -77,7 +78,8 @@ class Promise(Generic[T]):
         return self.done()
 
     def _wake(self) -> None:
-        while self._wakes:
+        while True:
+            # Popped at once, as looking whether there is one would not wait for who adds one.
             try:
                 wake = self._wakes.pop(0)
             except IndexError:
@@ -98,6 +100,9 @@ class Worker:
         self._arrived = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._retired = False
+        # One thread starts, and nothing is queued after the last call, whoever comes at once: a
+        # signal handler in the midst of it, too.
+        self._queueing = threading.RLock()
 
     def submit(self, call: Callable[[], T], promise: Promise[T] | None = None) -> Promise[T]:
         """Queue ``call`` for the thread; the promise is settled by what it returns or raises.
@@ -106,24 +111,26 @@ class Worker:
         :raises RuntimeError: the thread was retired, or cannot be started
         """
         told: Promise[T] = promise or Promise()
-        if self._retired:
-            raise RuntimeError("this thread is retired")
-        self._start()
-        self._calls.append((call, told))
+        with self._queueing:
+            if self._retired:
+                raise RuntimeError("this thread is retired")
+            self._start()
+            self._calls.append((call, told))
         self._arrived.release()
         return told
 
     def retire(self, last: Callable[[], object] | None = None) -> None:
         """End the thread after the calls already submitted and ``last``; `ended` tells when."""
-        if self._retired:
-            return
-        self._retired = True
+        with self._queueing:
+            if self._retired:
+                return
+            self._retired = True
+            if self._thread is not None:
+                if last is not None:
+                    self._calls.append((last, Promise()))
+                self._calls.append(None)
         if self._thread is None:
             self.ended.settle()
-            return
-        if last is not None:
-            self._calls.append((last, Promise()))
-        self._calls.append(None)
         self._arrived.release(2)
 
     def join(self, timeout_secs: float) -> None:
@@ -193,8 +200,36 @@ def wait_for_ends(
 
 # -- before the interpreter ends ----------------------------------------------------------
 
-_to_end_at_exit: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+class Living(Generic[T]):
+    """Objects, held weakly, in the order they came; from any thread.
+
+    A WeakSet cannot be gone through while another thread adds to it.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[weakref.ref[T], None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._references)
+
+    def add(self, thing: T) -> None:
+        self._references[weakref.ref(thing, self._forget)] = None
+
+    def latest_first(self) -> list[T]:
+        """Those that live now."""
+        references = list(self._references)
+        return [thing for each in reversed(references) if (thing := each()) is not None]
+
+    def clear(self) -> None:
+        self._references.clear()
+
+    def _forget(self, reference: weakref.ref[T]) -> None:
+        self._references.pop(reference, None)
+
+
+_to_end_at_exit: Living[Any] = Living()
+_threads: Living[threading.Thread] = Living()
 
 
 def end_at_exit(owner: Any) -> None:
@@ -205,24 +240,24 @@ def end_at_exit(owner: Any) -> None:
     if not _to_end_at_exit:
         # What multiprocessing forks ends without `atexit`.
         multiprocessing_util.Finalize(None, _at_exit, exitpriority=100)
-    _to_end_at_exit[next(_numbers)] = owner
+    _to_end_at_exit.add(owner)
 
 
 @atexit.register
 def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECS
-    for _, owner in sorted(_to_end_at_exit.items(), reverse=True):
+    for owner in _to_end_at_exit.latest_first():
         with contextlib.suppress(Exception):
             owner.end(deadline)
     _to_end_at_exit.clear()
     # Those that were given up, too: one that comes back from C++ later would abort the process.
-    for thread in list(_threads):
+    for thread in _threads.latest_first():
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _in_child() -> None:
     # A forked child has none of the threads, and must not end its parent's connections.
-    for owner in list(_to_end_at_exit.values()):
+    for owner in _to_end_at_exit.latest_first():
         with contextlib.suppress(Exception):
             owner.forsake()
     _to_end_at_exit.clear()
