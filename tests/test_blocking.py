@@ -129,7 +129,7 @@ def test_it_has_what_a_barrier_has(start_world: StartWorld) -> None:
         done = list(pool.map(work, range(2)))
     assert done == [[0, 7, (b"0", b"1"), b"published", b"published", ("c", 6)]] * 2
     assert published == [{0: b"0", 1: b"1"}] * 2
-    with pytest.raises(BarrierTimeoutError, match="'late' #3") as caught:
+    with pytest.raises(BarrierTimeoutError, match="'barrier/late' #3") as caught:
         world.ranks[0].execute_barrier(0.1, name="late", step=3)
     assert (caught.value.name, caught.value.missing_ranks) == ("late", (1,))
     with pytest.raises(TypeError, match="publish must be"):

@@ -61,7 +61,7 @@ def test_a_save_that_goes_on_beside_the_training(start_world: StartWorld) -> Non
     assert [save.result(BOUND_SECS) for save in saving] == [b"0+1"] * 2
     assert all(save.done() for save in saving)
     late = crossing(world.ranks[0], "late", timeout_secs=0.1)
-    with pytest.raises(BarrierTimeoutError, match="'late' #0"):
+    with pytest.raises(BarrierTimeoutError, match="'barrier/late' #0"):
         late.result(BOUND_SECS)
 
 

@@ -49,7 +49,7 @@ LARGER_ROOMS = {
     "_portal": 410,
     "_protocol.membership": 520,
     "_protocol.phase": 395,
-    "_store.connection": 380,
+    "_store.connection": 395,
     "_store.loops": 490,
     "_store.threads": 410,
     "blocking": 340,
