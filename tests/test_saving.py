@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.to_thread import run_sync as in_thread
 from blocking_world import World as BlockingWorld
 from processes import PATIENCE_SECS, StartJob, until
 from worlds import Tasks, gather
@@ -79,13 +80,13 @@ async def test_saves_are_found_and_the_last_ones_are_kept(storage: Storage) -> N
         assert await gather([saver.newest for saver in both]) == [None, None]
         for step in (1, 2, 3):
             await save(both, step)
-            assert latest(storage) == f"step-{step}"
+            assert await in_thread(latest, storage) == f"step-{step}"
         found = await gather([saver.newest for saver in both])
         entries = ({"sum": 3}, {"sum": 3})
         assert found == [Checkpoint(3, storage.path(3), entries)] * 2
-    assert storage.steps() == [2, 3]
+    assert await in_thread(storage.steps) == [2, 3]
     with pytest.raises(FileNotFoundError):
-        storage.manifest(1)
+        await in_thread(storage.manifest, 1)
 
 
 @pytest.mark.anyio
@@ -104,9 +105,9 @@ async def test_a_failed_upload_leaves_the_checkpoint_before(storage: Storage) ->
             first, second = (tasks.start(partial(saver.save, 2, [2])) for saver in both)
             assert "disk full" in (await first.raised(BrokenBarrierError)).reason
             await second.raised(OSError)
-        assert (storage.steps(), latest(storage)) == ([1], "step-1")
+        assert (await in_thread(storage.steps), await in_thread(latest, storage)) == ([1], "step-1")
         await save(both, 3)
-    assert storage.steps() == [1, 3]
+    assert await in_thread(storage.steps) == [1, 3]
 
 
 def led(tasks: Tasks, call: Any, ended: anyio.Event, native: bool) -> Any:
@@ -150,23 +151,23 @@ async def test_a_cancelled_leader_completes_nothing_late(
                 peer = tasks.start(partial(both[1].save, step, [1]))
                 ended = anyio.Event()
                 cancel = led(tasks, partial(both[0].save, step, [1]), ended, native)
-                await anyio.to_thread.run_sync(at.wait)
+                await in_thread(at.wait)
                 cancel()
                 if where == "prepare":
                     await ended.wait()
                     await peer.raised(BrokenBarrierError)
                     go_on.set()
                     await anyio.sleep(0.05)  # the thread may do now whatever it will
-                    assert storage.steps() == []
-                    assert latest(storage) == ""
+                    assert await in_thread(storage.steps) == []
+                    assert await in_thread(latest, storage) == ""
                 else:
                     await anyio.sleep(0.05)  # time for a save that does not wait to end
                     assert not ended.is_set()
                     go_on.set()
                     await ended.wait()
                     assert await peer.returned() == Checkpoint(step, storage.path(step))
-                    assert storage.steps() == [step]
-                    assert latest(storage) == f"step-{step}"
+                    assert await in_thread(storage.steps) == [step]
+                    assert await in_thread(latest, storage) == f"step-{step}"
         monkeypatch.setattr(storage, where, real)
 
 
@@ -192,7 +193,7 @@ async def test_a_save_that_overlaps_is_refused_for_all_ranks(tmp_path: Path) -> 
             assert (await each.returned()).step == 1
         assert "step 2 is refused" in (await second.raised(BrokenBarrierError)).reason
         await save([refusing, queueing], 3)
-    assert Directory(tmp_path).steps() == [1, 3]
+    assert await in_thread(Directory(tmp_path).steps) == [1, 3]
 
 
 @pytest.mark.anyio
@@ -229,7 +230,7 @@ async def test_queued_saves_are_done_in_order(tmp_path: Path) -> None:
             for each in saves[step]:
                 assert (await each.returned()).step == step
         await saves[2][1].raised(BrokenBarrierError)
-    assert Directory(tmp_path).steps() == [1, 3]
+    assert await in_thread(Directory(tmp_path).steps) == [1, 3]
     assert [of for step, of in saved if step == 3] == [[3], [3]]
 
 
