@@ -62,12 +62,16 @@ async def save(savers: Sequence[Saver], step: int) -> list[Checkpoint]:
     return await gather([partial(saver.save, step, [step]) for saver in savers])
 
 
+def text_of(storage: Storage, path: str) -> str:
+    if isinstance(storage, FsspecStorage):
+        return str(storage.fs.cat_file(path).decode())
+    return Path(path).read_text()
+
+
 def latest(storage: Storage) -> str:
     """What ``latest`` says; "" while there is none."""
     try:
-        if isinstance(storage, FsspecStorage):
-            return str(storage.fs.cat_file(f"{storage.path(0)[:-7]}/latest").decode())
-        return Path(storage.path(0)).with_name("latest").read_text()
+        return text_of(storage, storage.path(0).removesuffix("step-0") + "latest")
     except FileNotFoundError:
         return ""
 
@@ -84,6 +88,12 @@ async def test_saves_are_found_and_the_last_ones_are_kept(storage: Storage) -> N
         found = await gather([saver.newest for saver in both])
         entries = ({"sum": 3}, {"sum": 3})
         assert found == [Checkpoint(3, storage.path(3), entries)] * 2
+        # A complete one is not overwritten.
+        async with Tasks() as tasks:
+            for again in [tasks.start(partial(saver.save, 3, [9])) for saver in both]:
+                await again.ended.wait()
+                assert isinstance(again.error, FileExistsError | BrokenBarrierError)
+        assert await in_thread(text_of, storage, f"{storage.path(3)}/rank-1/state.json") == "[3]"
     assert await in_thread(storage.steps) == [2, 3]
     with pytest.raises(FileNotFoundError):
         await in_thread(storage.manifest, 1)
