@@ -127,7 +127,7 @@ def led(tasks: Tasks, call: Any, ended: anyio.Event, native: bool) -> Any:
         tasks.start(partial(_forward, outcome.ended, ended))
         return outcome.scope.cancel
     task = asyncio.ensure_future(call())
-    task.add_done_callback(lambda task: (task.cancelled(), ended.set()))
+    task.add_done_callback(lambda _: ended.set())
     return task.cancel
 
 
