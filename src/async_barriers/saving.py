@@ -112,6 +112,7 @@ class Saver:
         # step is broken in its turn: breaking it earlier would break the save before it, too.
         self._pending: dict[int, str] = {}
         self._turn = anyio.Lock()
+        self._staging = anyio.Lock()
         self._background = Background()
 
     async def save(
@@ -138,7 +139,9 @@ class Saver:
         try:
             if refused is not None:
                 raise RuntimeError(f"step {step} is refused: step {refused} is still being saved")
-            staged = await self._background.run(self._stage, state)
+            # One after another, so that turns are taken in the order of the calls.
+            async with self._staging:
+                staged = await self._background.run(self._stage, state)
             task_status.started()
             await self._turn.acquire()
         except GeneratorExit:
