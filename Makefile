@@ -31,6 +31,7 @@ check: $(STAMP) types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
+	$(BIN)/proselint check --config .proselint.json README.md CONTRIBUTING.md docs
 
 # What users' type checkers see; fails below 100 %. It looks for torch where `python` on the PATH does.
 types: $(STAMP)

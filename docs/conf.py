@@ -17,3 +17,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"exclude-members": "__init__, __new__"}
 autodoc_inherit_docstrings = True
+
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]

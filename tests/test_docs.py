@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,46 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     reference = (tmp_path / "site" / "reference.html").read_text()
     for promised in ("Barrier.execute_barrier", "testing.FaultyStore.hang"):
         assert f'id="async_barriers.{promised}"' in reference
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Each page in a frame of a phone's width, and what is wider than it.
+MEASURE = """<body><pre id="wide"></pre><script>
+const pages = PAGES, frames = pages.map(page => {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = "width:390px;height:844px;border:0";
+  frame.src = page;
+  document.body.append(frame);
+  return new Promise(loaded => frame.onload = () => loaded([page, frame.contentDocument]));
+});
+Promise.all(frames).then(all => {
+  const said = all.flatMap(([page, inside]) => [...inside.querySelectorAll("table.docutils")]
+    .filter(table => table.getBoundingClientRect().right > 390.5
+      || table.scrollWidth > table.clientWidth + 1)
+    .map(table => page + ": " + table.innerText.slice(0, 60)));
+  document.getElementById("wide").textContent = "measured " + all.length + "\\n" + said.join("\\n");
+});
+</script>"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_no_table_is_wider_than_a_phone(tmp_path: Path) -> None:
+    """At 390 pixels every table fits."""
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "sphinx", "-q", "docs", str(site)], cwd=ROOT, check=True)
+    pages = [str(page.relative_to(site)) for page in sorted(site.rglob("*.html"))]
+    pages = [page for page in pages if not page.startswith(("_", "genindex", "search"))]
+    measure = site / "measure.html"
+    measure.write_text(MEASURE.replace("PAGES", json.dumps(pages)))
+    assert CHROMIUM is not None
+    # The site is our own and read from the disk alone, so that a container needs no sandbox.
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    shown = subprocess.run(
+        [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900",
+         "--virtual-time-budget=20000", "--dump-dom", measure.as_uri()],
+        check=True, capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+    said = re.search(r'<pre id="wide">(.*?)</pre>', shown, re.DOTALL)
+    assert said is not None, shown
+    assert said[1].strip() == f"measured {len(pages)}"

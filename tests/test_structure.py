@@ -149,6 +149,8 @@ def test_only_torch_and_anyio_are_needed() -> None:
     """Nothing but the two runtime dependencies and the standard library is imported, other than
     for a package of the module's own name, and no module needs one of those."""
     integrations = {"torch_checkpointing"}
+    # Imported when a storage of it is made.
+    extras = {"_storage": {"fsspec"}}
     # Whose program runs on it has it.
     loops = {"_store.loops": {"trio"}}
     for name in MODULES:
@@ -160,7 +162,7 @@ def test_only_torch_and_anyio_are_needed() -> None:
         for name in MODULES
         for module in imported(name)
         if (root := module.partition(".")[0]) not in integrations & {name}
-        and root not in loops.get(name, set())
+        and root not in loops.get(name, set()) | extras.get(name, set())
         and not module.startswith(".")
     }
     assert roots - sys.stdlib_module_names == {"torch", "anyio"}

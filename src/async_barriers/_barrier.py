@@ -28,6 +28,9 @@ class Configured(Enum):
 
     TIMEOUT = "as configured"
 
+    def __repr__(self) -> str:
+        return "..."  # what a signature shows
+
 
 CONFIGURED: Final = Configured.TIMEOUT
 Timeout = float | None | Configured

@@ -1,0 +1,244 @@
+"""Where a `Saver` keeps checkpoints: a directory, or any file system that fsspec knows."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_STEP = re.compile(r"step-(\d+)")
+_PARTIAL = re.compile(r"\.step-(\d+)\.partial")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    :ivar step: of the training
+    :ivar path: of its directory; the files of rank ``r`` are in ``rank-r`` there
+    :ivar entries: what each rank's upload returned, in rank order; empty in what `Saver.save`
+        returns
+    """
+
+    step: int
+    path: str
+    entries: tuple[Any, ...] = ()
+
+
+class Storage(abc.ABC):
+    """Keeps checkpoints by their step. Its methods block; a `Saver` calls them in threads."""
+
+    @abc.abstractmethod
+    def begin(self, step: int, rank: int) -> str:
+        """Where a rank's files of an incomplete checkpoint go; ready to be written to."""
+
+    @abc.abstractmethod
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file in full."""
+
+    @abc.abstractmethod
+    def seal(self, path: str) -> None:
+        """Make durable what a rank has written to ``path``, a result of `begin`."""
+
+    @abc.abstractmethod
+    def prepare(self, step: int, manifest: bytes) -> None:
+        """Do what can be done before `complete`; readers do not see it."""
+
+    @abc.abstractmethod
+    def complete(self, step: int) -> None:
+        """Make a checkpoint complete for readers, in one atomic step.
+
+        Its end is waited for, also where the save is cancelled; it should take little time.
+        """
+
+    @abc.abstractmethod
+    def point(self, step: int) -> None:
+        """Make ``latest`` name this complete checkpoint."""
+
+    @abc.abstractmethod
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, sorted."""
+
+    @abc.abstractmethod
+    def path(self, step: int) -> str:
+        """Where a complete checkpoint is."""
+
+    @abc.abstractmethod
+    def manifest(self, step: int) -> bytes:
+        """The manifest of a complete checkpoint."""
+
+    @abc.abstractmethod
+    def remove(self, step: int) -> None:
+        """Remove a complete checkpoint; it is incomplete before any of its files goes."""
+
+    def read(self, step: int) -> Checkpoint:
+        """A complete checkpoint, by its manifest."""
+        entries = json.loads(self.manifest(step))["entries"]
+        return Checkpoint(step, self.path(step), tuple(entries))
+
+    def clear(self, before: int) -> None:  # noqa: B027  (what is incomplete may stay)
+        """Remove what incomplete checkpoints of earlier steps have left."""
+
+
+class Directory(Storage):
+    """A directory that all ranks share, on a file system with an atomic rename.
+
+    An incomplete checkpoint is ``.step-300.partial``, and a complete one ``step-300``.
+
+    :param root: is made if it is not there
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root)
+
+    def begin(self, step: int, rank: int) -> str:
+        place = self._partial(step) / f"rank-{rank}"
+        # What an earlier attempt at this step has left is no part of this one.
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        return str(place)
+
+    def write(self, path: str, data: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(data)
+
+    def seal(self, path: str) -> None:
+        for directory, _, files in os.walk(path):
+            for name in files:
+                _sync(os.path.join(directory, name))
+            _sync(directory)
+
+    def prepare(self, step: int, manifest: bytes) -> None:
+        _write_durably(self._partial(step) / MANIFEST, manifest)
+        _sync(self._partial(step))
+
+    def complete(self, step: int) -> None:
+        os.rename(self._partial(step), self.path(step))
+        _sync(self._root)
+
+    def point(self, step: int) -> None:
+        _write_durably(self._root / f".{LATEST}", f"step-{step}".encode())
+        os.replace(self._root / f".{LATEST}", self._root / LATEST)
+        _sync(self._root)
+
+    def steps(self) -> list[int]:
+        return self._found(_STEP)
+
+    def path(self, step: int) -> str:
+        return str(self._root / f"step-{step}")
+
+    def manifest(self, step: int) -> bytes:
+        return Path(self.path(step), MANIFEST).read_bytes()
+
+    def remove(self, step: int) -> None:
+        os.rename(self.path(step), self._partial(step))
+        shutil.rmtree(self._partial(step))
+
+    def read(self, step: int) -> Checkpoint:
+        """A complete checkpoint, by its manifest."""
+        entries = json.loads(self.manifest(step))["entries"]
+        return Checkpoint(step, self.path(step), tuple(entries))
+
+    def clear(self, before: int) -> None:
+        for step in self._found(_PARTIAL):
+            if step < before:
+                shutil.rmtree(self._partial(step), ignore_errors=True)
+
+    def _partial(self, step: int) -> Path:
+        return self._root / f".step-{step}.partial"
+
+    def _found(self, names: re.Pattern[str]) -> list[int]:
+        with contextlib.suppress(FileNotFoundError):
+            matches = map(names.fullmatch, os.listdir(self._root))
+            return sorted(int(match[1]) for match in matches if match)
+        return []
+
+
+class FsspecStorage(Storage):
+    """Any file system that fsspec knows: S3, GCS, memory, ... Needs the extra ``fsspec``.
+
+    A checkpoint is complete when its ``manifest.json`` is there.
+
+    :param url: such as ``"s3://bucket/run-7"``; all ranks must see the same files there
+    :param options: of the file system, as for ``fsspec.filesystem``
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        from fsspec.core import url_to_fs
+
+        self._fs, self._root = url_to_fs(url, **options)
+
+    @property
+    def fs(self) -> Any:
+        """The file system, for an upload that writes by itself."""
+        return self._fs
+
+    def begin(self, step: int, rank: int) -> str:
+        place = f"{self.path(step)}/rank-{rank}"
+        if self._fs.exists(place):
+            self._fs.rm(place, recursive=True)
+        self._fs.makedirs(place, exist_ok=True)
+        return place
+
+    def write(self, path: str, data: bytes) -> None:
+        self._fs.pipe_file(path, data)
+
+    def seal(self, path: str) -> None:
+        """What an object store has taken is durable."""
+
+    def prepare(self, step: int, manifest: bytes) -> None:
+        self.write(f"{self.path(step)}/.{MANIFEST}", manifest)
+
+    def complete(self, step: int) -> None:
+        # Not written in place: some file systems show a file before all of it is there.
+        self._fs.mv(f"{self.path(step)}/.{MANIFEST}", f"{self.path(step)}/{MANIFEST}")
+
+    def point(self, step: int) -> None:
+        self.write(f"{self._root}/.{LATEST}", f"step-{step}".encode())
+        self._fs.mv(f"{self._root}/.{LATEST}", f"{self._root}/{LATEST}")
+
+    def steps(self) -> list[int]:
+        self._fs.invalidate_cache()
+        found = map(_STEP.fullmatch, (path.rpartition("/")[2] for path in self._listed()))
+        steps = sorted(int(match[1]) for match in found if match)
+        return [step for step in steps if self._fs.exists(f"{self.path(step)}/{MANIFEST}")]
+
+    def path(self, step: int) -> str:
+        return f"{self._root}/step-{step}"
+
+    def manifest(self, step: int) -> bytes:
+        manifest: bytes = self._fs.cat_file(f"{self.path(step)}/{MANIFEST}")
+        return manifest
+
+    def remove(self, step: int) -> None:
+        self._fs.rm_file(f"{self.path(step)}/{MANIFEST}")
+        self._fs.rm(self.path(step), recursive=True)
+
+    def _listed(self) -> list[str]:
+        try:
+            return [str(path).rstrip("/") for path in self._fs.ls(self._root, detail=False)]
+        except FileNotFoundError:
+            return []
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,298 @@
+"""A writer to start from: `Saver` saves checkpoints that are complete on all ranks or on none.
+
+    async def upload(state, part):  # your writer; each rank writes its own files
+        await part.write("weights.pt", serialize(state))
+
+    saver = Saver(barrier, "/shared/run-7", upload, rank=rank, keep=3)
+    newest = await saver.newest()                 # the same on every rank, or None
+    ...
+    await tasks.start(saver.save, step, state)    # returns when the state is copied
+
+It uses public calls of the library only. Copy it, and change what does not fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+from anyio.abc import TaskStatus
+
+from . import Barrier, BarrierError
+from ._background import Background
+from ._storage import Checkpoint, Directory, FsspecStorage, Storage
+from .blocking import BlockingBarrier
+
+__all__ = ["BlockingSaver", "Checkpoint", "Directory", "FsspecStorage", "Part", "Saver", "Storage"]
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+# Enough to find one that all ranks see, and small enough to be sent.
+_MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a checkpoint that is being saved.
+
+    :ivar step: of the training
+    :ivar path: the directory for this rank's files; the saver makes them durable
+    """
+
+    step: int
+    path: str
+    _storage: Storage
+    _background: Background
+
+    async def write(self, name: str, data: bytes) -> None:
+        """Write one file, in a thread.
+
+        **Cancellation:** returns at once; the thread goes on, in a directory nobody reads.
+        """
+        await self._background.run(self._storage.write, f"{self.path}/{name}", data)
+
+
+Upload = Callable[[Any, Part], Any]
+
+
+class Saver:
+    """Saves the checkpoints of one rank. All ranks build one alike, and save the same steps.
+
+    Readers see a checkpoint when every rank has uploaded its part, and never before. A rank that
+    fails, leaves or never comes leaves the checkpoint incomplete for all ranks, and all get the
+    reason. ``latest`` moves after the commit, on the leader.
+
+    :param barrier: connects the ranks; stays open, and may be used for other names meanwhile
+    :param storage: the path of a directory that all ranks share, or another `Storage`
+    :param upload: ``await upload(state, part)`` writes this rank's files to ``part.path``, or with
+        ``part.write``. What it returns, if anything, must fit into JSON and becomes this rank's
+        entry in the manifest. A plain function runs in a thread.
+    :param rank: of this process, as the barrier has it
+    :param stage: copies the state, in a thread, so that training may change the original
+    :param keep: remove all but so many of the newest complete checkpoints; None keeps all
+    :param queue: a save that overlaps another waits for it; else it is refused, on all ranks
+    :param name: of the phases; savers of one barrier need different ones
+    :param leader: the rank that writes the manifest and moves ``latest``
+    """
+
+    def __init__(
+        self,
+        barrier: Barrier,
+        storage: str | os.PathLike[str] | Storage,
+        upload: Upload,
+        *,
+        rank: int,
+        stage: Callable[[Any], Any] = copy.deepcopy,
+        keep: int | None = None,
+        queue: bool = False,
+        name: str = "save",
+        leader: int = 0,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep is {keep}; it must be 1 or more, or None")
+        self._barrier = barrier
+        self._storage = storage if isinstance(storage, Storage) else Directory(storage)
+        self._upload = upload
+        self._rank = rank
+        self._stage = stage
+        self._keep = keep
+        self._queues = queue
+        self._name = name
+        self._leader = leader
+        # The steps that are to be decided, in order; and why not, for those that are given up. A
+        # step is broken in its turn: breaking it earlier would break the save before it, too.
+        self._pending: dict[int, str] = {}
+        self._turn = anyio.Lock()
+        self._staging = anyio.Lock()
+        self._background = Background()
+
+    async def save(
+        self, step: int, state: Any, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> Checkpoint:
+        """Copy the state, upload it and complete the checkpoint with all other ranks.
+
+        Under a task group, ``await tasks.start(saver.save, step, state)`` returns when the state
+        is copied, and the rest goes on in the background.
+
+        :param step: larger than that of every save before
+        :raises RuntimeError: another save is under way (without ``queue``); no rank completes this
+        :raises FileExistsError: a complete checkpoint of this step is there already
+        :raises: what staging or the upload raises, on the rank where it does; on all others, and
+            for what the barrier raises, as `Barrier.commit`
+
+        **Cancellation:** the checkpoint is incomplete for all ranks, unless it was complete
+        before. Only the leader's last step is waited for, so that it cannot come late.
+        """
+        if any(step <= other for other in self._pending):
+            raise ValueError(f"step {step} does not come after step {max(self._pending)}")
+        refused = None if self._queues else next(iter(self._pending), None)
+        self._pending[step] = ""
+        try:
+            if refused is not None:
+                raise RuntimeError(f"step {step} is refused: step {refused} is still being saved")
+            # One after another, so that turns are taken in the order of the calls.
+            async with self._staging:
+                staged = await self._background.run(self._stage, state)
+            task_status.started()
+            await self._turn.acquire()
+        except GeneratorExit:
+            raise  # Nothing may be awaited here. The barrier says so when its loop ends.
+        except BaseException as exc:
+            self._pending[step] = str(exc) or type(exc).__name__
+            await self._break_given_up()
+            raise
+        try:
+            return await self._save(step, staged)
+        finally:
+            del self._pending[step]
+            await self._break_given_up()
+            self._turn.release()
+
+    async def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is complete for every rank, the same on all; None for none.
+
+        All ranks call it, as often as each other, and not while they save.
+
+        :raises: what the storage raises, on that rank; else as `Barrier.commit`
+
+        **Cancellation:** as `Barrier.commit`; nothing is changed.
+        """
+
+        async def agree(seen: Mapping[int, bytes]) -> bytes:
+            common = set.intersection(*(set(json.loads(steps)) for steps in seen.values()))
+            return json.dumps(max(common, default=None)).encode()
+
+        found = self._barrier.committing(agree, name=f"{self._name}: newest", leader=self._leader)
+        async with found as part:
+            steps = await self._background.run(self._storage.steps)
+            part.payload = json.dumps(steps[-_MOST_STEPS:]).encode()
+        step = json.loads(part.result)
+        return None if step is None else await self._background.run(self._storage.read, step)
+
+    async def _save(self, step: int, staged: Any) -> Checkpoint:
+        storage = self._storage
+        published = False
+        cancelled: list[BaseException] = []
+
+        async def publish(entries: Mapping[int, bytes]) -> None:
+            nonlocal published
+            listed = [json.loads(entries[rank]) for rank in sorted(entries)]
+            manifest = json.dumps({"step": step, "entries": listed}).encode()
+            await self._background.run(storage.prepare, step, manifest)
+            # The verdict follows what this does, so nothing may come between them. Its thread
+            # outlives a cancellation, and could complete what peers were told is broken; so its
+            # end is waited for.
+            cancelled.extend(await self._background.run_to_the_end(storage.complete, step))
+            published = True
+
+        commit = self._barrier.committing(publish, name=self._name, step=step, leader=self._leader)
+        try:
+            async with commit as part:
+                part.payload = json.dumps(await self._uploaded(step, staged)).encode()
+        finally:
+            # Also where this task was cancelled meanwhile: the checkpoint is complete.
+            if published:
+                cancelled.extend(await self._background.run_to_the_end(self._after, step))
+            if cancelled:
+                raise cancelled[0]
+        return Checkpoint(step, storage.path(step))
+
+    async def _uploaded(self, step: int, staged: Any) -> Any:
+        storage = self._storage
+        if step in await self._background.run(storage.steps):
+            raise FileExistsError(f"{storage.path(step)} is complete; it is not overwritten")
+        path = await self._background.run(storage.begin, step, self._rank)
+        part = Part(step, path, storage, self._background)
+        entry = await self._background.run_any(self._upload, staged, part)
+        await self._background.run(storage.seal, path)
+        return entry
+
+    def _after(self, step: int) -> None:
+        """On the leader, after the commit: move ``latest``, and remove what is too old."""
+        storage = self._storage
+        try:
+            storage.point(step)
+            older = [other for other in storage.steps() if other < step]
+            # With this one, `keep` are left.
+            for other in older[: max(0, len(older) + 1 - self._keep)] if self._keep else ():
+                storage.remove(other)
+            storage.clear(step)
+        except Exception:
+            # The checkpoint is complete all the same, and the next save does this again.
+            logger.warning("step %d is saved, but not all is tidy after it", step, exc_info=True)
+
+    async def _break_given_up(self) -> None:
+        while (step := next(iter(self._pending), None)) is not None and self._pending[step]:
+            reason = self._pending.pop(step)
+            with anyio.move_on_after(1, shield=True), contextlib.suppress(BarrierError):
+                await self._barrier.abort(reason, self._name, step=step)
+
+
+class BlockingSaver:
+    """A `Saver` for code that cannot await, on the event loop of a `BlockingBarrier`.
+
+    :param blocking: stays open
+    :param storage, upload, options: as for `Saver`
+    """
+
+    def __init__(
+        self,
+        blocking: BlockingBarrier,
+        storage: str | os.PathLike[str] | Storage,
+        upload: Upload,
+        **options: Any,
+    ) -> None:
+        self._blocking = blocking
+        self._saver = Saver(blocking.barrier, storage, upload, **options)
+
+    def start(self, step: int, state: Any) -> Future[Checkpoint]:
+        """Begin to save, and return when the state is copied; the rest is as `Saver.save`.
+
+        **Interruption:** as by Ctrl-C, while the state is copied: no rank completes this step.
+        """
+        staged = _Staged()
+        saving = self._blocking.start(self._saver.save, step, state, task_status=staged)
+        saving.add_done_callback(lambda _: staged.started())
+        try:
+            staged.wait()
+        except BaseException:
+            saving.cancel()
+            raise
+        return saving
+
+    def save(self, step: int, state: Any) -> Checkpoint:
+        """As `Saver.save`, blocking.
+
+        **Interruption:** as the cancellation of `Saver.save`.
+        """
+        return self._result(self.start(step, state))
+
+    def newest(self) -> Checkpoint | None:
+        """As `Saver.newest`, blocking.
+
+        **Interruption:** as the cancellation of `Saver.newest`.
+        """
+        return self._result(self._blocking.start(self._saver.newest))
+
+    def _result(self, running: Future[T]) -> T:
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
+
+
+class _Staged(threading.Event):
+    """A ``task_status`` that a thread waits for."""
+
+    def started(self, value: None = None) -> None:
+        self.set()

@@ -1,0 +1,299 @@
+"""The saver: a checkpoint is complete on all ranks or on none, whatever becomes of whom."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio.to_thread import run_sync as in_thread
+from blocking_world import World as BlockingWorld
+from processes import PATIENCE_SECS, StartJob, until
+from worlds import Tasks, gather
+from worlds import until as reached
+
+from async_barriers import BrokenBarrierError
+from async_barriers.saving import (
+    BlockingSaver,
+    Checkpoint,
+    Directory,
+    FsspecStorage,
+    Part,
+    Saver,
+    Storage,
+)
+from async_barriers.testing import local_barriers
+
+STORAGES = ("directory", "memory", "local")
+
+
+@pytest.fixture(params=STORAGES)
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "directory":
+        return Directory(tmp_path / "run")
+    pytest.importorskip("fsspec", reason="needs the extra fsspec")
+    if request.param == "memory":
+        return FsspecStorage(f"memory://{uuid.uuid4().hex}")
+    return FsspecStorage(f"file://{tmp_path}/run")
+
+
+async def upload(state: Any, part: Part) -> dict[str, Any]:
+    await part.write("state.json", json.dumps(state).encode())
+    return {"sum": sum(state)}
+
+
+def savers(barriers: list[Any], storage: Any, uploads: Any = upload, **options: Any) -> list[Saver]:
+    return [
+        Saver(barrier, storage, uploads, rank=rank, **options)
+        for rank, barrier in enumerate(barriers)
+    ]
+
+
+async def save(savers: Sequence[Saver], step: int) -> list[Checkpoint]:
+    return await gather([partial(saver.save, step, [step]) for saver in savers])
+
+
+def text_of(storage: Storage, path: str) -> str:
+    if isinstance(storage, FsspecStorage):
+        return str(storage.fs.cat_file(path).decode())
+    return Path(path).read_text()
+
+
+def latest(storage: Storage) -> str:
+    """What ``latest`` says; "" while there is none."""
+    try:
+        return text_of(storage, storage.path(0).removesuffix("step-0") + "latest")
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.anyio
+async def test_saves_are_found_and_the_last_ones_are_kept(storage: Storage) -> None:
+    """All ranks find the newest complete checkpoint alike, and older ones than asked for go."""
+    async with local_barriers(2, timeout_secs=10) as barriers:
+        both = savers(barriers, storage, keep=2)
+        assert await gather([saver.newest for saver in both]) == [None, None]
+        for step in (1, 2, 3):
+            await save(both, step)
+            assert await in_thread(latest, storage) == f"step-{step}"
+        found = await gather([saver.newest for saver in both])
+        entries = ({"sum": 3}, {"sum": 3})
+        assert found == [Checkpoint(3, storage.path(3), entries)] * 2
+        # A complete one is not overwritten.
+        async with Tasks() as tasks:
+            for again in [tasks.start(partial(saver.save, 3, [9])) for saver in both]:
+                await again.ended.wait()
+                assert isinstance(again.error, FileExistsError | BrokenBarrierError)
+        assert await in_thread(text_of, storage, f"{storage.path(3)}/rank-1/state.json") == "[3]"
+    assert await in_thread(storage.steps) == [2, 3]
+    with pytest.raises(FileNotFoundError):
+        await in_thread(storage.manifest, 1)
+
+
+@pytest.mark.anyio
+async def test_a_failed_upload_leaves_the_checkpoint_before(storage: Storage) -> None:
+    """Nobody's part counts, all learn why, and the next save works and tidies up."""
+
+    async def fails(state: Any, part: Part) -> Any:
+        if part.step == 2 and "rank-1" in part.path:
+            raise OSError("disk full")
+        return await upload(state, part)
+
+    async with local_barriers(2, timeout_secs=10) as barriers:
+        both = savers(barriers, storage, fails)
+        await save(both, 1)
+        async with Tasks() as tasks:
+            first, second = (tasks.start(partial(saver.save, 2, [2])) for saver in both)
+            assert "disk full" in (await first.raised(BrokenBarrierError)).reason
+            await second.raised(OSError)
+        assert (await in_thread(storage.steps), await in_thread(latest, storage)) == ([1], "step-1")
+        await save(both, 3)
+    assert await in_thread(storage.steps) == [1, 3]
+
+
+def led(tasks: Tasks, call: Any, ended: anyio.Event, native: bool) -> Any:
+    """Start it, as a task that is cancelled by a scope or by asyncio itself; how to cancel it."""
+    if not native:
+        outcome = tasks.start(call)
+        tasks.start(partial(_forward, outcome.ended, ended))
+        return outcome.scope.cancel
+    task = asyncio.ensure_future(call())
+    task.add_done_callback(lambda _: ended.set())
+    return task.cancel
+
+
+async def _forward(first: anyio.Event, then: anyio.Event) -> None:
+    await first.wait()
+    then.set()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("native", [False, True], ids=["scope", "task"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_a_cancelled_leader_completes_nothing_late(
+    storage: Storage, native: bool, anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What peers are told is what readers see, wherever the leader is cancelled in its publish."""
+    if native and anyio_backend == "trio":
+        pytest.skip("trio has no cancellation of its own beside scopes")
+    for step, where in enumerate(("prepare", "complete"), start=1):
+        at, go_on = threading.Event(), threading.Event()
+        real = getattr(storage, where)
+
+        def slow(*args: Any, real: Any = real, at: Any = at, go_on: Any = go_on) -> None:
+            at.set()
+            go_on.wait(10)
+            real(*args)
+
+        monkeypatch.setattr(storage, where, slow)
+        async with local_barriers(2, timeout_secs=10) as barriers:
+            both = savers(barriers, storage)
+            async with Tasks() as tasks:
+                peer = tasks.start(partial(both[1].save, step, [1]))
+                ended = anyio.Event()
+                cancel = led(tasks, partial(both[0].save, step, [1]), ended, native)
+                await in_thread(at.wait)
+                cancel()
+                if where == "prepare":
+                    await ended.wait()
+                    await peer.raised(BrokenBarrierError)
+                    go_on.set()
+                    await anyio.sleep(0.05)  # the thread may do now whatever it will
+                    assert await in_thread(storage.steps) == []
+                    assert await in_thread(latest, storage) == ""
+                else:
+                    await anyio.sleep(0.05)  # time for a save that does not wait to end
+                    assert not ended.is_set()
+                    go_on.set()
+                    await ended.wait()
+                    assert await peer.returned() == Checkpoint(step, storage.path(step))
+                    assert await in_thread(storage.steps) == [step]
+                    assert await in_thread(latest, storage) == f"step-{step}"
+        monkeypatch.setattr(storage, where, real)
+
+
+@pytest.mark.anyio
+async def test_a_save_that_overlaps_is_refused_for_all_ranks(tmp_path: Path) -> None:
+    """It breaks the later step in its turn, and the save under way is completed."""
+    hold = anyio.Event()
+
+    async def slowly(state: Any, part: Part) -> None:
+        if part.step == 1 and "rank-0" in part.path:
+            await hold.wait()
+
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        refusing, queueing = savers(barriers, tmp_path, slowly)
+        queueing._queues = True
+        first = [tasks.start(partial(saver.save, 1, 0)) for saver in (refusing, queueing)]
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(RuntimeError, match="step 2 is refused: step 1 is still being saved"):
+            await refusing.save(2, 0)
+        second = tasks.start(partial(queueing.save, 2, 0))
+        hold.set()
+        for each in first:
+            assert (await each.returned()).step == 1
+        assert "step 2 is refused" in (await second.raised(BrokenBarrierError)).reason
+        await save([refusing, queueing], 3)
+    assert await in_thread(Directory(tmp_path).steps) == [1, 3]
+
+
+@pytest.mark.anyio
+async def test_queued_saves_are_done_in_order(tmp_path: Path) -> None:
+    """Each saves what the state was when it was called; one that is cancelled while it waits is
+    incomplete for all, and those before and after it are complete."""
+    hold = anyio.Event()
+    saved: list[tuple[int, Any]] = []
+
+    async def slowly(state: Any, part: Part) -> None:
+        await hold.wait()
+        saved.append((part.step, state))
+
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        both = savers(barriers, tmp_path, slowly, queue=True, stage=lambda of: copies(of))
+        state = [0]
+        saves: dict[int, list[Any]] = {}
+        copied: list[Any] = []
+
+        def copies(of: list[int]) -> list[int]:
+            copied.append(of)
+            return list(of)
+
+        async def all_copied() -> bool:
+            return len(copied) == 2 * len(saves)
+
+        for step in (1, 2, 3):
+            state[0] = step
+            saves[step] = [tasks.start(partial(saver.save, step, state)) for saver in both]
+            await reached(all_copied)
+        saves[2][0].scope.cancel()
+        hold.set()
+        for step in (1, 3):
+            for each in saves[step]:
+                assert (await each.returned()).step == step
+        await saves[2][1].raised(BrokenBarrierError)
+    assert await in_thread(Directory(tmp_path).steps) == [1, 3]
+    assert [of for step, of in saved if step == 3] == [[3], [3]]
+
+
+def test_blocking(tmp_path: Path) -> None:
+    """`start` returns when the state is copied, and a newest checkpoint is found; a complete one
+    is not overwritten."""
+    world = BlockingWorld(2)
+    go_on = threading.Event()
+
+    def blocks(state: Any, part: Part) -> int:
+        go_on.wait(10)
+        Path(part.path, "state").write_text(str(state))
+        return len(state)
+
+    both = [
+        BlockingSaver(barrier, tmp_path, blocks, rank=rank)
+        for rank, barrier in enumerate(world.ranks)
+    ]
+    state = [1]
+    saving = [saver.start(1, state) for saver in both]
+    state.append(2)
+    go_on.set()
+    assert [each.result(10).step for each in saving] == [1, 1]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(BlockingSaver.newest, both))
+        assert found == [Checkpoint(1, str(tmp_path / "step-1"), (1, 1))] * 2
+        assert (tmp_path / "step-1" / "rank-1" / "state").read_text() == "[1]"
+        for end in [pool.submit(saver.save, 1, state) for saver in both]:
+            with pytest.raises((FileExistsError, BrokenBarrierError)):
+                end.result(10)
+    world.close()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_in_mid_save(start_job: StartJob, tmp_path: Path, victim: int) -> None:
+    """Its peers learn it, the checkpoint before stays the newest for all when it is back, and the
+    next save works."""
+    job = start_job(2, own_store=False, backends=["blocking"], doings="saving_rank")
+
+    def each(do: str, **given: Any) -> list[Any]:
+        calls = job.starts(range(2), do, root=str(tmp_path), **given)
+        return [call.released(PATIENCE_SECS)["value"] for call in calls]
+
+    assert each("save", step=1) == [1, 1]
+    saving = job.starts(range(2), "save", root=str(tmp_path), step=2, hang_on=victim)
+    until(lambda: (tmp_path / f".step-2.partial/rank-{victim}/begun").exists())
+    job.ranks[victim].strike(signal.SIGKILL)
+    job.come_back(victim)
+    saving[1 - victim].error("BrokenBarrierError")
+    assert each("newest") == [1, 1]
+    assert (tmp_path / "latest").read_text() == "step-1"
+    assert each("save", step=3) == [3, 3]
+    assert each("newest") == [3, 3]
+    assert not list(tmp_path.glob(".step-*"))
+    job.ends()
