@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 DEADLINE_SECS = 0.5
 # Law 5 allows one second; a little more for a machine that runs several worlds at once.
 BOUND_SECS = DEADLINE_SECS + 1 + 0.3
-WORLDS_AT_ONCE = 16
+WORLDS_AT_ONCE = 8
 
 
 Scenario = Callable[[list[StoreBarrier]], list[Callable[[], Awaitable[object]]]]
@@ -96,7 +96,9 @@ async def run(scenario: Scenario, nth: int, *, hang: bool, lasting: bool) -> int
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("hang", [False, True], ids=["fails", "hangs"])
 @pytest.mark.parametrize("scenario", [crossing, committing, aborting, missing])
-async def test_a_fault_at_any_point(scenario: Scenario, hang: bool, lasting: bool) -> None:
+async def test_a_fault_at_any_point(
+    scenario: Scenario, hang: bool, lasting: bool, anyio_backend_name: str
+) -> None:
     """Whichever call to the store fails or hangs, awaits end in time and verdicts agree."""
     before = library_threads()
     calls = await run(scenario, 10**6, hang=hang, lasting=lasting)
@@ -107,6 +109,7 @@ async def test_a_fault_at_any_point(scenario: Scenario, hang: bool, lasting: boo
             await run(scenario, nth, hang=hang, lasting=lasting)
 
     async with anyio.create_task_group() as tasks:
-        for nth in range(calls + 2):
+        # Each loop tries every second call, and the two of them every one.
+        for nth in range(anyio_backend_name == "trio", calls + 2, 2):
             tasks.start_soon(in_turn, nth)
     await library_threads_gone(before)
