@@ -35,7 +35,7 @@ from .blocking import BlockingBarrier
 __all__ = ["BlockingSaver", "Checkpoint", "Directory", "FsspecStorage", "Part", "Saver", "Storage"]
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 # Enough to find one that all ranks see, and small enough to be sent.
 _MOST_STEPS = 1000
 
@@ -228,7 +228,7 @@ class Saver:
             storage.clear(step)
         except Exception:
             # The checkpoint is complete all the same, and the next save does this again.
-            logger.warning("step %d is saved, but not all is tidy after it", step, exc_info=True)
+            _logger.warning("step %d is saved, but not all is tidy after it", step, exc_info=True)
 
     async def _break_given_up(self) -> None:
         while (step := next(iter(self._pending), None)) is not None and self._pending[step]:
