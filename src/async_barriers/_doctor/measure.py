@@ -23,6 +23,7 @@ from .._store.future import Effort
 from .._store.loops import Loop, loop_here
 from .._store.sources import Connection, Source
 from .._store.waiting import settled
+from .newcomer import LookUps
 
 _ROUND_TRIPS = 100
 _LAG_SECS = 0.005
@@ -50,6 +51,7 @@ class Facts:
     generation: int
     host: str
     versions: dict[str, str]
+    names_secs: float
     connect_secs: float
     round_trip: Spread
     crossing: Spread
@@ -79,14 +81,16 @@ def spread(samples: Sequence[float]) -> Spread:
 async def examine(
     barrier: CrossingBarrier,
     source: Source,
-    judge: Callable[[list[Facts]], bool],
+    judge: Callable[[list[Facts]], bytes],
     *,
+    look_ups: LookUps | None = None,
     crossings: int,
     timeout_secs: float,
-) -> bool:
+) -> bytes:
     """Measure, together with all other ranks.
 
     :param source: where the barrier's store is
+    :param look_ups: those that this rank began with
     :param judge: called on rank 0 alone, with the facts of all ranks
     :return: what ``judge`` returned, on every rank
     :raises BarrierError: the store was not reached, a rank did not come, or one gave up
@@ -105,6 +109,7 @@ async def examine(
         -1 if membership is None else membership.state.number,
         socket.gethostname(),
         installed,
+        sum(look_ups.secs) if look_ups is not None else 0.0,
         connect_secs,
         round_trip,
         spread(waited),
@@ -113,9 +118,9 @@ async def examine(
     )
 
     async def publish(payloads: Mapping[int, bytes]) -> bytes:
-        return b"ok" * judge(_joined([decode(payloads[rank]) for rank in sorted(payloads)]))
+        return judge(_joined([decode(payloads[rank]) for rank in sorted(payloads)]))
 
-    return await barrier.commit(publish, payload=facts.encode(), name="facts") == b"ok"
+    return await barrier.commit(publish, payload=facts.encode(), name="facts")
 
 
 def _joined(ranks: list[Facts]) -> list[Facts]:
@@ -203,12 +208,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # a checkout on PYTHONPATH
             found[package] = "not installed"
     return found
-
-
-def probe(host: str, port: int) -> str:
-    """What is seen at an address, in words, for a barrier that could not connect; blocks."""
-    try:
-        socket.create_connection((host, port), timeout=5.0).close()
-    except OSError as exc:
-        return f"nothing answers at {host}:{port} ({exc})"
-    return f"something answers at {host}:{port}, but it may be no store"

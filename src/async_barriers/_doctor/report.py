@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from .._errors import (
-    BarrierConnectionError,
-    BarrierError,
-    BarrierTimeoutError,
-    plural_ranks,
-)
+from .._errors import plural_ranks, seconds, told_by
+from .advice import advice
 from .measure import Facts
+from .newcomer import LookUps
+from .roll import Entry, absent
 
-_SLOW_CONNECT_SECS = 1.0
+_SLOW_NAMES_SECS = 0.25
+_SLOW_CONNECT_SECS = 0.25
 _SLOW_TRIP_SECS = 0.01
 _SLOW_LOOP_SECS = 0.05
 # A straggler is last in most phases, and the others notice.
@@ -32,24 +33,34 @@ class Finding:
 
 @dataclass
 class Report:
-    """What the doctor says; with a problem the exit status is 1, with notes alone it is 0."""
+    """What the doctor says on one rank; with a problem something is wrong, with notes it is not.
+
+    :ivar rank: whose report it is; None where that is not known
+    """
 
     ranks: list[Facts] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)
+    rank: int | None = None
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     def as_json(self) -> str:
-        return json.dumps({"ok": self.ok, **asdict(self)})
+        return json.dumps({"ok": self.ok, "host": socket.gethostname(), **asdict(self)})
 
     def as_text(self) -> str:
-        lines = ["async_barriers doctor"]
-        if self.ranks:
-            lines += ["", *_table(self.ranks), ""]
-            lines.append(", ".join(f"{k} {v}" for k, v in self.ranks[0].versions.items()))
+        """A table of the ranks, if they have been examined; if not, a line for each problem."""
+        if not self.ranks:
+            where = socket.gethostname()
+            who = where if self.rank is None else f"rank {self.rank} on {where}"
+            return "\n".join(
+                f"{who}: PROBLEM: {found.what}. What to do: {found.remedy}."
+                for found in self.problems
+            )
+        lines = ["async_barriers doctor", "", *_table(self.ranks), ""]
+        lines.append(", ".join(f"{k} {v}" for k, v in self.ranks[0].versions.items()))
         for title, findings in (("PROBLEM", self.problems), ("note", self.notes)):
             for finding in findings:
                 lines += ["", f"{title}: {finding.what}", f"    {finding.remedy}"]
@@ -57,32 +68,64 @@ class Report:
         return "\n".join(lines)
 
 
-def of_facts(ranks: Sequence[Facts]) -> Report:
-    """What to say when every rank answered."""
+def of_facts(ranks: Sequence[Facts], entries: Sequence[Entry] = ()) -> Report:
+    """What to say when every rank answered; ``entries`` are the processes that have come by now."""
     report = Report(list(ranks))
+    report.problems.extend(_of_entries(entries))
     report.problems.extend(_disagreements(ranks))
     report.notes.extend(_slowness(ranks))
     return report
 
 
-def of_error(error: BarrierError | ValueError, seen: str = "") -> Report:
-    """What to say when the ranks did not get so far; ``seen`` is what a probe of the port saw."""
-    if isinstance(error, BarrierTimeoutError) and error.missing_ranks:
-        remedy = (
-            f"look at the output of {plural_ranks(error.missing_ranks)}: did it start, with the "
-            "same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and does it run the doctor too? If it "
-            "is slow to start, give a longer --timeout-secs"
+def of_error(error: BaseException, look_ups: LookUps | None = None) -> Report:
+    """What to say when the ranks did not get so far."""
+    what = str(error).rstrip(".") or told_by(error)
+    return Report(problems=[Finding(what, advice(error, look_ups))])
+
+
+def of_roll(entries: Sequence[Entry], waited_secs: float) -> Report:
+    """What to say of those who came; a rank that did not is a problem, too."""
+    report = Report(problems=list(_of_entries(entries)))
+    missing = absent(entries)
+    # Where somebody has a wrong rank or world size, that is why.
+    if missing and not any("WORLD_SIZE" in found.what for found in report.problems):
+        report.problems.append(
+            Finding(
+                f"{plural_ranks(missing)} did not come to the store within {seconds(waited_secs)}",
+                f"look at the output of {plural_ranks(missing)}: did it start, with the same "
+                "MASTER_ADDR and MASTER_PORT, and does it run the doctor too? If it is slow to "
+                "start, give a longer --timeout-secs",
+            )
         )
-    elif isinstance(error, BarrierConnectionError):
-        remedy = (
-            f"{seen}: MASTER_ADDR and MASTER_PORT must name the machine and port of rank 0's "
-            "store, on every rank; rank 0 must be up, no firewall between, no other program there"
+    return report
+
+
+def _of_entries(entries: Sequence[Entry]) -> Iterable[Finding]:
+    sizes = Counter(entry.world_size for entry in entries).most_common()
+    if len(sizes) > 1:
+        (usual, most), (_, next_most) = sizes[0], sizes[1]
+        split = most == next_most
+        wrong = "; ".join(
+            f"rank {entry.rank} ({entry}) was started with WORLD_SIZE={entry.world_size}"
+            for entry in entries
+            if split or entry.world_size != usual
         )
-    elif isinstance(error, ValueError):
-        remedy = "start it as `torchrun ... -m async_barriers doctor`, or without any of these set"
-    else:
-        remedy = "see the output of the rank that is named, and that all ranks were started alike"
-    return Report(problems=[Finding(str(error), remedy)])
+        others = "" if split else f", the other {most} with {usual}"
+        yield Finding(f"{wrong}{others}", "start all ranks with the same WORLD_SIZE")
+    for rank, times in sorted(Counter(entry.rank for entry in entries).items()):
+        who = [entry for entry in entries if entry.rank == rank]
+        if times > 1:
+            yield Finding(
+                f"{times} processes are rank {rank}: {', '.join(map(str, who))}",
+                "duplicate rank: give each process a RANK of its own, and each job a MASTER_PORT "
+                "of its own; see whether an old process still runs",
+            )
+        if not 0 <= rank < who[0].world_size:
+            yield Finding(
+                f"rank {rank} ({who[0]}) is outside the world, since WORLD_SIZE is "
+                f"{who[0].world_size}",
+                f"its RANK must be 0 to {who[0].world_size - 1}",
+            )
 
 
 def _disagreements(ranks: Sequence[Facts]) -> Iterable[Finding]:
@@ -93,11 +136,6 @@ def _disagreements(ranks: Sequence[Facts]) -> Iterable[Finding]:
             "install the same versions on all ranks: peers of another version may write to the "
             "store what this one does not understand",
         )
-    yield from _differ(
-        "world size",
-        [str(facts.world_size) for facts in ranks],
-        "start all ranks with the same WORLD_SIZE",
-    )
     yield from _differ(
         "generation",
         [str(facts.generation) for facts in ranks],
@@ -115,12 +153,23 @@ def _differ(what: str, values: Sequence[str], remedy: str) -> Iterable[Finding]:
 
 
 def _slowness(ranks: Sequence[Facts]) -> Iterable[Finding]:
+    remedy = (
+        "the store's server and c10d's client look up the name of whoever connects; put all hosts "
+        'into /etc/hosts, mend the resolver, or set RES_OPTIONS="timeout:1 attempts:1" on all ranks'
+    )
+    slow = tuple(f.rank for f in ranks if f.names_secs > _SLOW_NAMES_SECS)
+    if slow:
+        yield Finding(
+            f"name look-ups of {plural_ranks(slow)} took up to "
+            f"{seconds(max(f.names_secs for f in ranks))}",
+            remedy,
+        )
     slow = tuple(f.rank for f in ranks if f.connect_secs > _SLOW_CONNECT_SECS)
     if slow:
         yield Finding(
-            f"{plural_ranks(slow)} took longer than {_SLOW_CONNECT_SECS:g} s to open a connection",
-            "c10d looks up its peer's host name; where the resolver is slow, set "
-            'RES_OPTIONS="timeout:1 attempts:1", or put the hosts into /etc/hosts',
+            f"{plural_ranks(slow)} took up to {seconds(max(f.connect_secs for f in ranks))} for a "
+            "first connection to the store",
+            remedy,
         )
     slow = tuple(f.rank for f in ranks if f.round_trip.median > _SLOW_TRIP_SECS)
     if slow:
@@ -150,6 +199,7 @@ def _slowness(ranks: Sequence[Facts]) -> Iterable[Finding]:
 _HEAD = (
     ("", "rank"),
     ("", "host"),
+    ("look-ups", "ms"),
     ("connect", "ms"),
     ("store round trip", "median ms"),
     ("", "p99 ms"),
@@ -165,6 +215,7 @@ def _table(ranks: Sequence[Facts]) -> list[str]:
     rows: list[tuple[str, ...]] = [*zip(*_HEAD, strict=True)]
     for facts in ranks:
         secs = (
+            facts.names_secs,
             facts.connect_secs,
             facts.round_trip.median,
             facts.round_trip.p99,

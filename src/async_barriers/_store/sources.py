@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
 from functools import partial
 from typing import Protocol
 
@@ -228,15 +227,6 @@ class StoreAt:
                     f"this process could not host the store at {host}:{port} after "
                     f"{seconds(loop.now() - began)} ({told_by(exc)}){advice}"
                 ) from exc
-
-    def probe(self) -> str:
-        """What is seen at the address, in words; for a barrier that could not connect. Blocks."""
-        host, port = self.address
-        try:
-            socket.create_connection((host, port), timeout=5.0).close()
-        except OSError as exc:
-            return f"nothing answers at {host}:{port} ({exc})"
-        return f"something answers at {host}:{port}, but it may be no store"
 
     async def hosts(self, loop: Loop) -> bool:
         return self._hosts

@@ -1,0 +1,74 @@
+"""What a process that has just been started meets: names to look up, and a first connection."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from itertools import pairwise
+from typing import Any
+
+from .._store import connecting
+from .._store.connecting import in_thread
+from .._store.future import Effort
+from .._store.loops import Loop
+from .._store.sources import Connection, Source, StoreAt, by_threads
+
+Address = tuple[str, int]
+
+
+class LookUps:
+    """Two look-ups of names, timed in a thread of their own, beside everything else.
+
+    The store's name is looked up by whoever connects; the name of who connects, by the server, for
+    each connection, and by c10d's client.
+    """
+
+    def __init__(self, loop: Loop, address: Address) -> None:
+        self.address = address
+        self._began = time.perf_counter()
+        self._ends: list[float] = []
+        # Goes on by itself; a resolver that is silent holds nobody up.
+        self._effort = Effort(in_thread(loop, "look-ups", self._measure))
+
+    @property
+    def secs(self) -> tuple[float, float]:
+        """For the store's name, and back; so far, where it goes on."""
+        times = [self._began, *self._ends]
+        if not self._effort.done:
+            times.append(time.perf_counter())
+        spent = [end - start for start, end in pairwise(times)]
+        forward, reverse, *_ = [*spent, 0.0, 0.0]
+        return forward, reverse
+
+    def _measure(self) -> None:
+        # What fails is told where it is needed; how long it took is known by then.
+        with contextlib.suppress(OSError):
+            try:
+                found = socket.getaddrinfo(*self.address, type=socket.SOCK_STREAM)
+            finally:
+                self._ends.append(time.perf_counter())
+            try:
+                socket.getnameinfo(_own_address(found[0]), 0)
+            finally:
+                self._ends.append(time.perf_counter())
+
+
+def _own_address(target: tuple[Any, ...]) -> tuple[str, int]:
+    """As the server sees it, which listens on IPv6."""
+    with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
+        # Of a datagram socket that sends nothing.
+        probe.connect(target[4])
+        own: str = probe.getsockname()[0]
+    return (own if ":" in own else f"::ffff:{own}", 1)
+
+
+async def first_connection(source: Source, loop: Loop, deadline: float) -> Connection:
+    """As the barrier's, but where something else than a TCPStore answers, that is said.
+
+    :raises NotUnderstood: something else listens there
+    :raises BarrierConnectionError: as `Source.open`
+    """
+    if isinstance(source, StoreAt) and not await source.hosts(loop) and not by_threads(False):
+        return await connecting.connect(loop, *source.address, deadline)
+    return await source.open(loop, deadline)
