@@ -78,6 +78,7 @@ async def test_what_happened_is_on_the_ranks_tracks() -> None:
         ("execute_barrier ''", "released"),
         ("publish 'c'", None),
         ("commit 'c'", "released"),
+        ("body 'p'", "succeeded"),
         ("execute_barrier 'p'", "broken"),
         ("execute_barrier 'q'", "broken"),
         ("execute_barrier 's'", "cancelled"),
@@ -87,6 +88,7 @@ async def test_what_happened_is_on_the_ranks_tracks() -> None:
         ("connect ''", None),
         ("execute_barrier ''", "released"),
         ("commit 'c'", "released"),
+        ("body 'q'", "raised"),
         ("phase failed 'q'", None),
         ("abort 'r'", None),
         ("aclose ''", None),
@@ -98,10 +100,11 @@ async def test_what_happened_is_on_the_ranks_tracks() -> None:
         "verdict": "released",
         "sequence": 0,
         "last_rank": results[0].last_rank,
+        "came_last": events[1]["args"]["came_last"],
     }
-    assert events[4]["args"]["sequence"] == 0
-    assert "BarrierTimeoutError" in events[4]["args"]["error"]
-    assert 0.1e6 <= events[4]["dur"] < 1e6
+    assert events[5]["args"]["sequence"] == 0
+    assert "BarrierTimeoutError" in events[5]["args"]["error"]
+    assert 0.1e6 <= events[5]["dur"] < 1e6
     # Microseconds of the wall clock, to a second.
     assert all(began - 1 < event["ts"] / 1e6 < time.time() + 1 for event in events)
     # The leader's publish is within its commit, on another row.
@@ -153,6 +156,54 @@ async def test_doubts_and_other_errors() -> None:
         with pytest.raises(type(error)):
             await recorder.watch(Doubtful(error)).execute_barrier("x")
         assert calls(recorder, 0) == [("execute_barrier 'x'", verdict)]
+
+
+async def test_bodies_and_who_came_last(tmp_path: Path) -> None:
+    """A body is a bar in front of its crossing; who was waited for has a mark; rows have names."""
+    recorder = Recorder()
+    async with local_barriers(2) as barriers:
+        ranks = [recorder.watch(barrier) for barrier in barriers]
+
+        async def work(rank: int) -> None:
+            async with ranks[rank].phase("p", step=1):
+                await anyio.sleep(0.05 * rank)
+            async with ranks[rank].committing(publish, name="c", step=1) as part:
+                await anyio.sleep(0.05 * (1 - rank))
+                part.payload = b"x"
+            assert part.result == b"published"
+            await anyio.sleep(0.03 * rank)
+            await ranks[rank].all_gather(b"x", name="g", step=1)
+
+        await gather(partial(work, rank) for rank in range(2))
+
+        async def is_closed() -> Any:
+            async with ranks[0].phase("thrown away", step=1):
+                yield
+
+        generator = is_closed()
+        await anext(generator)
+        await generator.aclose()
+    last = {
+        (event["name"], event["pid"]) for event in recorder.events if event["args"].get("came_last")
+    }
+    assert last == {("execute_barrier 'p'", 1), ("commit 'c'", 0), ("all_gather 'g'", 1)}
+    bodies = [event for event in recorder.events if event["args"]["call"] == "body"]
+    assert [event["args"]["verdict"] for event in bodies] == ["succeeded"] * 4 + ["thrown away"]
+    (slow,) = (body for body in bodies if body["name"] == "body 'p'" and body["pid"] == 1)
+    assert slow["dur"] >= 0.05e6
+
+    await anyio.to_thread.run_sync(recorder.save, tmp_path / "one.json")
+    await anyio.to_thread.run_sync(merge_traces, [tmp_path / "one.json"], tmp_path / "all.json")
+    trace = json.loads((tmp_path / "all.json").read_text())["traceEvents"]
+    marks = {(event["name"], event["pid"]) for event in trace if event["ph"] == "i"}
+    assert marks == {(f"last to enter: {name}", rank) for name, rank in last}
+    threads = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in trace
+        if event["name"] == "thread_name"
+    }
+    drawn = {(event["pid"], event["tid"]) for event in trace if event["ph"] == "X"}
+    assert threads == {(rank, row): f"calls {row + 1}" for rank, row in drawn}
 
 
 async def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ Barriers that are not watched are not touched, and cost nothing.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections import deque
@@ -30,11 +29,10 @@ from ._bodies import Committing
 from ._client.barrier import CrossingBarrier
 from ._client.publication import is_async
 from ._errors import BarrierError
+from ._traces import DrawnBody, Event, read_events, write_events
 from ._values import BarrierResult
 
 __all__ = ["Recorder", "merge_traces"]
-
-Event = dict[str, Any]
 
 
 class Recorder:
@@ -76,7 +74,7 @@ class Recorder:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that opens in Perfetto and chrome://tracing. Blocks while it writes."""
-        _write(self._events, path)
+        write_events(self._events, path)
 
     def __enter__(self) -> Recorder:
         return self
@@ -138,27 +136,13 @@ def merge_traces(paths: Iterable[str | os.PathLike[str]], into: str | os.PathLik
 
     :raises OSError, ValueError: a file cannot be read, or is no trace
     """
-    events: list[Event] = []
-    for path in paths:
-        with open(path, encoding="utf-8") as file:
-            events += json.load(file)["traceEvents"]
-    _write([event for event in events if event["ph"] != "M"], into)
-
-
-def _write(events: Iterable[Event], path: str | os.PathLike[str]) -> None:
-    events = sorted(events, key=lambda event: (event["pid"], event["ts"]))
-    tracks: list[Event] = []
-    for rank in sorted({event["pid"] for event in events}):
-        for what, value in (
-            ("process_name", {"name": f"rank {rank}"}),
-            ("process_sort_index", {"sort_index": rank}),
-        ):
-            tracks.append({"name": what, "ph": "M", "pid": rank, "tid": 0, "args": value})
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"traceEvents": tracks + events, "displayTimeUnit": "ms"}, file)
+    write_events([event for path in paths for event in read_events(path)], into)
 
 
 def _facts_of(exc: BaseException) -> Event:
+    if isinstance(exc, GeneratorExit):
+        # Its loop may be gone.
+        return {"verdict": "thrown away"}
     if isinstance(exc, anyio.get_cancelled_exc_class()):
         return {"verdict": "cancelled"}
     verdict = "broken"
@@ -189,6 +173,7 @@ class _Watched(Barrier):
                 name, **_given(step), timeout_secs=timeout_secs
             )
             facts.update(verdict="released", sequence=result.sequence, last_rank=result.last_rank)
+            facts["came_last"] = self._came_last(result.last_rank)
             return result
 
     async def connect(self) -> None:
@@ -216,8 +201,15 @@ class _Watched(Barrier):
                 timeout_secs=timeout_secs,
                 leader=leader,
             )
-            facts["verdict"] = "released"
+            facts.update(verdict="released", came_last=self._came_last())
             return result
+
+    def _came_last(self, last_rank: int | None = None) -> bool:
+        """Whether the others waited for this rank in the phase that it was just released from."""
+        if isinstance(self._barrier, CrossingBarrier):
+            # Nothing has run since that was counted.
+            return self._barrier._session.tally.came_last_just_now
+        return last_rank == self._rank
 
     def _watched(self, publish: Publish, name: str) -> Publish:
         """On a row of its own, beside the commit; a plain function stays one."""
@@ -246,7 +238,7 @@ class _Watched(Barrier):
             gathered = await self._barrier.all_gather(
                 payload, name=name, **_given(step), timeout_secs=timeout_secs
             )
-            facts["verdict"] = "released"
+            facts.update(verdict="released", came_last=self._came_last())
             return gathered
 
     async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
@@ -268,7 +260,8 @@ class _Watched(Barrier):
     ) -> AbstractAsyncContextManager[None]:
         # That one may refuse the call; what it returns would not be recorded.
         self._barrier.phase(name, **_given(step), timeout_secs=timeout_secs)
-        return super().phase(name, step=step, timeout_secs=timeout_secs)
+        body = super().phase(name, step=step, timeout_secs=timeout_secs)
+        return DrawnBody(body, self._recorder._call(self._rank, "body", name))
 
     def committing(
         self,
@@ -282,7 +275,8 @@ class _Watched(Barrier):
         given: Any = {"name": name, "timeout_secs": timeout_secs, "leader": leader}
         # As for `phase`.
         self._barrier.committing(publish, **_given(step), **given)
-        return super().committing(publish, step=step, **given)
+        body = super().committing(publish, step=step, **given)
+        return DrawnBody(body, self._recorder._call(self._rank, "body", name))
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         with self._recorder._call(self._rank, "phase failed", name) as facts:

@@ -130,8 +130,8 @@ class Crossing:
         tally.waited_secs += secs
         if secs > tally.waited_secs_at_most:
             tally.waited_secs_at_most = secs
-        if phase is not None and phase.last:
-            tally.came_last += 1
+        tally.came_last_just_now = phase is not None and phase.last
+        tally.came_last += tally.came_last_just_now
 
     def failed(self, exc: BaseException) -> None:
         """Count it, and have the error say which barrier it is of."""

@@ -18,12 +18,14 @@ LEFT, RESTART, CONNECTION, CLOSED = "left", "restart", "connection", "closed"
 class Tally:
     """Counts for one barrier; a crossing that is released adds to them itself, since it is quick.
 
+    :ivar came_last_just_now: whether the others waited for this rank in the latest released phase
     :ivar reconnections: how often a connection was lost and another one took its place
     """
 
     def __init__(self) -> None:
         self.released = 0
         self.came_last = 0
+        self.came_last_just_now = False
         self.waited_secs = 0.0
         self.waited_secs_at_most = 0.0
         self.reconnections = 0
