@@ -1,0 +1,94 @@
+"""What torchrun shows as the root cause: the rank that failed, and not one that waited for it. ::
+
+from async_barriers.torchrun import record
+
+
+@record
+def main() -> None:
+    asyncio.run(train())
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+from torch.distributed.elastic.multiprocessing import errors
+
+from ._errors import BarrierTimeoutError, BrokenBarrierError, plural_ranks, told_by
+
+__all__ = ["record"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# How long a rank that only waited lets the one that failed end first: torchrun kills all others
+# as soon as one has ended, and shows those alone that had ended by then.
+_GRACE_SECS = 2.0
+
+
+def record(fn: Callable[P, R]) -> Callable[P, R | None]:
+    """Decorator of a program's ``main``, in the place of torch's of the same name.
+
+    torchrun shows the earliest error of a job's processes as the root cause. A rank that fails
+    breaks the phase for its peers, which end as soon as it does, or sooner. So a process that ends
+    by a `BrokenBarrierError` or `BarrierTimeoutError` that names other ranks begins its entry with
+    those, and waits for 2 s, or until torchrun kills it, since the other's entry comes first then.
+    Every other error is recorded as torch does it. Without torchrun there is nothing to record,
+    and nothing is waited for.
+    """
+    return errors.record(fn, _ErrorHandler())
+
+
+class _ErrorHandler(errors.ErrorHandler):
+    def record_exception(self, e: BaseException) -> None:
+        path = self._get_error_file_path()
+        cause = _cause_elsewhere(e)
+        if not path or cause is None:
+            super().record_exception(e)
+            return
+        told = f"{cause}; this rank waited for it ({told_by(e)})"
+        # After any that failed by itself: when this process ends.
+        ends = str(int(time.time() + _GRACE_SECS) + 1)
+        extra = {"py_callstack": f"{told}\n\n{traceback.format_exc()}", "timestamp": ends}
+        self._write_error_file(path, json.dumps({"message": {"message": told, "extraInfo": extra}}))
+        time.sleep(_GRACE_SECS)
+
+
+def _cause_elsewhere(exc: BaseException) -> str | None:
+    """Which other rank this process ends for, in words; None where it has a reason of its own."""
+    own = os.environ.get("RANK", "")
+    found: str | None = None
+    for leaf in _leaves(exc):
+        blamed: tuple[int, ...] = ()
+        why = "had not entered"
+        for each in _chain(leaf):
+            if isinstance(each, BarrierTimeoutError):
+                blamed = each.missing_ranks
+            elif isinstance(each, BrokenBarrierError) and each.rank is not None:
+                blamed, why = (each.rank,), each.reason
+        if not blamed or own in map(str, blamed):
+            return None
+        found = found or f"{plural_ranks(blamed)} caused this: {why}"
+    return found
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
+    inner = getattr(exc, "exceptions", None)
+    if isinstance(inner, tuple) and inner:
+        for each in inner:
+            yield from _leaves(each)
+    else:
+        yield exc
+
+
+def _chain(exc: BaseException) -> Iterator[BaseException]:
+    """It, and what it was raised from."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
