@@ -31,7 +31,7 @@ def main() -> None:
     finally:
         if os.environ["RANK"] == "1":
             # Its peers could be gone by now.
-            time.sleep(0.7)
+            time.sleep(1.4)
 
 
 if __name__ == "__main__":
