@@ -26,6 +26,7 @@ from collections.abc import Mapping
 import anyio
 
 from async_barriers import Barrier, BarrierError, TCPStoreBarrier
+from async_barriers.torchrun import record
 
 # How much longer than for its own ranks a leader waits for the others, who may have to tell it who
 # is missing; and its ranks for what it has to tell.
@@ -113,6 +114,11 @@ async def main() -> None:
                 print(f"rank {rank}: step {step} is not: {exc}\n", end="", flush=True)
 
 
-if __name__ == "__main__":
+@record
+def run() -> None:
     logging.basicConfig(level=logging.WARNING)
     anyio.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -45,12 +45,14 @@ from torch.optim import AdamW, Optimizer
 
 from async_barriers import Barrier, TCPStoreBarrier
 from async_barriers.recording import Recorder
+from async_barriers.torchrun import record
 
 logger = logging.getLogger("demo")
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+@record
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)

@@ -42,6 +42,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from async_barriers import BarrierError, StoreBarrier
+from async_barriers.torchrun import record
 
 logger = logging.getLogger("dcp_async_save")
 
@@ -138,6 +139,7 @@ def fails(args: argparse.Namespace, step: int) -> bool:
     return bool(dist.get_rank() == args.fail_rank and step == args.fail_at)
 
 
+@record
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
