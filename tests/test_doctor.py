@@ -19,15 +19,17 @@ from typing import Any
 import anyio
 import doctor_rank
 import pytest
-from processes import BACKENDS, Forge, Rank
+from processes import BACKENDS, CRASHES, Forge, Rank
 from torch.distributed import HashStore, TCPStore
 from worlds import Tasks, free_port, gather
 
 from async_barriers import BarrierConnectionError, BrokenBarrierError
 from async_barriers.__main__ import check, main, parser
+from async_barriers._client.process import new_life
 from async_barriers._doctor import measure
 from async_barriers._doctor.measure import Facts, Spread
-from async_barriers._doctor.report import Finding, Report, of_error, of_facts
+from async_barriers._doctor.report import Finding, Report, of_error, of_facts, of_roll
+from async_barriers._doctor.roll import Entry
 from async_barriers._store.sources import PassedIn
 from async_barriers.testing import FaultyStore, local_barriers
 
@@ -140,6 +142,18 @@ def test_what_is_slow() -> None:
     assert not of_facts([replace(facts, crossing=late) for facts in HEALTHY]).notes
     straggling = [replace(often[0], crossing=late), replace(often[1], crossing=late), often[2]]
     assert only(of_facts(straggling).notes).what.startswith("rank 2 was the last in 9 of 10")
+
+
+def test_ranks_and_worlds_that_cannot_be() -> None:
+    """A rank outside its world, and a world of none, are said; no world is too large to be told."""
+    life = new_life(None)
+    for rank, size, what in (
+        (3, 3, "rank 3 (process"),
+        (0, 0, "WORLD_SIZE is 0 for rank 0"),
+        (0, 1 << 60, "ranks 1, 2, 3, "),
+    ):
+        text = of_roll([Entry(rank, size, life)], 30.0).as_text()
+        assert f"PROBLEM: {what}" in text
 
 
 def test_an_error_of_another_kind() -> None:
@@ -414,6 +428,7 @@ def test_a_resolver_that_is_silent_shows(tmp_path: Path) -> None:
             timeout=35,
         )
     assert ended.returncode == 0, ended.stderr
+    assert not any(crash in ended.stderr for crash in CRASHES)
     said = json.loads(ended.stdout)
     assert all(facts["names_secs"] > 0.9 for facts in said["ranks"])
     assert any("name look-ups of ranks 0, 1 took up to" in note["what"] for note in said["notes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_a_checkpointer_of_torch_crosses_our_barrier(tmp_path: Path) -> None:
     checkpointer = make_sync_checkpointer(config, RankInfo(global_rank=0, global_world_size=1))
     checkpointer.save(str(tmp_path), {"weights": torch.zeros(2)})
     assert list(tmp_path.iterdir())
-    barrier = checkpointer._writer._barrier
+    barrier: Any = checkpointer._writer._barrier
     assert isinstance(barrier, BlockingBarrier)
     assert barrier.execute_barrier().sequence == 1
     barrier.close()

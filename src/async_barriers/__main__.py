@@ -76,7 +76,7 @@ class _Examination:
             connection = opening.result()
             roll = Roll(connection, loop, launched.rank, launched.world_size)
             return await self._with(roll, deadline)
-        except BarrierError as exc:
+        except (BarrierError, ValueError) as exc:
             return of_error(exc, self._look_ups)
         finally:
             if connection is not None:

@@ -120,7 +120,12 @@ def _of_entries(entries: Sequence[Entry]) -> Iterable[Finding]:
                 "duplicate rank: give each process a RANK of its own, and each job a MASTER_PORT "
                 "of its own; see whether an old process still runs",
             )
-        if not 0 <= rank < who[0].world_size:
+        if who[0].world_size < 1:
+            yield Finding(
+                f"WORLD_SIZE is {who[0].world_size} for rank {rank} ({who[0]})",
+                "it is the number of ranks, 1 or more",
+            )
+        elif not 0 <= rank < who[0].world_size:
             yield Finding(
                 f"rank {rank} ({who[0]}) is outside the world, since WORLD_SIZE is "
                 f"{who[0].world_size}",

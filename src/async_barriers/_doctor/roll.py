@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from .._client import process
+from .._protocol.count import MAX_RANKS
 from .._protocol.membership import Life
 from .._protocol.store import Add, Append, DeleteMany, Read, Set
 from .._protocol.verdict import RUBBISH
@@ -132,7 +133,7 @@ def absent(entries: Sequence[Entry]) -> tuple[int, ...]:
     """The ranks that nobody has, in the world that most believe in."""
     sizes = [entry.world_size for entry in entries]
     usual = max(sorted(set(sizes), reverse=True), key=sizes.count)
-    return tuple(sorted(set(range(usual)) - {entry.rank for entry in entries}))
+    return tuple(sorted(set(range(min(usual, MAX_RANKS))) - {entry.rank for entry in entries}))
 
 
 def odd(entries: Sequence[Entry]) -> bool:
