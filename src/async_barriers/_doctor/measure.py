@@ -95,6 +95,9 @@ async def examine(
     :return: what ``judge`` returned, on every rank
     :raises BarrierError: the store was not reached, a rank did not come, or one gave up
     """
+    if look_ups is not None:
+        # Its peers wait as long for it in the first crossing.
+        await look_ups.end(timeout_secs / 2)
     await barrier.connect()
     # Everyone is there, and every connection is open, before anything is timed.
     await barrier.execute_barrier("hello")

@@ -13,6 +13,7 @@ from .._store.connecting import in_thread
 from .._store.future import Effort
 from .._store.loops import Loop
 from .._store.sources import Connection, Source, StoreAt, by_threads
+from .._store.waiting import settled
 
 Address = tuple[str, int]
 
@@ -26,10 +27,15 @@ class LookUps:
 
     def __init__(self, loop: Loop, address: Address) -> None:
         self.address = address
+        self._loop = loop
         self._began = time.perf_counter()
         self._ends: list[float] = []
         # Goes on by itself; a resolver that is silent holds nobody up.
         self._effort = Effort(in_thread(loop, "look-ups", self._measure))
+
+    async def end(self, secs: float) -> None:
+        """Wait for them, for some seconds at most; what goes on by then is told as it is."""
+        await settled(self._loop, self._effort, self._loop.now() + secs)
 
     @property
     def secs(self) -> tuple[float, float]:
