@@ -43,13 +43,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A TCPStore is tried under both event loops; the other stores under one each, in turns.
 
     What differs between the loops does not depend on the store, and the time is short.
     """
-    # If two tests run at a time (-n 2): what needs the whole machine comes last, one by one.
-    items.sort(key=_needs_processes)
+    # If several tests run at a time (-n 3): those that start processes do so one by one, beside the
+    # others, and begin at once, since they take the longest.
+    items.sort(key=lambda item: not _needs_processes(item))
     for item in filter(_needs_processes, items):
         item.add_marker(pytest.mark.xdist_group("processes"))
     if not config.getoption("every_loop"):
