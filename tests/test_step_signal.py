@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from worlds import World, gather, library_threads
 import async_barriers
 from async_barriers import (
     BarrierClosedError,
+    BarrierConnectionError,
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
     DistBarrier,
     StepSignal,
+    TCPStoreBarrier,
 )
 from async_barriers._client.gate import Agreement, Gate, Round
 from async_barriers.step_signal import BlockingStepSignal
@@ -36,12 +40,19 @@ pytestmark = pytest.mark.anyio
 SOURCE = Path(async_barriers.__file__).parents[1]
 
 
-async def train(stop: StepSignal, pace_secs: float, first: int = 0) -> int:
-    """The step at which a rank stops."""
+async def train(
+    stop: StepSignal, pace_secs: float, first: int = 0, peers: Sequence[StepSignal] = ()
+) -> int:
+    """The step at which a rank stops.
+
+    :param peers: of which none falls back by more than a few steps, as with a job's collectives
+    """
     for step in range(first, 100_000):
         if await stop.reached(step):
             return step
         await anyio.sleep(pace_secs)
+        while any(peer._last < step - AHEAD for peer in peers):
+            await anyio.sleep(pace_secs)
     raise AssertionError("never reached")
 
 
@@ -69,7 +80,8 @@ async def test_all_ranks_agree_on_one_step(world: World) -> None:
     first = 0
     for _ in range(2):
         trains: list[Callable[[], Awaitable[int | None]]] = [
-            partial(train, stop, pace, first) for stop, pace in zip(stops, PACES, strict=True)
+            partial(train, stop, pace, first, stops)
+            for stop, pace in zip(stops, PACES, strict=True)
         ]
         step, *others, _ = await gather([*trains, send])
         assert step is not None
@@ -83,6 +95,7 @@ async def test_all_ranks_agree_on_one_step(world: World) -> None:
 
 
 PACES = (0.001, 0.004, 0.011)
+AHEAD = 10
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -127,6 +140,29 @@ async def test_who_takes_no_part_is_named() -> None:
                 await train(stop, 0.001, 1)
             assert caught.value.missing_ranks == (2,)
             assert not await stop.reached(50_000)
+
+
+async def test_a_sender_that_reaches_no_store_is_told_at_its_deadline() -> None:
+    """Not only after ``timeout_barrier_init_secs``, and its steps wait no longer than that."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        barrier = TCPStoreBarrier(
+            1, 2, tcpstore_port=silent.getsockname()[1], timeout_secs=0.4,
+            timeout_barrier_init_secs=30,
+        )  # fmt: skip
+        async with aclosing(barrier):
+            stop = StepSignal(barrier)
+            assert not await stop.reached(0)
+            while not stop._agent._connecting:
+                await anyio.sleep(0.001)
+            stop.send()
+            with (
+                anyio.fail_after(1.4),
+                pytest.raises(BarrierConnectionError, match=r"within 0\.4 s"),
+            ):
+                await train(stop, 0.001, 1)
+            assert not await stop.reached(5_000)
 
 
 async def test_who_leaves_is_named() -> None:
@@ -325,6 +361,19 @@ def test_a_real_signal_to_one_process(ranks: Ranks) -> None:
     assert len(said) == 1
     reached, step, agreed, *who = said.pop().split()
     assert (reached, step, who) == ("reached", agreed, ["1", "SIGTERM"])
+
+
+@pytest.mark.processes
+def test_a_process_that_waits_exits(ranks: Ranks) -> None:
+    """Its peers never come; Ctrl-C ends it, though its thread is amid an agreement."""
+    process = trains(ranks.start(0))
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert last_words(process) == "interrupted"
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.processes
