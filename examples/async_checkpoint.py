@@ -186,7 +186,8 @@ def train(
     if saved_at < len(log.steps):
         saver.start(len(log.steps), shard_of(model, optimizer))
     saver.wait()
-    logger.info("trained: %.1f%% of the test set is right", 100 * digits.accuracy(model))
+    log.trained_accuracy = digits.accuracy(model)
+    logger.info("trained: %.1f%% of the test set is right", 100 * log.trained_accuracy)
 
 
 def any_rank(flag: bool) -> bool:

@@ -49,7 +49,7 @@ def draw(logs: Sequence[RankLog], timeout_secs: float, path: Path) -> None:
         end = logs[0].steps[-1] - zero
         axes.vlines(end, -1.3, ranks - 0.5, color=BROKEN, linewidth=1.3, linestyle=":")
         axes.annotate(
-            f"all stop at step {stopped.step}", (end, ranks - 0.5), color=BROKEN, fontsize=8
+            f"all stop at step {stopped.step}", (end + 0.02, ranks - 0.58), color=BROKEN, fontsize=8
         )
 
     axes.set_yticks(range(-1, ranks), ["training steps", *(f"rank {log.rank}" for log in logs)])

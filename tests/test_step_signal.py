@@ -240,7 +240,8 @@ def test_a_step_passes_or_is_stopped() -> None:
             def steps(gate: Gate, ready: threading.Event, passed: list[int]) -> None:
                 ready.set()
                 step = 0
-                while gate.stops(step) is None:
+                # Bounded, so that a stop that is lost fails, and does not hang.
+                while gate.stops(step) is None and step < 100_000:
                     passed.append(step)
                     step += 1
 
