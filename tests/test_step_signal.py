@@ -264,6 +264,12 @@ def test_a_step_passes_or_is_stopped() -> None:
         sys.setswitchinterval(interval)
 
 
+def waits(stop: BlockingStepSignal) -> bool:
+    """Whether a call waits for an agreement."""
+    stopped = stop._agent._round
+    return stopped is not None and bool(stopped.agreed._wakes)
+
+
 def test_ctrl_c_ends_the_waiting_alone() -> None:
     """It is raised at once; the agreement goes on, and the step can be asked for again."""
     world = BlockingWorld(2)
@@ -272,7 +278,7 @@ def test_ctrl_c_ends_the_waiting_alone() -> None:
         assert not stop.reached(0)
         stop.send("x")
         with (
-            interrupted(lambda: stop._agent._round is not None, KeyboardInterrupt),
+            interrupted(lambda: waits(stop), KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             train_blocking(stop, 1)
