@@ -25,6 +25,7 @@ TITLES = {
     "break_latency": "Break latency",
     "waiting": "Cost of waiting",
     "start": "Import and start",
+    "step_signal": "Asking at each step",
 }
 
 

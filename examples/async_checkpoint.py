@@ -3,6 +3,7 @@
     make demo
     make demo ARGS="--fail-rank 2 --fail-at 3"    # the third upload of rank 2 raises
     make demo ARGS="--hang-rank 3 --hang-at 4"    # the fourth upload of rank 3 never ends
+    make demo ARGS="--preempt-at 3"               # rank 1 gets a SIGTERM as the third one is saved
     make demo ARGS="--trace trace.json"           # every phase of the barrier, for Perfetto
 
 Training is DistributedDataParallel on gloo, in the main thread. Checkpoints are written by an
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -45,6 +48,7 @@ from torch.optim import AdamW, Optimizer
 
 from async_barriers import Barrier, TCPStoreBarrier
 from async_barriers.recording import Recorder
+from async_barriers.step_signal import BlockingStepSignal
 from async_barriers.torchrun import record
 
 logger = logging.getLogger("demo")
@@ -84,6 +88,8 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> bool:
         timeout_secs=args.commit_timeout_secs,
         warn_after_secs=2,
     )
+    stop = BlockingStepSignal(barrier)
+    signal.signal(signal.SIGTERM, lambda *_: stop.send("SIGTERM"))
     if args.trace is not None:
         barrier = recorder.watch(barrier)
     writer = CheckpointWriter(
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int) -> bool:
     # The portal is an event loop in a thread of its own; the training below never enters it.
     with start_blocking_portal("asyncio") as portal, portal.wrap_async_context_manager(barrier):
         saver = Saver(portal, writer)
-        train(args, model, optimizer, digits, saver, log)
+        train(args, model, optimizer, digits, saver, stop, log)
         saver.close()
     log.savings = saver.savings
 
@@ -131,6 +137,8 @@ def conclude(args: argparse.Namespace, logs: list[report.RankLog]) -> bool:
     timeline.draw(logs, args.commit_timeout_secs, args.timeline)
     print(f"\nThe timeline is in {args.timeline}.")
     problems = report.check(logs, args.commit_timeout_secs, faults(args))
+    if args.preempt_at is not None:
+        problems += report.check_stop(logs, args.preempt_rank)
     for problem in problems:
         print(f"NOT AS IT SHOULD BE: {problem}")
     return not problems
@@ -142,10 +150,11 @@ def train(
     optimizer: Optimizer,
     digits: Digits,
     saver: Saver,
+    stop: BlockingStepSignal,
     log: report.RankLog,
 ) -> None:
     ddp = DistributedDataParallel(model)
-    saved_at = 0
+    saved_at = saves = 0
     for epoch in range(1, args.epochs + 1):
         for images, labels in digits.batches(epoch):
             loss = cross_entropy(ddp(images), labels)
@@ -155,18 +164,30 @@ def train(
             saver.wait_staged()
             optimizer.step()
             log.steps.append(time.time())
+            if stop.reached(len(log.steps)):
+                # On all ranks alike; what is saved below is this step.
+                log.stopped = report.Stop(len(log.steps), stop.rank, stop.reason)
+                logger.info("stops at step %d: rank %s got %s", stop.step, stop.rank, stop.reason)
+                break
             # One checkpoint is in flight at a time. One that comes due meanwhile is put off, on
             # all ranks alike: they vote, so that none saves a step that another one skips.
             due = len(log.steps) - saved_at >= args.every
             if due and not any_rank(saver.busy):
                 saved_at = len(log.steps)
                 saver.start(saved_at, shard_of(model, optimizer))
+                saves += 1
+                if saves == args.preempt_at and log.rank == args.preempt_rank:
+                    log.preempted = time.time()
+                    os.kill(os.getpid(), signal.SIGTERM)  # as a cluster would
+        if log.stopped is not None:
+            break
         if epoch % 10 == 0:
             logger.info("epoch %d, step %d: loss %.4f", epoch, len(log.steps), loss.item())
     if saved_at < len(log.steps):
         saver.start(len(log.steps), shard_of(model, optimizer))
     saver.wait()
-    logger.info("trained: %.1f%% of the test set is right", 100 * digits.accuracy(model))
+    log.trained_accuracy = digits.accuracy(model)
+    logger.info("trained: %.1f%% of the test set is right", 100 * log.trained_accuracy)
 
 
 def any_rank(flag: bool) -> bool:
@@ -320,6 +341,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--fail-at", type=int, default=3, metavar="N", help="in which checkpoint, from 1")
     add("--hang-rank", type=int, metavar="RANK", help="whose upload never ends")
     add("--hang-at", type=int, default=4, metavar="N", help="in which checkpoint, from 1")
+    add("--preempt-rank", type=int, default=1, metavar="RANK", help="who gets a SIGTERM")
+    add("--preempt-at", type=int, metavar="N", help="as which checkpoint is saved, from 1")
     add("--out", type=Path, metavar="DIR", help="keep the checkpoints (default: temporary)")
     add("--timeline", type=Path, metavar="PNG", help="default: timeline.png, in DIR if given")
     add("--trace", type=Path, metavar="JSON", help="write the barrier's phases, for Perfetto")

@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 from checkpointing import Saving, Verdict
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What one rank was told when the signal to stop was reached: at which step, by whom, why."""
+
+    step: int
+    rank: int | None
+    reason: str | None
+
+
 @dataclass
 class RankLog:
     """What one rank saw. All times are `time.time()`, which the ranks of one host share."""
@@ -16,8 +25,13 @@ class RankLog:
     steps: list[float] = field(default_factory=list)
     """When each training step ended."""
     savings: list[Saving] = field(default_factory=list)
+    preempted: float | None = None
+    """When this rank got its SIGTERM."""
+    stopped: Stop | None = None
     restored_step: int | None = None
+    trained_accuracy: float = 0.0
     accuracy: float = 0.0
+    """Of what was loaded."""
     problem: str = ""
 
 
@@ -76,7 +90,8 @@ def checkpoints(logs: Sequence[RankLog], timeout_secs: float) -> list[Checkpoint
 
 def render(logs: Sequence[RankLog], timeout_secs: float) -> str:
     saved = checkpoints(logs, timeout_secs)
-    return "\n".join([*_table(saved), *_failures(saved, min(log.steps[0] for log in logs))])
+    zero = min(log.steps[0] for log in logs)
+    return "\n".join([*_table(saved), *_stop(logs, zero), *_failures(saved, zero)])
 
 
 def _table(saved: Sequence[Checkpoint]) -> Iterator[str]:
@@ -105,6 +120,16 @@ def _table(saved: Sequence[Checkpoint]) -> Iterator[str]:
         ]
         row = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         yield f"{row}  {str(checkpoint.verdict).partition(':')[0]}"
+
+
+def _stop(logs: Sequence[RankLog], zero: float) -> Iterator[str]:
+    for log in logs:
+        if log.preempted is not None and log.stopped is not None:
+            yield (
+                f"\nAt {log.preempted - zero:.3f} s rank {log.rank} got a SIGTERM. "
+                f"All ranks stopped at step {log.stopped.step}, {log.steps[-1] - zero:.3f} s, "
+                "and saved it."
+            )
 
 
 def _failures(saved: Sequence[Checkpoint], zero: float) -> Iterator[str]:
@@ -143,8 +168,29 @@ def check(logs: Sequence[RankLog], timeout_secs: float, faults: Mapping[int, int
             problems.append(f"rank {log.rank}: {log.problem}")
         elif [log.restored_step] != newest:
             problems.append(f"rank {log.rank} loaded step {log.restored_step}, not {newest}")
-        elif log.accuracy < 0.95:
+        # Who was stopped early has learned less.
+        elif log.accuracy < (0.95 if log.stopped is None else log.trained_accuracy):
             problems.append(f"rank {log.rank}: only {log.accuracy:.1%} of the test set is right")
+    return problems
+
+
+def check_stop(logs: Sequence[RankLog], preempted: int) -> list[str]:
+    """What is not as it should be, when rank ``preempted`` was to get a SIGTERM."""
+    problems = []
+    stops = {log.stopped for log in logs}
+    (stopped, *others) = stops
+    if others or stopped is None:
+        problems.append(f"the ranks stopped differently, or not: {stops}")
+    else:
+        if (stopped.rank, stopped.reason) != (preempted, "SIGTERM"):
+            problems.append(f"rank {preempted} got a SIGTERM, but all were told of {stopped}")
+        for log in logs:
+            last = log.savings[-1].step if log.savings else None
+            if not len(log.steps) == last == log.restored_step == stopped.step:
+                problems.append(
+                    f"rank {log.rank} made {len(log.steps)} steps, saved {last} last and loaded "
+                    f"{log.restored_step}; the step to stop at was {stopped.step}"
+                )
     return problems
 
 

@@ -42,6 +42,15 @@ def draw(logs: Sequence[RankLog], timeout_secs: float, path: Path) -> None:
     for row, log in enumerate(logs):
         for saving in log.savings:
             _draw_saving(axes, saving, row, zero)
+        if log.preempted is not None:
+            axes.plot(log.preempted - zero, row, marker="v", color=BROKEN, markersize=9, zorder=4)
+            axes.annotate("SIGTERM", (log.preempted - zero, row - 0.33), color=BROKEN, fontsize=8)
+    if (stopped := logs[0].stopped) is not None:
+        end = logs[0].steps[-1] - zero
+        axes.vlines(end, -1.3, ranks - 0.5, color=BROKEN, linewidth=1.3, linestyle=":")
+        axes.annotate(
+            f"all stop at step {stopped.step}", (end + 0.02, ranks - 0.58), color=BROKEN, fontsize=8
+        )
 
     axes.set_yticks(range(-1, ranks), ["training steps", *(f"rank {log.rank}" for log in logs)])
     axes.set_ylim(ranks - 0.45, -2.0)

@@ -27,6 +27,9 @@ def main() -> None:
             if stop.reached(step):
                 print("reached", step, stop.step, stop.rank, stop.reason, flush=True)
                 return
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+            return
         except BarrierError as exc:
             print("told", type(exc).__name__, exc, flush=True)
             return

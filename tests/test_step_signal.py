@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -21,25 +24,44 @@ from worlds import World, gather, library_threads
 import async_barriers
 from async_barriers import (
     BarrierClosedError,
+    BarrierConnectionError,
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
     DistBarrier,
     StepSignal,
+    TCPStoreBarrier,
 )
 from async_barriers._client.gate import Agreement, Gate, Round
+from async_barriers.step_signal import BlockingStepSignal
 from async_barriers.testing import local_barriers
 
 pytestmark = pytest.mark.anyio
 SOURCE = Path(async_barriers.__file__).parents[1]
 
 
-async def train(stop: StepSignal, pace_secs: float, first: int = 0) -> int:
-    """The step at which a rank stops."""
+async def train(
+    stop: StepSignal, pace_secs: float, first: int = 0, peers: Sequence[StepSignal] = ()
+) -> int:
+    """The step at which a rank stops.
+
+    :param peers: of which none falls back by more than a few steps, as with a job's collectives
+    """
     for step in range(first, 100_000):
         if await stop.reached(step):
             return step
         await anyio.sleep(pace_secs)
+        while any(peer._last < step - AHEAD for peer in peers):
+            await anyio.sleep(pace_secs)
+    raise AssertionError("never reached")
+
+
+def train_blocking(stop: BlockingStepSignal, first: int) -> int:
+    """As `train`, in this thread."""
+    for step in range(first, 100_000):
+        if stop.reached(step):
+            return step
+        time.sleep(0.001)
     raise AssertionError("never reached")
 
 
@@ -57,25 +79,28 @@ async def test_all_ranks_agree_on_one_step(world: World) -> None:
 
     first = 0
     for _ in range(2):
-        *stopped, _ = await gather(
-            [lambda s=s, p=p: train(s, p, first) for s, p in zip(stops, PACES, strict=True)]  # type: ignore[misc]
-            + [send]
-        )
-        assert len(set(stopped)) == 1
+        trains: list[Callable[[], Awaitable[int | None]]] = [
+            partial(train, stop, pace, first, stops)
+            for stop, pace in zip(stops, PACES, strict=True)
+        ]
+        step, *others, _ = await gather([*trains, send])
+        assert step is not None
+        assert others == [step] * 2
         told = {(stop.step, stop.rank, stop.reason) for stop in stops}
-        assert told in ({(stopped[0], 1, "disk full")}, {(stopped[0], 2, "SIGTERM")})
-        first = stopped[0] + 1
+        assert told in ({(step, 1, "disk full")}, {(step, 2, "SIGTERM")})
+        first = step + 1
         for stop in stops:
             assert not await stop.reached(first)
         first += 1
 
 
 PACES = (0.001, 0.004, 0.011)
+AHEAD = 10
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_neither_thread_nor_loop_of_a_rank_is_needed() -> None:
-    """One rank's caller is away in a collective, steps ahead of the other, which learns the step."""
+    """A rank's caller is away in a collective, steps ahead of the other, which learns the step."""
     async with local_barriers(2) as ranks:
         stops = [StepSignal(rank) for rank in ranks]
         for step in range(8):
@@ -111,10 +136,33 @@ async def test_who_takes_no_part_is_named() -> None:
         assert [await stop.reached(0) for stop in stops] == [False, False]
         stops[1].send()
         for stop in stops:
-            with pytest.raises(BarrierTimeoutError, match="'stop' #0") as caught:
+            with pytest.raises(BarrierTimeoutError, match="'barrier/stop' #0") as caught:
                 await train(stop, 0.001, 1)
             assert caught.value.missing_ranks == (2,)
             assert not await stop.reached(50_000)
+
+
+async def test_a_sender_that_reaches_no_store_is_told_at_its_deadline() -> None:
+    """Not only after ``timeout_barrier_init_secs``, and its steps wait no longer than that."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        barrier = TCPStoreBarrier(
+            1, 2, tcpstore_port=silent.getsockname()[1], timeout_secs=0.4,
+            timeout_barrier_init_secs=30,
+        )  # fmt: skip
+        async with aclosing(barrier):
+            stop = StepSignal(barrier)
+            assert not await stop.reached(0)
+            while not stop._agent._connecting:
+                await anyio.sleep(0.001)
+            stop.send()
+            with (
+                anyio.fail_after(1.4),
+                pytest.raises(BarrierConnectionError, match=r"within 0\.4 s"),
+            ):
+                await train(stop, 0.001, 1)
+            assert not await stop.reached(5_000)
 
 
 async def test_who_leaves_is_named() -> None:
@@ -192,7 +240,8 @@ def test_a_step_passes_or_is_stopped() -> None:
             def steps(gate: Gate, ready: threading.Event, passed: list[int]) -> None:
                 ready.set()
                 step = 0
-                while gate.stops(step) is None:
+                # Bounded, so that a stop that is lost fails, and does not hang.
+                while gate.stops(step) is None and step < 100_000:
                     passed.append(step)
                     step += 1
 
@@ -215,6 +264,12 @@ def test_a_step_passes_or_is_stopped() -> None:
         sys.setswitchinterval(interval)
 
 
+def waits(stop: BlockingStepSignal) -> bool:
+    """Whether a call waits for an agreement."""
+    stopped = stop._agent._round
+    return stopped is not None and bool(stopped.agreed._wakes)
+
+
 def test_ctrl_c_ends_the_waiting_alone() -> None:
     """It is raised at once; the agreement goes on, and the step can be asked for again."""
     world = BlockingWorld(2)
@@ -223,12 +278,10 @@ def test_ctrl_c_ends_the_waiting_alone() -> None:
         assert not stop.reached(0)
         stop.send("x")
         with (
-            interrupted(lambda: stop._agent._round is not None, KeyboardInterrupt),
+            interrupted(lambda: waits(stop), KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
-            for step in range(1, 1_000_000):
-                stop.reached(step)
-                time.sleep(0.001)
+            train_blocking(stop, 1)
         assert not other.reached(0)
         step = int(stop._last) + 1
         assert stop.reached(step)
@@ -255,7 +308,7 @@ def test_a_forked_child_is_refused() -> None:
             os._exit(refused)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
         stop.send()
-        assert any(stop.reached(step) or time.sleep(0.001) for step in range(1, 10_000))
+        assert train_blocking(stop, 1) == stop.step
     finally:
         world.close()
 
@@ -318,6 +371,19 @@ def test_a_real_signal_to_one_process(ranks: Ranks) -> None:
 
 
 @pytest.mark.processes
+def test_a_process_that_waits_exits(ranks: Ranks) -> None:
+    """Its peers never come; Ctrl-C ends it, though its thread is amid an agreement."""
+    process = trains(ranks.start(0))
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert last_words(process) == "interrupted"
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.processes
 def test_a_rank_that_dies_in_the_agreement(ranks: Ranks) -> None:
     """It stands still while the others wait for it, is killed, and comes back: they are told."""
     processes = [trains(each) for each in [ranks.start(rank) for rank in range(3)]]
@@ -328,5 +394,6 @@ def test_a_rank_that_dies_in_the_agreement(ranks: Ranks) -> None:
     processes[2].kill()
     processes[2].wait()
     ranks.start(2)
+    broken = "told BrokenBarrierError barrier 'barrier/stop' #0 was broken by rank 2: "
     for each in processes[:2]:
-        assert "told BrokenBarrierError barrier 'stop' #0 was broken by rank 2" in last_words(each)
+        assert last_words(each).startswith(broken)

@@ -42,7 +42,7 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 350,
-    "_client.agreeing": 335,
+    "_client.agreeing": 360,
     "_client.barrier": 440,
     "_client.crossing": 410,
     "_dist.calls": 310,

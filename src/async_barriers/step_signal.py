@@ -136,14 +136,16 @@ class StepSignal(_Signal):
         :raises BarrierTimeoutError: ranks did not take part in the agreement, and which: they have
             not called `reached` yet, or their process hangs
         :raises BrokenBarrierError: a rank left, or was started anew, before all had agreed
-        :raises BarrierConnectionError: the store was lost, and the signal had been sent
-        :raises BarrierClosedError: the barrier is closed
+        :raises BarrierConnectionError: the signal was sent, and the store was lost, or not reached
+            within ``timeout_secs``
+        :raises BarrierClosedError: the barrier is closed, or was while this call waited
         :raises TypeError, ValueError: ``step`` is no step, or not higher
 
         All ranks get such an error, each once, and may send the signal again then; where a rank
         loses the store in that instant, the others may have agreed.
 
-        **Cancellation:** ends the waiting, not the agreement. The step has not been passed; call
+        **Cancellation:** ends the waiting, not the agreement. Unlike a phase, it breaks nothing for
+        the peers: this rank still takes part, in its thread. The step has not been passed; call
         again with the same one.
         """
         if step.__class__ is not int or step <= self._last:

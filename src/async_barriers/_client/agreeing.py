@@ -17,6 +17,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import anyio
+
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
@@ -39,6 +41,9 @@ from .gate import Agreement, Gate, Round
 _RETRY_SECS = 1.0
 # How long a store may take to answer one request, before it is asked anew.
 _ANSWER_SECS = 5.0
+# What a sender may spend before the agreement and still give that the whole of its timeout: what
+# is left of the second that an await may take longer.
+_SPARE_SECS = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +103,7 @@ class Agent:
         self._round: Round | None = None
         self._rounds = 0
         self._turn = ("", 0)
+        self._connecting: anyio.CancelScope | None = None
 
     # -- in any thread -------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class Agent:
         self._sent.append((self._taken, reason))
         loop = self._loop
         if loop is not None:
-            loop.post(self._waiter.wake)
+            loop.post(self._hear)
 
     def take(self, taken: Round) -> None:
         """In the caller's thread: it has seen the end of a round; the next one may come."""
@@ -161,9 +167,10 @@ class Agent:
         last = Round(final=True)
         last.settle(error=error)
         self.gate.stop(last)
-        if self._round is not None:
-            self._round.final = True
-            self._round.settle(error=error)
+        stopped = self._round
+        if stopped is not None and not stopped.agreed.done():
+            stopped.final = True
+            stopped.settle(error=error)
 
     # -- in the thread -------------------------------------------------------------------
 
@@ -196,14 +203,26 @@ class Agent:
             if not self._sent:
                 await self._waiter.wait(loop.now() + pause)
 
+    def _hear(self) -> None:
+        """This rank has sent: see to that, also where the store was not reached yet."""
+        self._waiter.wake()
+        if self._connecting is not None:
+            self._connecting.cancel()
+
     async def _look(self, loop: Loop) -> float:
         """See whether somebody has sent; for how long there is nothing to do."""
         before = self._turn
         left: BrokenBarrierError | None = None
         try:
-            await self._join()
+            with anyio.CancelScope() as self._connecting:
+                if not self._sent:
+                    await self._join()
         except BrokenBarrierError as exc:
             left = exc
+        finally:
+            self._connecting = None
+        if self._sent:
+            return 0.0
         (value,) = await self._ask(loop, Read(self._register))
         said = _decoded(value)
         if said is None:
@@ -216,11 +235,14 @@ class Agent:
             self._fail(self._over(before[1]))
         return _RETRY_SECS if left is not None and not self._barrier._session.turns else math.inf
 
-    async def _join(self) -> None:
-        """Be a member of the present generation."""
+    async def _join(self, within_secs: float | None = None) -> None:
+        """Be a member of the present generation.
+
+        :param within_secs: None for as long as connecting may take
+        """
         session = self._barrier._session
         if not session.stands:
-            await self._barrier.connect()
+            await self._barrier._crossing("", None, within_secs).ready()
         membership = session.membership
         if membership is not None and membership.state.identity != self._turn[0]:
             self._turn = (membership.state.identity, 0)
@@ -233,18 +255,22 @@ class Agent:
         stopped = self._round = Round()
         # This rank knows of the signal; what passed before is what it tells the others.
         self.gate.stop(stopped)
+        began, timeout_secs = loop.now(), self._barrier._timeout_secs
         turn = self._turn
         try:
             if isinstance(said, str):
-                await self._join()
+                await self._join(timeout_secs)
                 turn = self._turn
-                said = await self._publish(loop, said)
+                deadline = math.inf if timeout_secs is None else began + timeout_secs
+                said = await self._publish(loop, said, deadline)
+                if timeout_secs is not None and loop.now() - began > _SPARE_SECS:
+                    timeout_secs = max(0.0, deadline - loop.now())
             session = self._barrier._session
             # In a later generation nobody would come.
             if not session.stands or self._turn != turn or self._generation != turn[0]:
                 raise self._over(turn[1])
             passed = await self._barrier.all_gather(
-                b"%d" % stopped.passed, name=self._name, step=turn[1]
+                b"%d" % stopped.passed, name=self._name, step=turn[1], timeout_secs=timeout_secs
             )
             step = max(map(int, passed)) + 1
             self._end_round(turn)
@@ -270,7 +296,7 @@ class Agent:
         self._rounds += 1
         stopped.settle(error=exc)
 
-    async def _publish(self, loop: Loop, reason: str) -> Said:
+    async def _publish(self, loop: Loop, reason: str, deadline: float) -> Said:
         """Have all know that this rank sends; who did so first, which need not be this rank."""
         session = self._barrier._session
         membership, turn = session.membership, self._turn
@@ -284,6 +310,7 @@ class Agent:
                 loop,
                 CompareSet(self._register, held, mine.encode()),
                 SetMany(membership.bells, b"signal"),
+                deadline=deadline,
             )
             said = _decoded(now)
             if said is not None and said.of(turn):
@@ -291,10 +318,10 @@ class Agent:
             # So answers a key that is absent.
             held = b"" if now == held else now
 
-    async def _ask(self, loop: Loop, *requests: Request) -> list[Any]:
+    async def _ask(self, loop: Loop, *requests: Request, deadline: float = math.inf) -> list[Any]:
         session = self._barrier._session
         asking = session.start(session.ask(*requests))
-        if not await settled(loop, asking, loop.now() + _ANSWER_SECS):
+        if not await settled(loop, asking, min(loop.now() + _ANSWER_SECS, deadline)):
             raise BarrierConnectionError(f"{self._about}: the store did not answer in time")
         answers: list[Any] = asking.result()
         return answers
