@@ -43,7 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Now, since xdist looks for groups before `pytest_collection_modifyitems` is called here.
+    if _needs_processes(item):
+        item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A TCPStore is tried under both event loops; the other stores under one each, in turns.
 
@@ -52,8 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # If several tests run at a time (-n 3): those that start processes do so one by one, beside the
     # others, and begin at once, since they take the longest.
     items.sort(key=lambda item: not _needs_processes(item))
-    for item in filter(_needs_processes, items):
-        item.add_marker(pytest.mark.xdist_group("processes"))
     if not config.getoption("every_loop"):
         spared = [item for item in items if _spared(getattr(item, "callspec", None))]
         config.hook.pytest_deselected(items=spared)
