@@ -13,6 +13,7 @@ from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
+from .._protocol.presence import encode_answer
 from .._protocol.store import Append, Delete, Read
 from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
@@ -99,7 +100,8 @@ class Listening(Breaking):
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
             if around.asked:
-                await members.answer(bell, membership, around.asked)
+                said = encode_answer(self.rank, self.said.answer)
+                await members.answer(bell, membership, around.asked, said)
             if around.complete and not around.over:
                 # What was tried too early is moved, whatever had become of it.
                 await self._all_joined(turns, bell)
