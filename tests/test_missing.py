@@ -6,6 +6,7 @@ import pickle
 import re
 import socket
 import time
+from functools import partial
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 
@@ -86,6 +87,21 @@ def test_left_in_good_order(start_job: StartJob) -> None:
     error = wait.error("BarrierTimeoutError")
     assert told(error)[2].state == "left", error
     assert re.search(r"2 \(.*, left\)", error["text"])
+
+
+def test_not_back_yet_and_alive(start_job: StartJob) -> None:
+    """A rank that is busy while a peer restarts has not joined again yet, but is there."""
+    job = start_job(3, lanes=1, own_store=False)
+    job.ranks[2].do("report", doing="uploading")
+    job.ranks[1].strike(SIGKILL)
+    job.come_back(1)
+    error = job.ranks[1].start("cross", name="save", timeout_secs=1.0).error("BarrierTimeoutError")
+    found = told(error)
+    assert (found[2].state, found[2].doing) == ("alive", "uploading"), error
+    assert job.ranks[0].start("cross", name="save", timeout_secs=0.5).error("BarrierTimeoutError")
+    job.starts((0, 1, 2), name="again")
+    for call in job.starts((0, 1, 2), name="and again"):
+        call.released()
 
 
 @pytest.mark.parametrize("waiting", ["asyncio", "trio"])
@@ -171,13 +187,13 @@ async def test_one_asks_for_all(tcp: World, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(type(ranks[19]._session.said), "answer", property(answer))
     async with Tasks() as tasks:
-        calls = [tasks.start(lambda r=rank: r.execute_barrier("x")) for rank in ranks[:18]]
+        calls = [tasks.start(partial(rank.execute_barrier, "x")) for rank in ranks[:18]]
         with anyio.fail_after(10):
             while len(reported) < 18:
                 await anyio.sleep(0.01)
         assert 2 <= len(asked) <= 6, asked
         assert set(asked) == {18, 19}
-        await gather(lambda r=rank: r.execute_barrier("x") for rank in ranks[18:])
+        await gather(partial(rank.execute_barrier, "x") for rank in ranks[18:])
         for call in calls:
             await call.returned()
     assert {each.missing_ranks for each in reported[:18]} == {(18, 19)}

@@ -78,6 +78,8 @@ class Listening(Breaking):
     async def _look_around(self, *, first: bool = False) -> None:
         """Take the bell, and see what it was rung for."""
         bell, turns = self._bell, self.turns
+        if bell is not None and turns is None and self._before is not None and not self.closing:
+            await self._answer_still(bell, self._before)
         if bell is None or turns is None:
             return
         membership = turns.membership
@@ -162,11 +164,10 @@ class Listening(Breaking):
             return
         self.turns = None
         self._before = membership
-        bell.stop_waiting()
         if successor is not None:
             self._note_interrupted(bell, membership, successor)
         self._break_all(membership, bell, successor)
-        self.start(self._tidy_bell(bell, membership))
+        self.start(self._answer_still(bell, membership))
 
     def _note_interrupted(self, bell: Connection, over: Membership, successor: State) -> None:
         """Tell a rank that joined again in which phases it was waited for; see `_all_joined`."""
@@ -179,9 +180,15 @@ class Listening(Breaking):
             own = self.keys.generation(successor.identity)
             bell.call(Append(own.interrupted, b" ".join(names) + b"\n"))
 
-    async def _tidy_bell(self, bell: Connection, membership: Membership) -> None:
+    async def _answer_still(self, bell: Connection, over: Membership) -> None:
+        """A rank that has not joined again yet is there nevertheless, for those who ask."""
+        own = over.own
         with contextlib.suppress(BarrierConnectionError):
-            await bell.call(Delete(membership.own.bell(self.rank)))
+            take = Delete(own.bell(self.rank)), Read(own.asked(self.rank))
+            (asked,) = await bell.call(*take, wait=own.bell(self.rank))
+            if asked:
+                said = encode_answer(self.rank, self.said.answer)
+                await members.answer(bell, over, asked, said)
 
     def _break_all(
         self, membership: Membership, store: Connection, successor: State | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 
 from .._errors import BarrierConnectionError, describe
@@ -10,7 +9,7 @@ from .._protocol import presence
 from .._protocol.heard import MOST, Heard, decode_rows, encode_rows
 from .._protocol.membership import Member, Membership
 from .._protocol.presence import Answer
-from .._protocol.store import CompareSet, Delete, Read, Set
+from .._protocol.store import CompareSet, Delete, DeleteMany, Read, Set
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep
@@ -32,6 +31,7 @@ class Presence:
     def __init__(self, session: SessionState) -> None:
         self._session = session
         self._used = b""
+        self._count = 0
         # When ranks were heard of, by the loop's clock.
         self._heard: dict[int, float] = {}
         self._busy: Future[None] | None = None
@@ -67,7 +67,9 @@ class Presence:
             if number != self._used and found.keys() >= set(ranks):
                 self._used = number
                 return {rank: found[rank] for rank in ranks}
-        number = secrets.token_hex(8).encode()
+        # A claim's token is nobody else's.
+        self._count += 1
+        number = f"{membership.claim.life.token}.{self._count}".encode()
         (now,) = await bell.call(CompareSet(key, value or b"", _ASKS + number))
         mine = now == _ASKS + number
         heard = await self._ask(bell, membership, ranks, within_secs)
@@ -90,24 +92,22 @@ class Presence:
         asked = {
             rank: member
             for rank, member in claimed.items()
-            if member is not None
-            and member.generation == membership.state.identity
-            and not member.left
-            and process.lives(member.life) is not False
+            if member is not None and not member.left and process.lives(member.life) is not False
         }
         answers: dict[int, Answer] = {}
+        keys: list[str] = []
         if asked:
             try:
-                await presence.ask(bell, membership, asked)
+                keys = await presence.ask(bell, membership, asked)
                 until, pause = loop.now() + within_secs, _SOON_SECS
                 while len(answers) < len(asked) and loop.now() < until:
                     await sleep(loop, min(pause, max(0.0, until - loop.now())))
                     pause = min(2 * pause, _THEN_SECS)
-                    answers = await presence.answers(bell, membership)
+                    answers = await presence.answers(bell, keys)
                     answers = {rank: each for rank, each in answers.items() if rank in asked}
             finally:
-                if bell.lost is None:
-                    bell.call(Delete(membership.own.answer(f"{membership.rank}")))
+                if keys and bell.lost is None:
+                    bell.call(DeleteMany(keys))
         return {rank: self._judge(rank, claimed[rank], answers.get(rank)) for rank in ranks}
 
     def _judge(self, rank: int, member: Member | None, answer: Answer | None) -> Heard:

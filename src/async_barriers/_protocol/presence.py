@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .._errors import in_one_line
 from .._missing import DOING_CHARS
 from .membership import Member, Membership, member_of
-from .store import Append, Delete, Read, Request, SetMany, Store
+from .store import Append, DeleteMany, Read, Request, SetMany, Store
 from .verdict import RUBBISH
 
 
@@ -67,29 +67,35 @@ async def claims(
     return claimed
 
 
-async def ask(store: Store, membership: Membership, members: Mapping[int, Member]) -> None:
-    """Ask ranks of this generation whether they are there; `answers` is what they say.
+async def ask(store: Store, membership: Membership, members: Mapping[int, Member]) -> list[str]:
+    """Ask ranks whether they are there; the keys of what they say, for `answers`.
 
-    One that does not answer is asked once for all, however often this is called.
+    Each is asked in the generation that it joined last: where that is over, it answers there until
+    it joins again. One that does not answer is asked once for all, however often this is called.
     """
-    own = membership.own
-    mine = own.answer(f"{membership.rank}")
-    ranks = list(members)
-    asked = await store.call(Delete(mine), *(Read(own.asked(rank)) for rank in ranks))
-    line = mine.encode() + b"\n"
-    requests: list[Request] = [
-        Append(own.asked(rank), line)
-        for rank, before in zip(ranks, asked, strict=True)
-        if line not in (before or b"")
-    ]
-    bells = SetMany([own.bell(rank) for rank in ranks], b"?")
-    await store.call(*requests, bells, Read(membership.keys.state))
+    mine = {}
+    reads: list[Request] = []
+    for rank, each in members.items():
+        own = membership.keys.generation(each.generation)
+        mine[each.generation] = own.answer(f"{membership.rank}")
+        reads.append(Read(own.asked(rank)))
+    asked = await store.call(DeleteMany(list(mine.values())), *reads)
+    requests: list[Request] = []
+    bells = []
+    for (rank, each), before in zip(members.items(), asked, strict=True):
+        own = membership.keys.generation(each.generation)
+        line = mine[each.generation].encode() + b"\n"
+        if line not in (before or b""):
+            requests.append(Append(own.asked(rank), line))
+        bells.append(own.bell(rank))
+    await store.call(*requests, SetMany(bells, b"?"), Read(membership.keys.state))
+    return list(mine.values())
 
 
-async def answers(store: Store, membership: Membership) -> dict[int, Answer]:
+async def answers(store: Store, keys: Sequence[str]) -> dict[int, Answer]:
     """What those that were asked have said by now."""
-    (value,) = await store.call(Read(membership.own.answer(f"{membership.rank}")))
-    return decode_answers(value)
+    said = await store.call(*map(Read, keys))
+    return decode_answers(b"".join(value or b"" for value in said))
 
 
 __all__ = [
