@@ -9,7 +9,7 @@ from .._protocol import presence
 from .._protocol.heard import MOST, Heard, decode_rows, encode_rows
 from .._protocol.membership import Member, Membership
 from .._protocol.presence import Answer
-from .._protocol.store import CompareSet, Delete, DeleteMany, Read, Set
+from .._protocol.store import CompareSet, DeleteMany, Read, Set
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep
@@ -81,7 +81,8 @@ class Presence:
 
     def _forget(self, bell: Connection, key: str) -> None:
         if bell is self._session._bell and bell.lost is None:
-            bell.call(Delete(key))
+            # It stays, so that how many keys there are does not depend on the moment.
+            bell.call(Set(key, b""))
 
     async def _ask(
         self, bell: Connection, membership: Membership, ranks: tuple[int, ...], within_secs: float
