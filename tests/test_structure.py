@@ -47,16 +47,16 @@ LARGER_ROOMS = {
     "_client.crossing": 410,
     "_dist.calls": 310,
     "_portal": 410,
-    "_protocol.membership": 520,
+    "_protocol.membership": 530,
     "_protocol.phase": 395,
     "_store.connection": 395,
     "_store.loops": 490,
     "_store.threads": 410,
-    "blocking": 340,
+    "blocking": 345,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 7_950
+CORE_LINES = 8_600
 
 
 def wing_of(name: str) -> str:
