@@ -16,6 +16,7 @@ from processes import StartJob
 from worlds import Tasks, World, gather
 
 from async_barriers import BarrierProgress, BarrierTimeoutError, MissingRank
+from async_barriers._missing import had_not_entered
 
 pytestmark = pytest.mark.anyio
 
@@ -219,3 +220,16 @@ async def test_report_costs_nothing(tcp: World) -> None:
     assert doing is not None
     assert doing.startswith("uploaded 999xxx")
     assert len(doing) == 200
+
+
+def test_a_subgroup_s_ranks_are_told_with_those_of_the_job() -> None:
+    """And what is silent, gone or never came, as the specification words it."""
+    missing = (
+        MissingRank(1, "node7", 4, "alive", "uploaded 3 of 8 GB", 2.04),
+        MissingRank(2, "node9", 5, "silent", None, 27.8),
+        MissingRank(3, None, None, "absent"),
+    )
+    assert had_not_entered((1, 2, 3), missing, (0, 4, 5, 7)).startswith(
+        "ranks 1, 2, 3 had not entered: 1 (global rank 4, node7, alive, 'uploaded 3 of 8 GB' 2 s "
+        "ago), 2 (global rank 5, node9, silent for 28 s), 3 (global rank 7, never joined); look"
+    )
