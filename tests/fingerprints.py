@@ -68,7 +68,10 @@ class Walk:
         if isinstance(thing, functools.partial):
             return ("partial", value(thing.func), value(thing.args), value(thing.keywords))
         if isinstance(thing, types.CellType):
-            return ("cell", value(thing.cell_contents))
+            try:
+                return ("cell", value(thing.cell_contents))
+            except ValueError:
+                return ("cell",)  # Nothing was put there yet.
         if isinstance(thing, _ITERATORS):
             return ("iterator", *map(value, thing.__reduce__()[1:]), thing.__reduce__()[0].__name__)  # type: ignore[union-attr]
         if kind.__module__ == "builtins" and not isinstance(thing, BaseException):

@@ -270,7 +270,7 @@ class Job:
     """All ranks of one world, and the store where they meet.
 
     ``homes`` are the network namespaces that the ranks live in, if not this process's; the
-    store is where rank 0 is, at ``host``.
+    store is where rank 0 is, at ``host``. With a larger ``world_size``, the last ranks never come.
     """
 
     def __init__(
@@ -282,6 +282,7 @@ class Job:
         backends: Sequence[str] = BACKENDS,
         host: str = "127.0.0.1",
         homes: Sequence[str | None] = (),
+        world_size: int | None = None,
         **options: Any,
     ) -> None:
         self.size = size
@@ -300,7 +301,7 @@ class Job:
         self._backends = backends
         self._host = host
         self._options = {
-            **{"host": host, "port": port, "size": size, "own_store": own_store},
+            **{"host": host, "port": port, "size": world_size or size, "own_store": own_store},
             **options,
         }
 

@@ -205,6 +205,10 @@ class Doings:
         async with self.barrier.phase(name):
             raise LookupError("the body failed")
 
+    async def report(self, doing: str) -> dict[str, Any]:
+        self.barrier.report(doing)
+        return {}
+
     async def abort(self, name: str) -> dict[str, Any]:
         await self.barrier.abort("the disk is full", name)
         return {}
@@ -273,6 +277,7 @@ async def answer(number: int, call: Callable[[], Awaitable[Any]]) -> None:
         value = await call()
     except Exception as exc:
         facts = {"error": type(exc).__name__, "text": str(exc), **vars(exc)}
+        facts["missing"] = [list(vars(each).values()) for each in facts.get("missing", ())]
     else:
         facts = {"value": value.decode()} if isinstance(value, bytes) else value
     say(to=number, began=began, ended=time.monotonic(), **facts)

@@ -12,7 +12,13 @@ from ._errors import (
     BarrierTimeoutError,
     BrokenBarrierError,
 )
-from ._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
+from ._values import (
+    BarrierProgress,
+    BarrierResult,
+    BarrierStatistics,
+    CommitRecord,
+    MissingRank,
+)
 from .dist_barrier import DistBarrier
 from .observer import CommitObserver
 from .step_signal import StepSignal
@@ -34,6 +40,7 @@ __all__ = [
     # values
     "BarrierResult",
     "BarrierProgress",
+    "MissingRank",
     "Committing",
     "BarrierStatistics",
     "CommitRecord",

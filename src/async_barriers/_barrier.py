@@ -146,6 +146,17 @@ class Barrier(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot abort")
 
+    def report(self, doing: str) -> None:  # noqa: B027  (nor anybody to tell)
+        """Say what this rank is doing, such as ``"uploaded 3 of 8 GB"``; not an awaitable.
+
+        Peers that wait for this rank show it in reports and errors, and take new words for
+        progress (``stalled_after_secs``). Returns at once, from any thread, and does no I/O: it is
+        kept until a peer asks, and may be called a thousand times a second.
+
+        :param doing: shown in one line of at most 200 characters
+        :raises TypeError: it is no string
+        """
+
     async def aclose(self) -> None:  # noqa: B027  (nor anything to close)
         """Break the phases this rank still awaits, say that it leaves, and let go of all it has.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._values import MissingRank
+
 _MOST_TOLD = 600
 _MOST_SAID = 2000
 # A name may have kilobytes.
@@ -103,7 +105,9 @@ class BarrierTimeoutError(_PhaseError, TimeoutError):
     :ivar name: the name given at the call
     :ivar sequence: which crossing of that name it was, from 0
     :ivar missing_ranks: exactly the ranks that had not entered when the deadline fired, sorted
-    :ivar timeout_secs: the deadline that fired, in seconds
+    :ivar timeout_secs: the deadline that fired, in seconds; or for how long a rank had shown no
+        progress, where that broke the phase (``stalled_after_secs``)
+    :ivar missing: what was known of the missing ranks then; of the first 1,024 of them
     :ivar prefix: the barrier's, where it has one; part of the message
     """
 
@@ -117,6 +121,7 @@ class BarrierTimeoutError(_PhaseError, TimeoutError):
         detail: str = "",
         in_doubt: bool = False,
         prefix: str = "",
+        missing: tuple[MissingRank, ...] = (),
     ) -> None:
         if not detail:
             detail = (
@@ -133,6 +138,7 @@ class BarrierTimeoutError(_PhaseError, TimeoutError):
         self.missing_ranks = missing_ranks
         self.timeout_secs = timeout_secs
         self.prefix = prefix
+        self.missing = missing
 
 
 class BrokenBarrierError(_PhaseError):

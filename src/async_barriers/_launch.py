@@ -23,11 +23,15 @@ class Launched(NamedTuple):
 
 
 class Member(NamedTuple):
-    """This process's place in a process group."""
+    """This process's place in a process group.
+
+    :ivar global_ranks: of the group's ranks; None where they are the same
+    """
 
     store: Store
     rank: int
     world_size: int
+    global_ranks: tuple[int, ...] | None = None
 
 
 def from_environment() -> Launched:
@@ -106,7 +110,15 @@ def from_group(group: object) -> Member:
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or None, not {group!r}")
-    return Member(group_store(group), group.rank(), group.size())
+    return Member(group_store(group), group.rank(), group.size(), _global_ranks(group))
+
+
+def _global_ranks(group: dist.ProcessGroup) -> tuple[int, ...] | None:
+    try:
+        ranks = tuple(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError, RuntimeError):
+        return None  # One that torch itself did not make.
+    return None if ranks == tuple(range(group.size())) or len(ranks) != group.size() else ranks
 
 
 def group_store(group: dist.ProcessGroup) -> Store:

@@ -30,6 +30,29 @@ class BarrierResult:
 
 
 @dataclass(frozen=True)
+class MissingRank:
+    """A rank that a phase waits for, and whether it is there.
+
+    :ivar rank: its number, within the barrier
+    :ivar host: of the process that has joined with this rank, by its own name; None if none has
+    :ivar pid: of that process, there
+    :ivar state: ``"alive"`` (it answered), ``"silent"`` (it joined, and does not answer: stopped,
+        dead, cut off, or its event loop is blocked), ``"left"`` (it closed its barrier) or
+        ``"absent"`` (it never joined)
+    :ivar doing: what it last said by `Barrier.report`, in one line of at most 200 characters
+    :ivar heard_secs_ago: how many seconds ago that was; where there is no such word, how long ago
+        the rank was heard of; None where it never was
+    """
+
+    rank: int
+    host: str | None
+    pid: int | None
+    state: str
+    doing: str | None = None
+    heard_secs_ago: float | None = None
+
+
+@dataclass(frozen=True)
 class BarrierProgress:
     """How far a phase has come that this rank still waits in.
 
@@ -39,6 +62,7 @@ class BarrierProgress:
     :ivar world_size: how many have to
     :ivar missing_ranks: the ranks that had not entered, sorted
     :ivar waited_secs: how long this rank has waited, in seconds
+    :ivar missing: what is known of the missing ranks; of the first 1,024 of them
     """
 
     name: str
@@ -47,6 +71,7 @@ class BarrierProgress:
     world_size: int
     missing_ranks: tuple[int, ...]
     waited_secs: float
+    missing: tuple[MissingRank, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,13 @@ class BlockingBarrier:
         given = _given(check_step(step))
         return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given))
 
+    def report(self, doing: str) -> None:
+        """Say what this rank is doing; returns at once. See `Barrier.report`.
+
+        :raises TypeError: it is no string
+        """
+        self._barrier.report(doing)
+
     def step_signal(self, name: str = "stop") -> BlockingStepSignal:
         """A `StepSignal` of this barrier, whose `reached` blocks; it ends with this barrier.
 

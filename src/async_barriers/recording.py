@@ -246,6 +246,9 @@ class _Watched(Barrier):
             facts["reason"] = reason
             return await self._barrier.abort(reason, name, **_given(step))
 
+    def report(self, doing: str) -> None:
+        self._barrier.report(doing)
+
     async def aclose(self) -> None:
         with self._recorder._call(self._rank, "aclose", ""):
             await self._barrier.aclose()

@@ -29,6 +29,9 @@ class StoreBarrier(CrossingBarrier):
     :param timeout_secs: the deadline of each crossing, in seconds; None for none
     :param timeout_barrier_init_secs: how long, in seconds, connecting may take, and how long
         a rank that was restarted waits for its peers to join again
+    :param stalled_after_secs: a phase also breaks, with `BarrierTimeoutError`, when a missing rank
+        has shown no progress for so many seconds: it has neither entered nor said anything new by
+        `report`. Where ranks are slow, give this and a long ``timeout_secs``, or none
     :param warn_after_secs: a waiting rank reports after this long, and again each such
         period; None for no reports
     :param on_progress: called with each report, on the event loop; keep it short
@@ -51,6 +54,7 @@ class StoreBarrier(CrossingBarrier):
         prefix: str = "barrier",
         timeout_secs: float | None = 600.0,
         timeout_barrier_init_secs: float = 60.0,
+        stalled_after_secs: float | None = None,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
         run_id: str | None = None,
@@ -75,6 +79,7 @@ class StoreBarrier(CrossingBarrier):
             warn_after_secs,
             on_progress,
             run_id,
+            stalled_after_secs,
         )
 
     @classmethod
@@ -85,6 +90,7 @@ class StoreBarrier(CrossingBarrier):
         prefix: str = "barrier",
         timeout_secs: float | None = 600.0,
         timeout_barrier_init_secs: float = 60.0,
+        stalled_after_secs: float | None = None,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
         run_id: str | None = None,
@@ -105,18 +111,21 @@ class StoreBarrier(CrossingBarrier):
         :raises TypeError: ``group`` is no process group, or an argument has a wrong type
         """
         member = _launch.from_group(group)
-        return cls(
+        barrier = cls(
             member.store,
             rank=member.rank,
             world_size=member.world_size,
             prefix=prefix,
             timeout_secs=timeout_secs,
             timeout_barrier_init_secs=timeout_barrier_init_secs,
+            stalled_after_secs=stalled_after_secs,
             warn_after_secs=warn_after_secs,
             on_progress=on_progress,
             run_id=run_id,
             worker_threads=worker_threads,
         )
+        barrier._watch = barrier._watch._replace(global_ranks=member.global_ranks)
+        return barrier
 
     @classmethod
     def from_env(
@@ -125,6 +134,7 @@ class StoreBarrier(CrossingBarrier):
         prefix: str = "barrier",
         timeout_secs: float | None = 600.0,
         timeout_barrier_init_secs: float = 60.0,
+        stalled_after_secs: float | None = None,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
         run_id: str | None = None,
@@ -151,6 +161,7 @@ class StoreBarrier(CrossingBarrier):
             prefix=prefix,
             timeout_secs=timeout_secs,
             timeout_barrier_init_secs=timeout_barrier_init_secs,
+            stalled_after_secs=stalled_after_secs,
             warn_after_secs=warn_after_secs,
             on_progress=on_progress,
             run_id=launched.run_id if run_id is None else run_id,
@@ -172,6 +183,7 @@ class TCPStoreBarrier(CrossingBarrier):
     :param tcpstore_port: 0 to 65535; 0, a free port, makes sense in a world of one only
     :param master_address: where rank 0 is
     :param timeout_secs: the deadline of each crossing, in seconds; None for none
+    :param stalled_after_secs: as in `StoreBarrier`
     :param warn_after_secs: as in `StoreBarrier`
     :param on_progress: as in `StoreBarrier`
     :param run_id: as in `StoreBarrier`
@@ -192,6 +204,7 @@ class TCPStoreBarrier(CrossingBarrier):
         master_address: str = "localhost",
         timeout_secs: float | None = 600.0,
         *,
+        stalled_after_secs: float | None = None,
         warn_after_secs: float | None = 30.0,
         on_progress: Callable[[BarrierProgress], object] | None = None,
         run_id: str | None = None,
@@ -223,6 +236,7 @@ class TCPStoreBarrier(CrossingBarrier):
             warn_after_secs,
             on_progress,
             run_id,
+            stalled_after_secs,
         )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -48,6 +48,7 @@ from .publication import Publication
 from .session import Session
 from .state import PEERS_SECS, UNDO_SECS
 from .tally import GAVE_UP
+from .watching import watch
 
 _CLOSED = "it closed its barrier"
 # How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.
@@ -72,6 +73,8 @@ class CrossingBarrier(Barrier):
         warn_after_secs: float | None,
         on_progress: Callable[[BarrierProgress], object] | None,
         run_id: str | None = None,
+        stalled_after_secs: float | None = None,
+        global_ranks: Sequence[int] | None = None,
     ) -> None:
         check_world(rank, world_size)
         if world_size > MAX_RANKS:
@@ -91,9 +94,12 @@ class CrossingBarrier(Barrier):
             source, prefix, rank, world_size, init_secs=init_secs, run_id=run_id
         )
         self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
-        warn_secs = check_timeout("warn_after_secs", warn_after_secs)
-        self._warn_after_secs = math.inf if warn_secs is None else warn_secs
-        self._on_progress = on_progress
+        self._watch = watch(
+            check_timeout("warn_after_secs", warn_after_secs),
+            check_timeout("stalled_after_secs", stalled_after_secs),
+            on_progress,
+            global_ranks,
+        )
         self._closed = False
         # What has a thread and a barrier of its own beside this one, and ends with it.
         self._companions: dict[str, Companion] = {}
@@ -217,6 +223,9 @@ class CrossingBarrier(Barrier):
             return bool(publishing.stopped)
         return broke
 
+    def report(self, doing: str) -> None:
+        self._session.said.say(doing)
+
     async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
         """What became of a commit, for a rank that could not learn it (``in_doubt``).
 
@@ -285,11 +294,12 @@ class CrossingBarrier(Barrier):
         """Another barrier of the same rank at the same store, independent of this one; it hosts
         nothing."""
         session = self._session
-        warn_secs = None if self._warn_after_secs == math.inf else self._warn_after_secs
+        warn_secs = None if self._watch.warn_secs == math.inf else self._watch.warn_secs
         assert isinstance(self._source, PassedIn | StoreAt | Beside)
         return CrossingBarrier(
             Beside(self._source, what), session.rank, session.world_size, self.prefix,
-            session.init_secs, self._timeout_secs, warn_secs, None, session.run_id,
+            session.init_secs, self._timeout_secs, warn_secs, None, session.run_id, None,
+            self._watch.global_ranks,
         )  # fmt: skip
 
     async def _stop_publishing(self) -> None:
@@ -360,10 +370,7 @@ class CrossingBarrier(Barrier):
     def _crossing(
         self, name: str, step: int | None, timeout: float | None, kind: int = 0, leader: int = -1
     ) -> Crossing:
-        return Crossing(
-            self._session, name, step, timeout, self._warn_after_secs, self._on_progress, kind,
-            leader,
-        )  # fmt: skip
+        return Crossing(self._session, name, step, timeout, self._watch, kind, leader)
 
     async def _break(
         self, crossing: Crossing, phase: Phase, reason: str, within_secs: float

@@ -16,6 +16,7 @@ from .._protocol.verdict import Broken, Verdict, number
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep
+from .._values import MissingRank
 from .hearing import Hearing
 from .phases import Phase, in_doubt
 from .state import RETRY_SECS
@@ -33,17 +34,21 @@ class Breaking(Hearing):
         timeout_secs: float | None = None,
         missing: tuple[int, ...] | None = None,
         by: int | None = None,
+        known: tuple[MissingRank, ...] = (),
+        final: bool = True,
     ) -> Future[bool]:
         """Break it, unless it is decided; done when that is known, and whether this call broke it.
 
         :param by: the rank to blame, if not this one
+        :param known: what is known of the missing ranks
+        :param final: the caller goes in any case; else it waits on where all have come
 
         Goes on by itself until the store has been told, or this rank has lost its membership.
         """
         blamed = self.rank if by is None else by
-        broken = Broken(blamed, reason, timeout_secs, missing or ())
+        broken = Broken(blamed, reason, timeout_secs, missing or (), known=known)
         names = timeout_secs is not None and missing is None
-        return self._begin_giving_up(phase, broken, names, final=missing is None)
+        return self._begin_giving_up(phase, broken, names, final=final and missing is None)
 
     def _begin_giving_up(
         self, phase: Phase, broken: Broken, names: bool, *, final: bool = False

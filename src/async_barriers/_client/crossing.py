@@ -6,12 +6,11 @@ It breaks the phase where it stops waiting; the break itself goes on without it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import anyio
 
-from .. import _progress
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
@@ -23,16 +22,17 @@ from .._errors import (
     seconds,
     told_by,
 )
+from .._missing import had_not_entered, told
 from .._protocol.count import EXECUTE, GATHER
-from .._protocol.verdict import Released, Verdict
+from .._protocol.verdict import Broken, Released, Verdict
 from .._reasons import reason_of
 from .._store.future import Future
 from .._store.waiting import settled, until_done
-from .._values import BarrierProgress
 from .phases import Phase
 from .session import Session
 from .state import UNDO_SECS
 from .tally import kind_of
+from .watching import LEAD_SECS, LEAD_SHARE, Watch, Watching
 
 # How long connecting that failed just in time has to say so.
 _SAYS_WHY_SECS = 0.3
@@ -43,6 +43,7 @@ class Crossing:
 
     phase: Phase | None = None
     _ask_at = math.inf
+    _watching: Watching | None = None
     _lost_until = math.inf
     _publishes = False
     brought: tuple[bytes, ...] = ()
@@ -53,8 +54,7 @@ class Crossing:
         name: str,
         step: int | None,
         timeout_secs: float | None,
-        warn_after_secs: float,
-        on_progress: Callable[[BarrierProgress], object] | None,
+        watch: Watch,
         kind: int = EXECUTE,
         leader: int = -1,
     ) -> None:
@@ -67,10 +67,13 @@ class Crossing:
         self.leader = leader
         self.started = loop.now()
         self.timeout_secs = timeout_secs
-        self.deadline = math.inf if timeout_secs is None else self.started + timeout_secs
-        self._warn_after_secs = warn_after_secs
-        self._report_at = self.started + warn_after_secs
-        self._on_progress = on_progress
+        self.watch = watch
+        self.deadline, self._watch_at = math.inf, self.started + watch.first_secs
+        if timeout_secs is not None:
+            self.deadline = self.started + timeout_secs
+            # Before the deadline, so that what was found can be told with it.
+            lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
+            self._watch_at = min(self._watch_at, self.deadline - lead_secs)
         self._rejoined = False
 
     @property
@@ -114,6 +117,8 @@ class Crossing:
                 self.failed(exc)
             raise
         finally:
+            if self._watching is not None:
+                self._watching.stop()
             if self.phase is not None and not self._publishes:
                 session.forget(self.phase)
 
@@ -127,6 +132,7 @@ class Crossing:
         """Count it."""
         phase, tally, secs = self.phase, self.session.tally, self.waited_secs
         tally.released += 1
+        tally.released_at = self.started + secs
         tally.waited_secs += secs
         if secs > tally.waited_secs_at_most:
             tally.waited_secs_at_most = secs
@@ -219,13 +225,17 @@ class Crossing:
             return verdict
         assert verdict is not None
         if verdict.timeout_secs is not None:
+            detail, known = verdict.reason, verdict.known
+            if verdict.missing and not detail:
+                detail = had_not_entered(verdict.missing, known, self.watch.global_ranks)
             raise BarrierTimeoutError(
                 phase.name,
                 phase.sequence,
                 verdict.missing,
                 verdict.timeout_secs,
-                detail=verdict.reason,
+                detail=detail,
                 in_doubt=verdict.in_doubt,
+                missing=known,
             )
         if self.session.closing and verdict.rank == self.session.rank:
             raise BarrierClosedError(describe(phase.name, phase.sequence, self.session.prefix))
@@ -245,18 +255,18 @@ class Crossing:
         if phase.early:
             # When to ask who has not joined again.
             self._ask_at = self.started + self.session.init_secs
-        until = min(self.deadline, self._report_at, self._ask_at)
+        until = min(self.deadline, self._watch_at, self._ask_at)
         while True:
             await waiter.wait(until)
             if phase.is_settled():
                 return
             if self.loop.now() >= self.deadline:
                 return await self._time_out(phase)
-            until = min(await self._watch(phase), self.deadline, self._report_at, self._ask_at)
+            until = min(await self._look(phase), self.deadline, self._watch_at, self._ask_at)
             if phase.is_settled():
                 return
 
-    async def _watch(self, phase: Phase) -> float:
+    async def _look(self, phase: Phase) -> float:
         """Do what is due while it waits; when to look again, at the latest."""
         session, now = self.session, self.loop.now()
         if phase.lost is None:
@@ -271,10 +281,36 @@ class Crossing:
             absent = await self._not_joined() if phase.early else ()
             if absent and phase.early and not phase.decided:
                 await self._miss(phase, absent)
-        if now >= self._report_at:
-            self._report_at += self._warn_after_secs
-            await self._report(phase)
+        if now >= self._watch_at or self._watching is not None:
+            watching = self._watches(phase)
+            self._watch_at = watching.look()
+            if watching.stalled and not (phase.decided or phase.giving_up):
+                await self._stall(phase, watching)
         return self._lost_until
+
+    def _watches(self, phase: Phase) -> Watching:
+        if self._watching is None:
+            self._watching = Watching(
+                self.session, self.loop, phase, self.watch, self.started, self.timeout_secs
+            )
+        return self._watching
+
+    async def _stall(self, phase: Phase, watching: Watching) -> None:
+        """Break it, since ranks that are missing make no progress."""
+        found, secs = watching.found, self.watch.stalled_secs
+        assert found is not None
+        who = told(found.known(watching.stalled), self.watch.global_ranks)
+        effort = self.session.give_up(
+            phase,
+            f"{plural_ranks(watching.stalled)} made no progress ({who}): had neither entered nor "
+            "reported anything new; look for a hang there, or allow a longer stalled_after_secs",
+            secs,
+            known=found.known(found.missing),
+            final=False,
+        )
+        watching.stalled = ()
+        await self._give_up_or_doubt(phase, effort)
+        # Where all came in the meantime, it waits on.
 
     async def _stopped(self, exc: BaseException) -> None:
         """Break the phase, since ``exc`` ended the waiting; ``exc`` goes on."""
@@ -299,8 +335,14 @@ class Crossing:
 
     async def _time_out(self, phase: Phase) -> None:
         assert self.timeout_secs is not None
-        effort = self.session.give_up(phase, "", self.timeout_secs)
+        watching = self._watches(phase)
+        known = watching.known_at_deadline()
+        effort = self.session.give_up(phase, "", self.timeout_secs, known=known)
         await self._give_up_or_doubt(phase, effort)
+        verdict = phase.verdict
+        if isinstance(verdict, Broken) and verdict.missing and not verdict.known:
+            known = await watching.after_deadline(verdict.missing)
+            phase.verdict = replace(verdict, known=known)
         if not phase.decided:
             raise BarrierTimeoutError(
                 phase.name,
@@ -358,25 +400,6 @@ class Crossing:
             return ()
         absent: tuple[int, ...] = asking.result()
         return absent
-
-    async def _report(self, phase: Phase) -> None:
-        asking = self.session.start(self.session.ask_missing(phase))
-        await settled(self.loop, asking, min(self.deadline, self.loop.now() + UNDO_SECS))
-        if phase.decided or not asking.done or asking.error is not None:
-            return
-        missing = asking.result()
-        if missing is None:
-            return
-        world_size = phase.entry.world_size
-        progress = BarrierProgress(
-            phase.name,
-            phase.sequence,
-            world_size - len(missing),
-            world_size,
-            missing,
-            self.waited_secs,
-        )
-        _progress.report(progress, self._on_progress)
 
 
 def _fresh(error: BaseException, name: str, sequence: int) -> BaseException:

@@ -13,6 +13,7 @@ from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
+from .._protocol.presence import encode_answer
 from .._protocol.store import Append, Delete, Read
 from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
@@ -77,6 +78,8 @@ class Listening(Breaking):
     async def _look_around(self, *, first: bool = False) -> None:
         """Take the bell, and see what it was rung for."""
         bell, turns = self._bell, self.turns
+        if bell is not None and turns is None and self._before is not None and not self.closing:
+            await self._answer_still(bell, self._before)
         if bell is None or turns is None:
             return
         membership = turns.membership
@@ -99,7 +102,8 @@ class Listening(Breaking):
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
             if around.asked:
-                await members.answer(bell, membership, around.asked)
+                said = encode_answer(self.rank, self.said.answer)
+                await members.answer(bell, membership, around.asked, said)
             if around.complete and not around.over:
                 # What was tried too early is moved, whatever had become of it.
                 await self._all_joined(turns, bell)
@@ -160,11 +164,10 @@ class Listening(Breaking):
             return
         self.turns = None
         self._before = membership
-        bell.stop_waiting()
         if successor is not None:
             self._note_interrupted(bell, membership, successor)
         self._break_all(membership, bell, successor)
-        self.start(self._tidy_bell(bell, membership))
+        self.start(self._answer_still(bell, membership))
 
     def _note_interrupted(self, bell: Connection, over: Membership, successor: State) -> None:
         """Tell a rank that joined again in which phases it was waited for; see `_all_joined`."""
@@ -177,9 +180,15 @@ class Listening(Breaking):
             own = self.keys.generation(successor.identity)
             bell.call(Append(own.interrupted, b" ".join(names) + b"\n"))
 
-    async def _tidy_bell(self, bell: Connection, membership: Membership) -> None:
+    async def _answer_still(self, bell: Connection, over: Membership) -> None:
+        """A rank that has not joined again yet is there nevertheless, for those who ask."""
+        own = over.own
         with contextlib.suppress(BarrierConnectionError):
-            await bell.call(Delete(membership.own.bell(self.rank)))
+            take = Delete(own.bell(self.rank)), Read(own.asked(self.rank))
+            (asked,) = await bell.call(*take, wait=own.bell(self.rank))
+            if asked:
+                said = encode_answer(self.rank, self.said.answer)
+                await members.answer(bell, over, asked, said)
 
     def _break_all(
         self, membership: Membership, store: Connection, successor: State | None

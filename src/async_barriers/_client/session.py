@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from functools import cached_property
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import membership as members
@@ -20,6 +21,7 @@ from .._store.waiting import within
 from . import process
 from .joining import Joining
 from .phases import Phase
+from .presence import Presence
 from .state import PEERS_SECS
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,11 @@ _EXIT_SECS = 0.5
 
 class Session(Joining):
     """All that a connected barrier has."""
+
+    @cached_property
+    def presence(self) -> Presence:
+        """Finds out whether missing ranks are there."""
+        return Presence(self)
 
     def leave(self, reason: str, spent_secs: float = 0.0) -> Effort[None]:
         """Break what is awaited, say that this rank is gone, and close; done when all of it is.

@@ -23,6 +23,7 @@ from .._store.sources import Connection, Source
 from .._store.worker import end_at_exit
 from .outcomes import Outcomes
 from .phases import Phase, Turns
+from .said import Said
 from .tally import Tally
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class SessionState:
         self.open: dict[Phase, None] = {}
         self.outcomes = Outcomes()
         self.tally = Tally()
+        self.said = Said()
         self.loop: Loop | None = None
         self._source = source
         self.run_id = run_id

@@ -20,7 +20,10 @@ class Tally:
 
     :ivar came_last_just_now: whether the others waited for this rank in the latest released phase
     :ivar reconnections: how often a connection was lost and another one took its place
+    :ivar released_at: when the last one was, by the loop's clock; all ranks had entered it
     """
+
+    released_at: float | None = None
 
     def __init__(self) -> None:
         self.released = 0

@@ -174,8 +174,13 @@ class GenerationKeys:
         """All of its own keys that are neither one rank's nor a phase's."""
         return [
             self.roll, self.closed, self.host_leaves, self.all_left, self.threaded,
-            self.interrupted,
+            self.interrupted, self.heard,
         ]  # fmt: skip
+
+    @property
+    def heard(self) -> str:
+        """What one rank found of those that are waited for, for a moment; see `presence`."""
+        return f"{self.root}/heard"
 
     def bell(self, rank: int) -> str:
         """Has ``rank`` look around."""

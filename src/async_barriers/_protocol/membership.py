@@ -204,7 +204,7 @@ async def _join(
                 )
             await _end(store, keys, state, found, rank, world_size, life)
             continue
-        holder = None if held is None else _member(held)
+        holder = None if held is None else member_of(held)
         ours = holder is None or holder.left or holder == (before and before.claim)
         if (
             holder is not None
@@ -231,7 +231,8 @@ async def _join(
         if holder is not None:
             # Of one that is gone nobody else takes them away.
             old = keys.generation(holder.generation)
-            requests.append(DeleteMany([old.bell(rank), old.asked(rank)]))
+            spent = [old.bell(rank), old.asked(rank), old.answer(f"{rank}")]
+            requests.append(DeleteMany(spent))
         roll, *_, current = await store.call(*requests, Read(keys.state))
         if current != found:
             # It ended meanwhile, and what we claimed in it is of the past.
@@ -289,7 +290,7 @@ async def _anyone(
     for rank, held in zip(
         ranks, await store.call(*(Read(keys.member(r)) for r in ranks)), strict=True
     ):
-        member = None if held is None else _member(held)
+        member = None if held is None else member_of(held)
         if member is None or member.left or member.generation != state.identity:
             continue
         if await _answers(store, keys, rank, member, lives, wait_for):
@@ -350,14 +351,18 @@ def all_joined(membership: Membership, roll: bytes | None) -> bool:
     return (number(roll) or 0) & _FIELD >= membership.world_size
 
 
-async def answer(store: Store, membership: Membership, asked: bytes) -> None:
-    """Show that this rank lives, to all that asked."""
+async def answer(store: Store, membership: Membership, asked: bytes, said: bytes) -> None:
+    """Show that this rank lives, to all that asked.
+
+    :param said: one line, for those who want to know what it does; see `presence`
+    """
     own = membership.own
     root = own.answer("")
     answers = [key for key in asked.decode(errors="replace").split() if key.startswith(root)]
     if answers:
         await store.call(
-            SetMany(answers, b"here"), CompareSet(own.asked(membership.rank), asked, b"")
+            *(Append(key, said) for key in answers),
+            CompareSet(own.asked(membership.rank), asked, b""),
         )
 
 
@@ -368,7 +373,7 @@ async def not_joined(store: Store, membership: Membership) -> tuple[int, ...]:
     absent = []
     for rank, held in zip(ranks, found, strict=True):
         try:
-            if held is not None and _member(held).generation == membership.state.identity:
+            if held is not None and member_of(held).generation == membership.state.identity:
                 continue
         except RUBBISH:
             pass
@@ -457,7 +462,7 @@ async def clear(store: Store, membership: Membership) -> None:
         return  # A newcomer was faster.
     spent = own.common
     for rank in range(membership.world_size):
-        spent += [own.bell(rank), own.asked(rank)]
+        spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
     await store.call(DeleteMany(spent))
     # The claims, if they are those of this generation still.
     ranks = range(membership.world_size)
@@ -486,7 +491,7 @@ def _state(value: bytes) -> State:
     return state
 
 
-def _member(value: bytes) -> Member:
+def member_of(value: bytes) -> Member:
     entry = json.loads(value)
     return Member(Life(**entry["life"]), str(entry["generation"]), bool(entry["left"]))
 
@@ -512,6 +517,7 @@ __all__ = [
     "clear",
     "join",
     "leave",
+    "member_of",
     "not_joined",
     "part",
     "release_host",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import in_one_line
+from .._values import MissingRank
+from .heard import Heard, decode_rows, encode_rows
 
 # What a leader's word begins with; rubbish does not.
 _PUBLISHED, _NOT_PUBLISHED = b"published\n", b"broken\n"
@@ -28,13 +30,17 @@ class Released:
 
 @dataclass(frozen=True)
 class Broken:
-    """``rank`` broke it. With ``timeout_secs`` it was a deadline, and ``missing`` is who lacked."""
+    """``rank`` broke it. With ``timeout_secs`` it was a deadline, and ``missing`` is who lacked.
+
+    :ivar known: what was known of those who lacked, before it was broken
+    """
 
     rank: int | None
     reason: str
     timeout_secs: float | None = None
     missing: tuple[int, ...] = ()
     in_doubt: bool = False
+    known: tuple[MissingRank, ...] = ()
 
 
 Verdict = Released | Broken
@@ -45,6 +51,10 @@ def encode_reason(broken: Broken) -> bytes:
     entry: dict[str, object] = {"rank": broken.rank, "reason": in_one_line(broken.reason)}
     if broken.timeout_secs is not None:
         entry |= {"timeout_secs": broken.timeout_secs, "missing": ranges(broken.missing)}
+    lacked = set(broken.missing)
+    known = [Heard(each) for each in broken.known if each.rank in lacked]
+    if known:
+        entry["known"] = encode_rows(known).decode()
     if broken.in_doubt:
         entry["in_doubt"] = True
     return json.dumps(entry).encode()
@@ -62,6 +72,7 @@ def decode_reason(value: bytes | None) -> Broken:
             entry.get("timeout_secs"),
             unranged(entry.get("missing", "")),
             bool(entry.get("in_doubt", False)),
+            tuple(each.rank for each in decode_rows(entry.get("known", "[]")).values()),
         )
         if not (
             isinstance(broken.rank, int | None)

@@ -1,0 +1,127 @@
+"""Finding out whether missing ranks are there: one rank asks, for all that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .._errors import BarrierConnectionError, describe
+from .._protocol import presence
+from .._protocol.heard import MOST, Heard, decode_rows, encode_rows
+from .._protocol.membership import Member, Membership
+from .._protocol.presence import Answer
+from .._protocol.store import CompareSet, DeleteMany, Read, Set
+from .._store.future import Future
+from .._store.sources import Connection
+from .._store.waiting import sleep
+from .._values import MissingRank
+from . import process
+from .state import SessionState
+
+# How long what was found serves others.
+_FRESH_SECS = 0.5
+# When to look for answers: soon at first, and then now and then.
+_SOON_SECS, _THEN_SECS = 0.005, 0.1
+# What stands in the register: somebody asks, or what was found; each with a number of its own.
+_ASKS, _FOUND = b"?", b"="
+
+
+class Presence:
+    """What a rank finds out of others, by asking them or whoever has asked them just before."""
+
+    def __init__(self, session: SessionState) -> None:
+        self._session = session
+        self._used = b""
+        self._count = 0
+        # When ranks were heard of, by the loop's clock.
+        self._heard: dict[int, float] = {}
+        self._busy: Future[None] | None = None
+
+    async def of(self, ranks: Sequence[int], within_secs: float) -> dict[int, Heard]:
+        """What is known of ``ranks``, or of the first 1,024 of them.
+
+        :param within_secs: how long they have to answer
+        :raises BarrierConnectionError: the store cannot be asked
+        """
+        while self._busy is not None:
+            await self._busy
+        busy = self._busy = Future()
+        try:
+            return await self._find(tuple(ranks[:MOST]), within_secs)
+        finally:
+            self._busy = None
+            busy.resolve(None)
+
+    async def _find(self, ranks: tuple[int, ...], within_secs: float) -> dict[int, Heard]:
+        session = self._session
+        bell, membership, loop = session._bell, session.membership, session.loop
+        if bell is None or membership is None or loop is None:
+            raise BarrierConnectionError(f"{describe(session.prefix)} has no connection now")
+        key = membership.own.heard
+        (value,) = await bell.call(Read(key))
+        if value is not None and value.startswith(_ASKS):
+            await sleep(loop, within_secs)
+            (value,) = await bell.call(Read(key))
+        if value is not None and value.startswith(_FOUND):
+            number, _, rows = value.partition(b"\n")
+            found = decode_rows(rows)
+            if number != self._used and found.keys() >= set(ranks):
+                self._used = number
+                return {rank: found[rank] for rank in ranks}
+        # A claim's token is nobody else's.
+        self._count += 1
+        number = f"{membership.claim.life.token}.{self._count}".encode()
+        (now,) = await bell.call(CompareSet(key, value or b"", _ASKS + number))
+        mine = now == _ASKS + number
+        heard = await self._ask(bell, membership, ranks, within_secs)
+        if mine:
+            self._used = _FOUND + number
+            bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
+            loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, key))
+        return heard
+
+    def _forget(self, bell: Connection, key: str) -> None:
+        if bell is self._session._bell and bell.lost is None:
+            # It stays, so that how many keys there are does not depend on the moment.
+            bell.call(Set(key, b""))
+
+    async def _ask(
+        self, bell: Connection, membership: Membership, ranks: tuple[int, ...], within_secs: float
+    ) -> dict[int, Heard]:
+        loop = self._session.loop
+        assert loop is not None
+        claimed = await presence.claims(bell, membership, ranks)
+        asked = {
+            rank: member
+            for rank, member in claimed.items()
+            if member is not None and not member.left and process.lives(member.life) is not False
+        }
+        answers: dict[int, Answer] = {}
+        keys: list[str] = []
+        if asked:
+            try:
+                keys = await presence.ask(bell, membership, asked)
+                until, pause = loop.now() + within_secs, _SOON_SECS
+                while len(answers) < len(asked) and loop.now() < until:
+                    await sleep(loop, min(pause, max(0.0, until - loop.now())))
+                    pause = min(2 * pause, _THEN_SECS)
+                    answers = await presence.answers(bell, keys)
+                    answers = {rank: each for rank, each in answers.items() if rank in asked}
+            finally:
+                if keys and bell.lost is None:
+                    bell.call(DeleteMany(keys))
+        return {rank: self._judge(rank, claimed[rank], answers.get(rank)) for rank in ranks}
+
+    def _judge(self, rank: int, member: Member | None, answer: Answer | None) -> Heard:
+        loop, released_at = self._session.loop, self._session.tally.released_at
+        assert loop is not None
+        if member is None:
+            return Heard(MissingRank(rank, None, None, "absent"))
+        host, pid = member.life.host, member.life.pid
+        if answer is not None:
+            self._heard[rank] = loop.now()
+            ago = 0.0 if answer.said_secs is None else answer.said_secs
+            return Heard(MissingRank(rank, host, pid, "alive", answer.doing, ago), answer.idle_secs)
+        times = [at for at in (self._heard.get(rank), released_at) if at is not None]
+        since = loop.now() - max(times) if times else None
+        state = "left" if member.left else "silent"
+        return Heard(MissingRank(rank, host, pid, state, None, since))

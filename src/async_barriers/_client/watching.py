@@ -1,0 +1,238 @@
+"""What a waiting rank asks about those that it waits for: reports, and who makes no progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .. import _progress
+from .._errors import BarrierConnectionError, BarrierError
+from .._protocol.heard import Heard
+from .._store.future import Effort
+from .._store.loops import Loop
+from .._store.waiting import settled
+from .._values import BarrierProgress, MissingRank
+from .phases import Phase
+from .session import Session
+
+# How long those that are asked have to answer; before a deadline, or after it where that was too
+# short for that.
+ASK_SECS = 0.3
+_AFTER_SECS = 0.1
+# How long before a deadline they are asked: what is found has to be there when it breaks the phase.
+LEAD_SECS, LEAD_SHARE = 0.4, 0.6
+# How often it is looked for progress, and by how many of those that have entered.
+_STALL_SECS, _STALL_SHARE = 1.0, 0.25
+_WATCHERS = 4
+# An answer of the store's that takes longer is not waited for.
+_GIVEN_UP_SECS = 3.0
+
+
+class Watch(NamedTuple):
+    """What a barrier's user wants to be told, and when.
+
+    :ivar warn_secs: between reports; infinite for none
+    :ivar stalled_secs: how long a missing rank may show no progress; infinite for any time
+    :ivar first_secs: when the first of it is due
+    :ivar global_ranks: of its ranks, where it is a subgroup's
+    """
+
+    warn_secs: float
+    stalled_secs: float
+    on_progress: Callable[[BarrierProgress], object] | None
+    global_ranks: Sequence[int] | None
+    first_secs: float
+
+
+def watch(
+    warn_secs: float | None,
+    stalled_secs: float | None,
+    on_progress: Callable[[BarrierProgress], object] | None,
+    global_ranks: Sequence[int] | None,
+) -> Watch:
+    warn = math.inf if warn_secs is None else warn_secs
+    stalled = math.inf if stalled_secs is None else stalled_secs
+    return Watch(warn, stalled, on_progress, global_ranks, min(warn, _period(stalled)))
+
+
+def _period(stalled_secs: float) -> float:
+    if stalled_secs == math.inf:
+        return math.inf
+    return min(_STALL_SECS, stalled_secs * _STALL_SHARE)
+
+
+class Found(NamedTuple):
+    """What came of asking, at ``since`` (when it began) and ``at``, by the loop's clock."""
+
+    missing: tuple[int, ...]
+    heard: dict[int, Heard]
+    since: float
+    at: float
+
+    def known(self, ranks: Sequence[int]) -> tuple[MissingRank, ...]:
+        return tuple(self.heard[rank].rank for rank in ranks if rank in self.heard)
+
+
+class Watching:
+    """Asks, while a phase is waited for; nothing of it holds up a release.
+
+    :ivar stalled: the ranks that have shown no progress for too long
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        loop: Loop,
+        phase: Phase,
+        watch: Watch,
+        started: float,
+        timeout_secs: float | None,
+    ) -> None:
+        self.stalled: tuple[int, ...] = ()
+        self.found: Found | None = None
+        self._session = session
+        self._loop = loop
+        self._phase = phase
+        self._watch = watch
+        self._started = started
+        self._report_at = started + watch.warn_secs
+        self._stall_at = started + _period(watch.stalled_secs)
+        self._lead_secs, self._last_at = 0.0, math.inf
+        if timeout_secs is not None:
+            self._lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
+            if self._lead_secs > _AFTER_SECS:
+                self._last_at = started + timeout_secs - self._lead_secs
+        self._asking: Effort[Found | None] | None = None
+        self._given_up_at = math.inf
+        self._to_report = False
+        # When each missing rank is known to have made progress, and which did not answer.
+        self._progress: dict[int, float] = {}
+        self._silent: set[int] = set()
+
+    def look(self) -> float:
+        """Take what has come, begin what is due; when to look again, at the latest."""
+        self._take_what_came()
+        now = self._loop.now()
+        due = min(self._report_at, self._stall_at, self._last_at)
+        if self._asking is None and now >= due:
+            self._begin(now)
+        if self._asking is not None:
+            return self._given_up_at
+        return min(self._report_at, self._stall_at, self._last_at)
+
+    def _take_what_came(self) -> None:
+        asking = self._asking
+        if asking is not None and (asking.done or self._loop.now() >= self._given_up_at):
+            self._asking = None
+            asking.stop(BarrierConnectionError("the store did not answer in time"))
+            if asking.error is None and (found := asking.result()) is not None:
+                self._take(found)
+
+    def _begin(self, now: float) -> None:
+        within_secs = ASK_SECS
+        if now >= self._report_at:
+            self._to_report = True
+            self._report_at += self._watch.warn_secs
+        if now >= self._stall_at:
+            self._stall_at = now + _period(self._watch.stalled_secs)
+        if now >= self._last_at:
+            self._last_at = math.inf
+            within_secs = min(ASK_SECS, 0.75 * self._lead_secs)
+        self._given_up_at = now + _GIVEN_UP_SECS
+        self._asking = self._session.start(self._ask(within_secs))
+        # The phase's waiter looks then.
+        self._asking.when_done(self._phase.wake)
+
+    async def _ask(
+        self, within_secs: float, missing: tuple[int, ...] | None = None
+    ) -> Found | None:
+        session, since = self._session, self._loop.now()
+        if missing is None:
+            missing = await session.ask_missing(self._phase)
+        if missing is None:
+            return None
+        heard: dict[int, Heard] = {}
+        if missing:
+            with contextlib.suppress(BarrierConnectionError):
+                heard = await session.presence.of(missing, within_secs)
+            if self._watch.stalled_secs < math.inf:
+                # Whoever has entered meanwhile has made progress.
+                missing = await session.ask_missing(self._phase) or ()
+        return Found(missing, heard, since, self._loop.now())
+
+    def _take(self, found: Found) -> None:
+        self.found = found
+        if self._phase.decided:
+            return
+        if self._to_report:
+            self._to_report = False
+            self._report(found)
+        if self._watch.stalled_secs < math.inf:
+            self._judge(found)
+
+    def _report(self, found: Found) -> None:
+        phase, world_size = self._phase, self._phase.entry.world_size
+        progress = BarrierProgress(
+            phase.name,
+            phase.sequence,
+            world_size - len(found.missing),
+            world_size,
+            found.missing,
+            found.since - self._started,
+            found.known(found.missing),
+        )
+        watch = self._watch
+        _progress.report(progress, watch.on_progress, self._session.prefix, watch.global_ranks)
+
+    def _judge(self, found: Found) -> None:
+        """Who has shown no progress for too long.
+
+        A rank that does not answer may have made some until it was asked in vain first; so nobody
+        is taken for stalled too early.
+        """
+        stalled = []
+        for rank in found.missing:
+            heard = found.heard.get(rank)
+            if heard is not None and heard.rank.state == "alive":
+                self._silent.discard(rank)
+                idle = heard.idle_secs
+                said_at = self._started if idle is None else found.at - idle
+                self._progress[rank] = max(self._started, said_at)
+            elif heard is not None and heard.rank.state == "silent" and rank not in self._silent:
+                self._silent.add(rank)
+                self._progress[rank] = found.at
+            since = self._progress.setdefault(rank, self._started)
+            if found.at - since >= self._watch.stalled_secs:
+                stalled.append(rank)
+        self.stalled = tuple(stalled)
+        entry, absent = self._phase.entry, set(found.missing)
+        before = sum(rank not in absent for rank in range(entry.rank))
+        if before >= _WATCHERS:
+            # Those before this rank look; it does where they have died.
+            self._stall_at = self._loop.now() + self._watch.stalled_secs
+
+    def known_at_deadline(self) -> tuple[MissingRank, ...]:
+        """What was found just before the deadline, for those who learn of it."""
+        self._take_what_came()
+        found = self.found
+        if found is None or self._loop.now() - found.since > self._lead_secs + ASK_SECS:
+            return ()
+        return found.known(found.missing)
+
+    async def after_deadline(self, missing: tuple[int, ...]) -> tuple[MissingRank, ...]:
+        """The same where there was no time for it before, or the store was slow."""
+        asking = self._asking or self._session.start(self._ask(_AFTER_SECS, missing))
+        self._asking = asking
+        try:
+            await settled(self._loop, asking, self._loop.now() + ASK_SECS)
+            found = asking.result() if asking.done else None
+        except BarrierError:
+            return ()
+        return () if found is None else found.known(missing)
+
+    def stop(self) -> None:
+        """Nobody waits any more."""
+        if self._asking is not None:
+            self._asking.stop(BarrierConnectionError("nobody waits for the answer any more"))

@@ -1,0 +1,235 @@
+"""Who is missing, and is it alive: told apart with real processes, and by one rank for all."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import socket
+import time
+from functools import partial
+from signal import SIGCONT, SIGKILL, SIGSTOP
+from typing import Any
+
+import anyio
+import pytest
+from processes import StartJob
+from worlds import Tasks, World, gather
+
+from async_barriers import BarrierProgress, BarrierTimeoutError, MissingRank
+from async_barriers._missing import had_not_entered
+
+pytestmark = pytest.mark.anyio
+
+
+def told(error: dict[str, Any]) -> dict[int, MissingRank]:
+    """What an error of a rank's process says of the missing ones."""
+    return {each[0]: MissingRank(*each) for each in error["missing"]}
+
+
+def test_states(start_job: StartJob) -> None:
+    """Busy in an upload, stopped, killed, its loop blocked: each rank that waits is told, and says
+    so in its error; a rank that never started is absent."""
+    job = start_job(5, lanes=0, own_store=False, world_size=6, given={"warn_after_secs": 1.0})
+    busy, stopped, killed, blocked = job.ranks[1:5]
+    busy.do("report", doing="uploaded 3 of 8 GB\nand\x1b[31m more")
+    stopped.strike(SIGSTOP)
+    killed.strike(SIGKILL)
+    blocked.start("here_block", secs=8.0)
+    assert blocked.event() == {"event": "blocked"}
+    error = job.ranks[0].start("cross", name="save", timeout_secs=1.5).error("BarrierTimeoutError")
+    assert error["missing_ranks"] == [1, 2, 3, 4, 5]
+    found = told(error)
+    states = [found[rank].state for rank in range(1, 6)]
+    assert states == ["alive", "silent", "silent", "silent", "absent"], error
+    pids = [each.pid for each in (busy, stopped, killed, blocked)]
+    assert [found[rank].pid for rank in range(1, 6)] == [*pids, None]
+    assert {found[rank].host for rank in range(1, 5)} == {socket.gethostname()}
+    assert found[1].doing == "uploaded 3 of 8 GB and [31m more"
+    assert found[1].heard_secs_ago is not None
+    assert 1.0 < found[1].heard_secs_ago < 6.0
+    host = re.escape(socket.gethostname())
+    for text in (error["text"], job.ranks[0].stderr):
+        assert re.search(
+            rf"1 \({host}, alive, 'uploaded 3 of 8 GB and \[31m more' [\d.]+ s ago\), "
+            rf"2 \({host}, silent\), 3 \({host}, silent\), 4 \({host}, silent\), "
+            r"5 \(never joined\)",
+            text,
+        ), text
+    assert "barrier 'processes/save' #0" in error["text"]
+    assert error["ended"] - error["began"] < 2.5
+    stopped.signal(SIGCONT)
+
+
+def test_told_apart_by_those_who_only_hear_of_it(start_job: StartJob) -> None:
+    """A rank whose own deadline is far learns the same from the one that gave up; what is known of
+    a silent rank is how long ago it was last heard of."""
+    job = start_job(3, lanes=1, own_store=False)
+    job.ranks[2].strike(SIGSTOP)
+    patient = job.ranks[1].start("cross", name="save", timeout_secs=30)
+    first = job.ranks[0].start("cross", name="save", timeout_secs=1.5).error("BarrierTimeoutError")
+    second = patient.error("BarrierTimeoutError")
+    assert first["missing"] == second["missing"]
+    (rank,) = told(first).values()
+    assert (rank.rank, rank.state, rank.pid) == (2, "silent", job.ranks[2].pid)
+    assert rank.heard_secs_ago is not None
+    assert 0.9 < rank.heard_secs_ago < 8
+    assert re.search(r"2 \(.*, silent for [\d.]+ s\)", second["text"])
+    job.ranks[2].signal(SIGCONT)
+
+
+def test_left_in_good_order(start_job: StartJob) -> None:
+    """A rank that closed its barrier is told from one that is lost, also by those that came after
+    it had left."""
+    job = start_job(3, lanes=1, own_store=False)
+    job.ranks[2].do("close")
+    job.ranks[1].strike(SIGKILL)
+    job.come_back(1)
+    wait = job.ranks[1].start("cross", name="save", timeout_secs=1.0)
+    error = wait.error("BarrierTimeoutError")
+    assert told(error)[2].state == "left", error
+    assert re.search(r"2 \(.*, left\)", error["text"])
+
+
+def test_not_back_yet_and_alive(start_job: StartJob) -> None:
+    """A rank that is busy while a peer restarts has not joined again yet, but is there."""
+    job = start_job(3, lanes=1, own_store=False)
+    job.ranks[2].do("report", doing="uploading")
+    job.ranks[1].strike(SIGKILL)
+    job.come_back(1)
+    error = job.ranks[1].start("cross", name="save", timeout_secs=1.0).error("BarrierTimeoutError")
+    found = told(error)
+    assert (found[2].state, found[2].doing) == ("alive", "uploading"), error
+    assert job.ranks[0].start("cross", name="save", timeout_secs=0.5).error("BarrierTimeoutError")
+    job.starts((0, 1, 2), name="again")
+    for call in job.starts((0, 1, 2), name="and again"):
+        call.released()
+
+
+@pytest.mark.parametrize("waiting", ["asyncio", "trio"])
+def test_stalled(start_job: StartJob, waiting: str) -> None:
+    """An upload that reports is waited for; when it reports nothing new any more, the phase ends
+    for all, not sooner than asked, nor much later."""
+    stalled = 1.2
+    given = {"timeout_secs": None, "stalled_after_secs": stalled}
+    job = start_job(3, lanes=1, own_store=False, backends=[waiting], given=given)
+    calls = job.starts((0, 1), name="save")
+    began = time.monotonic()
+    number = 0
+    while time.monotonic() < began + 2 * stalled:
+        number += 1
+        job.ranks[2].do("report", doing=f"uploaded {number}")
+        last = time.monotonic()
+        assert not any(call.answered for call in calls)
+        time.sleep(0.1)
+    # The same again is no progress.
+    for _ in range(5):
+        job.ranks[2].do("report", doing=f"uploaded {number}")
+        time.sleep(0.05)
+    for call in calls:
+        error = call.error("BarrierTimeoutError")
+        assert stalled <= error["ended"] - last + 0.1 < stalled + 1.3, error
+        assert error["timeout_secs"] == stalled
+        assert error["missing_ranks"] == [2]
+        assert told(error)[2].doing == f"uploaded {number}"
+        assert "rank 2 made no progress" in error["text"]
+    assert job.ranks[2].start("cross", name="save").error("BarrierTimeoutError")
+
+
+@pytest.mark.parametrize("blow", ["SIGSTOP", "blocked"])
+def test_stalled_and_silent(start_job: StartJob, blow: str) -> None:
+    """A rank whose process or event loop stands still makes no progress, whatever it said."""
+    given = {"timeout_secs": 60, "stalled_after_secs": 1.0}
+    job = start_job(2, lanes=1, own_store=False, given=given)
+    job.ranks[1].do("report", doing="uploaded all")
+    if blow == "SIGSTOP":
+        job.ranks[1].strike(SIGSTOP)
+    else:
+        job.ranks[1].start("here_block", secs=6.0)
+        assert job.ranks[1].event() == {"event": "blocked"}
+    error = job.ranks[0].start("cross", name="save").error("BarrierTimeoutError")
+    assert 1.0 <= error["ended"] - error["began"] < 2.6
+    assert told(error)[1].state == "silent"
+    if blow == "SIGSTOP":
+        job.ranks[1].signal(SIGCONT)
+
+
+async def test_the_deadline_may_come_first(tcp: World) -> None:
+    """Whichever is first ends the phase."""
+    ranks = await tcp.barriers(2, stalled_after_secs=30)
+    with pytest.raises(BarrierTimeoutError, match=r"timed out after 0\.3 s: rank 1 had not") as got:
+        await ranks[0].execute_barrier("x", timeout_secs=0.3)
+    (missing,) = got.value.missing
+    assert missing.state == "alive"
+    again = pickle.loads(pickle.dumps(got.value))
+    assert again.missing == got.value.missing
+    assert str(again) == str(got.value)
+
+
+async def test_no_deadline_is_too_short_to_tell(tcp: World) -> None:
+    """Not even one of no time."""
+    ranks = await tcp.barriers(2)
+    ranks[1].report("saving")
+    with pytest.raises(BarrierTimeoutError) as got:
+        await ranks[0].execute_barrier("x", timeout_secs=0)
+    (missing,) = got.value.missing
+    assert (missing.state, missing.doing) == ("alive", "saving")
+
+
+async def test_one_asks_for_all(tcp: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, each missing rank is asked once in a period; nothing is left of that."""
+    asked: list[int] = []
+    reported: list[BarrierProgress] = []
+    ranks = await tcp.barriers(20, warn_after_secs=0.6, on_progress=reported.append)
+    answers = type(ranks[19]._session.said).answer.fget  # type: ignore[attr-defined]
+
+    def answer(said: Any) -> Any:
+        asked.extend(rank._session.rank for rank in ranks if rank._session.said is said)
+        return answers(said)
+
+    monkeypatch.setattr(type(ranks[19]._session.said), "answer", property(answer))
+    async with Tasks() as tasks:
+        calls = [tasks.start(partial(rank.execute_barrier, "x")) for rank in ranks[:18]]
+        with anyio.fail_after(10):
+            while len(reported) < 18:
+                await anyio.sleep(0.01)
+        assert 2 <= len(asked) <= 6, asked
+        assert set(asked) == {18, 19}
+        await gather(partial(rank.execute_barrier, "x") for rank in ranks[18:])
+        for call in calls:
+            await call.returned()
+    assert {each.missing_ranks for each in reported[:18]} == {(18, 19)}
+    assert all([m.state for m in each.missing] == ["alive", "alive"] for each in reported[:18])
+
+
+async def test_report_costs_nothing(tcp: World) -> None:
+    """A thousand in a moment, from another thread, and none is sent; what is no text is refused."""
+    ranks = await tcp.barriers(2)
+
+    def say() -> float:
+        began = time.perf_counter()
+        for number in range(1000):
+            ranks[1].report(f"uploaded {number}" + "x" * 5000)
+        return time.perf_counter() - began
+
+    assert await tcp.call(say) < 0.2
+    with pytest.raises(TypeError, match="doing must be a string, not int"):
+        ranks[1].report(3)  # type: ignore[arg-type]
+    with pytest.raises(BarrierTimeoutError) as got:
+        await ranks[0].execute_barrier(timeout_secs=0.4)
+    doing = got.value.missing[0].doing
+    assert doing is not None
+    assert doing.startswith("uploaded 999xxx")
+    assert len(doing) == 200
+
+
+def test_a_subgroup_s_ranks_are_told_with_those_of_the_job() -> None:
+    """And what is silent, gone or never came, as the specification words it."""
+    missing = (
+        MissingRank(1, "node7", 4, "alive", "uploaded 3 of 8 GB", 2.04),
+        MissingRank(2, "node9", 5, "silent", None, 27.8),
+        MissingRank(3, None, None, "absent"),
+    )
+    assert had_not_entered((1, 2, 3), missing, (0, 4, 5, 7)).startswith(
+        "ranks 1, 2, 3 had not entered: 1 (global rank 4, node7, alive, 'uploaded 3 of 8 GB' 2 s "
+        "ago), 2 (global rank 5, node9, silent for 28 s), 3 (global rank 7, never joined); look"
+    )
