@@ -19,7 +19,7 @@ PAGES = {
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BOUND_SECS = 60
+BOUND_SECS = 120
 
 
 def script_of(page: Path) -> str:
@@ -61,6 +61,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.processes
+@pytest.mark.bound(BOUND_SECS)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_a_page_shows_runs(ended: dict[str, str], name: str) -> None:
     """The python blocks of a page, one after another, are a program that ends well."""
