@@ -721,6 +721,30 @@ async def test_nobody_tells_the_leader_that_all_are_in(memory: World) -> None:
     await nothing_is_left(memory)
 
 
+async def test_a_bell_that_is_rung_before_it_was_taken(memory: World) -> None:
+    """A rank looks around, enters a phase, and takes its bell only after all were in and rang it:
+    what it looked at did not contain that phase, and nobody rings again."""
+    ranks = await memory.barriers(2)
+    await nothing_is_left(memory)
+    bell = memory.membership().own.bell(1)
+    reached, go_on = parks(memory, "delete_key", bell)
+    await memory.call(memory.innermost.set, bell, "?")
+    await happens(reached)
+
+    async def rung() -> bool:
+        return await memory.read(bell) == b"all in"
+
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x"))
+        await memory.entered(1, name="x")
+        coming = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await until(rung)
+        go_on.set()
+        for outcome in (waiting, coming):
+            await outcome.returned()
+            assert outcome.secs < 5
+
+
 # The store is lost, or a process is.
 
 

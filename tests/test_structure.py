@@ -45,7 +45,7 @@ LARGER_ROOMS = {
     "_client.agreeing": 360,
     "_client.barrier": 445,
     "_client.crossing": 420,
-    "_client.listening": 310,
+    "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
     "_protocol.membership": 530,

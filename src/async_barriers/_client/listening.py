@@ -85,11 +85,7 @@ class Listening(Breaking):
         membership = turns.membership
         # Each with whether the store has counted it in: its arrival is on another connection, and
         # need not have come when this is answered.
-        waiting = [
-            (phase, phase.entry, not phase.unsure)
-            for phase in self.open
-            if phase.entered and not phase.decided and not phase.giving_up
-        ]
+        waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
         requests = members.around(membership)
         for _, entry, _ in waiting:
             requests += [Read(entry.keys.count), Read(entry.keys.reason)]
@@ -127,6 +123,11 @@ class Listening(Breaking):
         if around.host_leaves and not self.closing and not self._drained:
             self._drained = True
             self.start(self._drain(membership))
+        looked_at = {entry for _, entry, _ in waiting}
+        if any(phase.entry not in looked_at for phase in self.open if phase.hears):
+            # The bell may have been rung for a phase that was entered after this look was put
+            # together, and before it took the bell.
+            self.start(self._look_around())
 
     async def _see(
         self,

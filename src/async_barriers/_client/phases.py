@@ -83,6 +83,11 @@ class Phase:
         return self.full and self.entry.leads and not (self.giving_up or self.decided)
 
     @property
+    def hears(self) -> bool:
+        """Entered, and waits to hear what is decided."""
+        return self.entered and not self.decided and not self.giving_up
+
+    @property
     def unsure(self) -> bool:
         """Whether the store need not know of its arrival: not yet, or never. It does where all are
         in; and what was begun too early is deleted when all have joined."""
