@@ -94,6 +94,9 @@ class _PhaseError(BarrierError):
     sequence: int
     prefix: str
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __str__(self) -> str:
         # Not before it is asked for: where a message is made, the prefix need not be known.
         return f"{describe(self.name, self.sequence, self.prefix)} {super().__str__()}"
