@@ -288,3 +288,18 @@ def test_the_host_leaves_after_what_another_rank_publishes(forge: Forge, backend
         assert commit.released()["value"] == "+1"
         assert host.event() == {"event": "left"}
         assert host.exit(time.monotonic() + EXIT_SECS) == 0
+
+
+@pytest.mark.anyio
+async def test_one_that_left_before_the_others_came() -> None:
+    """Its program failed while its peer was still starting: the peer learns it when it comes."""
+    server = serve()
+    with pytest.raises(LookupError):
+        async with one(server, 1, 2):
+            raise LookupError("no shard")
+    async with one(server, 0, 2, timeout_secs=15) as late:
+        began = time.monotonic()
+        with pytest.raises(BrokenBarrierError, match="no shard") as caught:
+            await late.execute_barrier("x")
+        assert caught.value.rank == 1
+        assert time.monotonic() < began + 2

@@ -43,7 +43,7 @@ ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 355,
     "_client.agreeing": 360,
-    "_client.barrier": 445,
+    "_client.barrier": 455,
     "_client.crossing": 420,
     "_client.listening": 320,
     "_dist.calls": 310,

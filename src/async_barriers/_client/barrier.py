@@ -121,7 +121,12 @@ class CrossingBarrier(Barrier):
 
     async def connect(self) -> None:
         self._check_call("", None, CONFIGURED)
-        await self._crossing("", None, None).ready()
+        try:
+            await self._crossing("", None, None).ready()
+        except BrokenBarrierError:
+            # The store was reached; that a rank has left is said where it is waited for.
+            if self._session.closed_by is None:
+                raise
 
     async def execute_barrier(
         self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED

@@ -443,7 +443,9 @@ async def _counted(store: Store, membership: Membership, roll: int) -> bool:
     joined = roll & _FIELD
     if roll // _HOST & _FIELD and roll // _LEFT & _FIELD >= joined:
         await store.call(Set(membership.own.all_left, b"1"))
-    if roll // _GONE & _FIELD < joined:
+    # In the first generation somebody may come yet who has to learn that others have left.
+    members = joined if membership.state.number else membership.world_size
+    if roll // _GONE & _FIELD < members:
         return False
     await clear(store, membership)
     return True
