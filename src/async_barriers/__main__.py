@@ -227,9 +227,13 @@ def _positive_secs(text: str) -> float:
     return secs
 
 
-if __name__ == "__main__":
+def _run() -> None:
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
     # All is said and closed. A thread in a look-up, or in c10d, neither delays nor aborts the end.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    _run()
