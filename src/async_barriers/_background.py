@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+
+from ._publish import is_async
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class Background:
 
     async def run_any(self, call: Callable[..., Any], *args: Any) -> Any:
         """Await a coroutine function here, or call a plain function in a thread."""
-        return await (call(*args) if _is_async(call) else self.run(call, *args))
+        return await (call(*args) if is_async(call) else self.run(call, *args))
 
     async def run_to_the_end(self, call: Callable[..., object], *args: Any) -> list[BaseException]:
         """Call it in a thread, and wait for its end whatever comes.
@@ -65,11 +66,3 @@ class Background:
         if outcome[0] is not None:
             raise outcome[0]
         return cancelled
-
-
-def _is_async(function: object) -> bool:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004  (that of an object)
-    )

@@ -180,6 +180,13 @@ class BarrierConnectionError(BarrierError, ConnectionError):
     """
 
 
+def another(error: BarrierConnectionError) -> BarrierConnectionError:
+    """The same for another caller; an error that is raised twice grows a traceback of both."""
+    copy = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
 class BarrierClosedError(BarrierError):
     """The barrier was used after ``aclose()``, or closed while this call waited."""
 

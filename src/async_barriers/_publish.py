@@ -31,7 +31,7 @@ class Publishing:
         **Cancellation:** goes through to a coroutine; a thread goes on by itself.
         """
         returned: Any
-        if _is_async(self._publish):
+        if is_async(self._publish):
             returned = self._publish(payloads)
         else:
             returned = await self._called_in_thread(payloads)
@@ -50,7 +50,7 @@ class Publishing:
         return called.result()
 
 
-def _is_async(function: object) -> bool:
+def is_async(function: object) -> bool:
     """Whether calling it gives a coroutine, as far as can be told without calling it."""
     while isinstance(function, functools.partial):
         function = function.func

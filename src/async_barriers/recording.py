@@ -27,8 +27,8 @@ import anyio
 from ._barrier import CONFIGURED, Barrier, Publish, Timeout, _given, check_publish
 from ._bodies import Committing
 from ._client.barrier import CrossingBarrier
-from ._client.publication import is_async
 from ._errors import BarrierError
+from ._publish import is_async
 from ._traces import DrawnBody, Event, read_events, write_events
 from ._values import BarrierResult
 

@@ -24,7 +24,7 @@ from .._errors import (
 )
 from .._missing import had_not_entered, told
 from .._protocol.count import EXECUTE, GATHER
-from .._protocol.verdict import Broken, Released, Verdict
+from .._protocol.verdict import Broken, Released
 from .._reasons import reason_of
 from .._store.future import Future
 from .._store.waiting import settled, until_done
@@ -417,4 +417,4 @@ def _fresh(error: BaseException, name: str, sequence: int) -> BaseException:
     return again
 
 
-__all__ = ["Crossing", "Verdict"]
+__all__ = ["Crossing"]

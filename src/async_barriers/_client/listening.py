@@ -44,7 +44,7 @@ class Listening(Breaking):
             phase.lost = phase.lost or error
             phase.wake()
         if not self.closing and self.turns is not None and self._closed_by is None:
-            self._reopening = self.start(self._reopen_bell())
+            self.start(self._reopen_bell())
 
     async def _reopen_bell(self) -> None:
         """Listen again: a rank that waits must hear of what concerns it."""

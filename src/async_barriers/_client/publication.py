@@ -13,11 +13,10 @@ from .._barrier import Publish, checked_blob
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
-    BarrierError,
-    BrokenBarrierError,
     describe,
 )
 from .._protocol.verdict import Broken, Released, Verdict
+from .._publish import is_async
 from .._reasons import reason_of
 from .._store.connecting import in_thread
 from .._store.future import Future
@@ -150,13 +149,4 @@ def _try(publish: Publish, payloads: Mapping[int, bytes]) -> tuple[Any, BaseExce
         return None, exc
 
 
-def is_async(function: object) -> bool:
-    """Whether calling it gives a coroutine, as far as can be told without calling it."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004  (that of an object)
-    )
-
-
-__all__ = ["BarrierError", "BrokenBarrierError", "Publication", "is_async"]
+__all__ = ["Publication"]

@@ -86,7 +86,6 @@ class SessionState:
         self._opened: list[Connection] = []
         self._idle: list[Connection] = []
         self._bell: Connection | None = None
-        self._reopening: Effort[None] | None = None
         # Breaks of turns that were used up where no store could be reached.
         self._owed: list[tuple[str, int | None, str]] = []
         # What was to go out with the next message of a connection that was lost.

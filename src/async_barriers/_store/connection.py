@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .._errors import BarrierConnectionError, told_by
+from .._errors import BarrierConnectionError, another, told_by
 from .._protocol.store import DeleteMany, Request
 from .._system import UNHARMED, prepare, unsent
 from . import wire
@@ -101,7 +101,7 @@ class SocketConnection:
         """As `Store.call`; what was put into the outbox goes out before."""
         message = _Message()
         if self.lost is not None:
-            message.fail(_again(self.lost))
+            message.fail(another(self.lost))
             return message
         due, kinds = self._due, message.kinds
         said: list[bytes] = []
@@ -321,7 +321,7 @@ class SocketConnection:
         on_lost, self.on_lost, self.on_wake = self.on_lost, None, None
         for message in due:
             if message not in _BYTES:
-                message.fail(_again(error))
+                message.fail(another(error))
         if on_lost is not None:
             on_lost(error)
 
@@ -375,10 +375,3 @@ class _Linger:
         self._not_at_end()
         self._loop.unwatch(self._socket)
         self._socket.close()
-
-
-def _again(error: BarrierConnectionError) -> BarrierConnectionError:
-    """The same for another caller; an error that is raised twice grows a traceback of both."""
-    copy = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
-    copy.__cause__ = error.__cause__
-    return copy

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
-from .._errors import BarrierConnectionError, told_by
+from .._errors import BarrierConnectionError, another, told_by
 from .._protocol.store import (
     SILENT,
     Add,
@@ -331,7 +331,7 @@ class ThreadedConnection:
             self.interrupt()
         # Not when its thread comes back, which may be never.
         for answered in due:
-            answered.fail(_again(error))
+            answered.fail(another(error))
 
     def _close_waited(self) -> None:
         if self._waited is not None:
@@ -354,13 +354,6 @@ class ThreadedConnection:
             if not isinstance(request, SILENT):
                 answers.append(answer)
         return answers
-
-
-def _again(error: BarrierConnectionError) -> BarrierConnectionError:
-    """The same for another caller; an error that is raised twice grows a traceback of both."""
-    copy = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
-    copy.__cause__ = error.__cause__
-    return copy
 
 
 def _shared_socket(store: TCPStore) -> socket.socket | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .future import Future
@@ -77,6 +76,3 @@ async def until_done(loop: Loop, future: Future[T], secs: float) -> bool:
     if cancelled is not None:
         raise cancelled
     return future.done
-
-
-Stop = Callable[[], bool]
