@@ -17,7 +17,7 @@ from blockbuster import BlockBuster, BlockBusterFunction
 from hypothesis import settings
 from processes import Forge, Job, StartJob
 from torch.distributed import Store, TCPStore
-from worlds import KINDS, OVER_A_STORE, World
+from worlds import KINDS, OVER_A_STORE, World, begin_of_test
 
 # A busy machine is no fault; a test is bounded as a whole.
 settings.register_profile("tests", deadline=None)
@@ -84,7 +84,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that hangs fails, with the stacks of all threads."""
+    """A test that hangs fails, with the stacks of all threads; and what an earlier one left behind
+    is not held against it."""
 
     marker = request.node.get_closest_marker("bound")
     bound_secs = marker.args[0] if marker else BOUND_SECS
@@ -93,6 +94,7 @@ def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
         faulthandler.dump_traceback(all_threads=True)
         raise TimeoutError(f"{request.node.nodeid} did not end within {bound_secs} s")
 
+    begin_of_test()
     before = signal.signal(signal.SIGALRM, fail)
     # Again and again: what clears up after a test that hung may hang, too.
     signal.setitimer(signal.ITIMER_REAL, bound_secs, CLEARING_UP_SECS)

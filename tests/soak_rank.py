@@ -227,6 +227,14 @@ class SoakRank:
             sequence=-1 - phase.sequence if phase.early else phase.sequence,
         )
 
+    def _forgo(self, call: Call) -> None:
+        """It took a turn in which the store never heard of it: who had left was known before."""
+        for phase in [phase for phase, whose in self._calls.items() if whose is call]:
+            if not (phase.entered or phase.decided):
+                call.breaks_only = True
+                self._takes_part(phase)
+            del self._calls[phase]
+
     # -- crossing ----------------------------------------------------------------------
 
     async def _cross_on(self, name: str) -> None:
@@ -318,6 +326,7 @@ class SoakRank:
             finally:
                 self._open.pop(call.number, None)
                 _current.set(None)
+                self._forgo(call)
             facts = {"outcome": "done"}
             if do == "execute":
                 facts = {"outcome": "released"}

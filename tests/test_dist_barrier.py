@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from processes import CRASHES, EXIT_SECS, GRACE_SECS, Call, Job, StartJob, until
 from rank_process import STORE_TIMEOUT_SECS
 from stores import MemoryStore, keys_of
-from worlds import Tasks, library_threads, library_threads_gone
+from worlds import Tasks, library_threads_gone
 
 from async_barriers import (
     BarrierClosedError,
@@ -287,13 +287,12 @@ async def test_two_commits_at_once_are_both_stopped_by_closing() -> None:
 @pytest.mark.usefixtures("world_of_one")
 async def test_a_barrier_that_is_dropped_leaves_no_thread() -> None:
     """Nobody has to close one that nobody has; its keys go, too."""
-    before = set(library_threads())
     barrier = DistBarrier()
     await barrier.execute_barrier()
     DistBarrier()
     del barrier
     gc.collect()
-    await library_threads_gone(before)
+    await library_threads_gone()
     store: Any = dist.distributed_c10d._get_default_store()
     assert not [key for key in keys_of(store) if "async_barriers" in key]
 
@@ -355,7 +354,6 @@ async def test_nothing_is_published_once_it_is_closed() -> None:
 
 async def test_a_store_that_is_silent_holds_up_nobody() -> None:
     """c10d would wait for it without end, in a thread that nothing could end."""
-    before = set(library_threads())
     program = (
         "import signal; from torch.distributed import TCPStore; "
         "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
@@ -371,7 +369,7 @@ async def test_a_store_that_is_silent_holds_up_nobody() -> None:
             with pytest.raises(BarrierConnectionError, match="store does not answer"):
                 await barrier.connect()
             await barrier.aclose()
-            await library_threads_gone(before)
+            await library_threads_gone()
     finally:
         server.kill()
         server.communicate()

@@ -9,7 +9,7 @@ from functools import partial
 import anyio
 import pytest
 from stores import MemoryStore
-from worlds import Tasks, close, gather, library_threads, library_threads_gone
+from worlds import Tasks, close, gather, library_threads_gone
 
 from async_barriers import BarrierError, BarrierResult, StoreBarrier
 from async_barriers.testing import FaultyStore
@@ -17,8 +17,8 @@ from async_barriers.testing import FaultyStore
 pytestmark = pytest.mark.anyio
 
 DEADLINE_SECS = 0.5
-# Law 5 allows one second; a little more for a machine that runs several worlds at once.
-BOUND_SECS = DEADLINE_SECS + 1 + 0.3
+# Law 5 allows one second; one more for a machine that runs several worlds at once.
+BOUND_SECS = DEADLINE_SECS + 1 + 1
 WORLDS_AT_ONCE = 6
 
 
@@ -100,7 +100,6 @@ async def test_a_fault_at_any_point(
     scenario: Scenario, hang: bool, lasting: bool, anyio_backend_name: str
 ) -> None:
     """Whichever call to the store fails or hangs, awaits end in time and verdicts agree."""
-    before = library_threads()
     calls = await run(scenario, 10**6, hang=hang, lasting=lasting)
     limit = anyio.Semaphore(WORLDS_AT_ONCE)
 
@@ -112,4 +111,4 @@ async def test_a_fault_at_any_point(
         # Each loop tries every second call, and the two of them every one.
         for nth in range(anyio_backend_name == "trio", calls + 2, 2):
             tasks.start_soon(in_turn, nth)
-    await library_threads_gone(before)
+    await library_threads_gone()

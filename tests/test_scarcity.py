@@ -20,7 +20,7 @@ from processes import PATIENCE_SECS, Forge
 from rank_process import say
 from reports import Programs, attempt, client, interpreter, meet, one, serve, until_told
 from torch.distributed import HashStore, Store
-from worlds import close, library_threads, library_threads_gone
+from worlds import close, library_threads_gone
 
 from async_barriers import BarrierConnectionError, BarrierError, StoreBarrier
 from async_barriers.testing import FaultyStore
@@ -202,11 +202,10 @@ async def test_a_barrier_that_could_not_join(kind: str | int, how: str) -> None:
     if isinstance(kind, int):
         store = FaultyStore(HashStore())
         store.fail(after=kind)
-    before = set(library_threads())
     gone = [ref for _ in range(3) for ref in await fails_to_join(store, 3, how)]
     with anyio.fail_after(3):
         while any(ref() is not None for ref in gone):
             await anyio.sleep(0.05)
             gc.collect()
-    await library_threads_gone(before)
+    await library_threads_gone()
     await first.aclose()

@@ -13,7 +13,7 @@ import pytest
 from processes import until
 from stores import PlainStore, keys_of
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
-from worlds import Tasks, gather, library_threads, library_threads_gone
+from worlds import Tasks, gather, library_threads_gone
 
 from async_barriers import (
     BarrierClosedError,
@@ -37,7 +37,6 @@ def faulty(request: pytest.FixtureRequest) -> FaultyStore:
 
 async def test_a_world_in_one_process() -> None:
     """One connected barrier for each rank; options reach them; leaving closes them."""
-    before = library_threads()
     async with local_barriers(3, prefix="p", timeout_secs=0.2) as barriers:
         results = await gather(barrier.execute_barrier for barrier in barriers)
         assert [result.sequence for result in results] == [0, 0, 0]
@@ -47,12 +46,11 @@ async def test_a_world_in_one_process() -> None:
         assert caught.value.timeout_secs == 0.2
     with pytest.raises(BarrierClosedError):
         await barriers[2].execute_barrier()
-    await library_threads_gone(before)
+    await library_threads_gone()
 
 
 async def test_leaving_breaks_what_is_awaited() -> None:
     """An error in the body comes out as it is, and no thread stays."""
-    before = library_threads()
     async with Tasks() as tasks:
         with pytest.raises(LookupError, match="mine"):  # noqa: PT012  (leaving is the point)
             async with local_barriers(2) as barriers:
@@ -63,7 +61,7 @@ async def test_leaving_breaks_what_is_awaited() -> None:
             BarrierClosedError,
             BrokenBarrierError,
         )
-    await library_threads_gone(before)
+    await library_threads_gone()
 
 
 async def test_a_world_that_cannot_be() -> None:

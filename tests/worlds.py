@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -295,17 +295,30 @@ async def until(condition: Callable[[], Awaitable[bool]], within_secs: float = 1
             await anyio.sleep(0.003)
 
 
+# What an earlier test left behind is that one's fault.
+_there_before: set[threading.Thread] = set()
+
+
 def library_threads() -> list[threading.Thread]:
-    """Its workers; not the thread that starts them, which ends by itself."""
+    """Its workers that this test has brought about; not the thread that starts them, which ends by
+    itself."""
+    return [thread for thread in _library_threads() if thread not in _there_before]
+
+
+def begin_of_test() -> None:
+    """Leave out the threads that are there."""
+    _there_before.clear()
+    _there_before.update(_library_threads())
+
+
+def _library_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("async_barriers")]
 
 
-async def library_threads_gone(
-    but: Collection[threading.Thread] = (), within_secs: float = 3.0
-) -> None:
-    """Wait until no thread of the library is left, ``but`` those."""
+async def library_threads_gone(within_secs: float = 8.0) -> None:
+    """Wait until no thread of the library is left; looking up a name takes up to 5 s here."""
 
     async def none() -> bool:
-        return not set(library_threads()) - set(but)
+        return not library_threads()
 
     await until(none, within_secs)

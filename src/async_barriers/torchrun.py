@@ -26,8 +26,8 @@ __all__ = ["record"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# How long a rank that only waited lets the one that failed end first: torchrun kills all others
-# as soon as one has ended, and shows those alone that had ended by then.
+# How long, at least, a rank that only waited lets the one that failed end first: torchrun kills
+# all others as soon as one has ended.
 _GRACE_SECS = 2.0
 
 
@@ -37,9 +37,9 @@ def record(fn: Callable[P, R]) -> Callable[P, R | None]:
     torchrun shows the earliest error of a job's processes as the root cause. A rank that fails
     breaks the phase for its peers, which end as soon as it does, or sooner. So a process that ends
     by a `BrokenBarrierError` or `BarrierTimeoutError` that names other ranks begins its entry with
-    those, and waits for 2 s, or until torchrun kills it, since the other's entry comes first then.
-    Every other error is recorded as torch does it. Without torchrun there is nothing to record,
-    and nothing is waited for.
+    those, and waits for 2 to 3 s, or until torchrun kills it, since the other's entry comes first
+    then. Every other error is recorded as torch does it. Without torchrun there is nothing to
+    record, and nothing is waited for.
     """
     return errors.record(fn, _ErrorHandler())
 
@@ -52,11 +52,12 @@ class _ErrorHandler(errors.ErrorHandler):
             super().record_exception(e)
             return
         told = f"{cause}; this rank waited for it ({told_by(e)})"
-        # After any that failed by itself: when this process ends.
-        ends = str(int(time.time() + _GRACE_SECS) + 1)
-        extra = {"py_callstack": f"{told}\n\n{traceback.format_exc()}", "timestamp": ends}
+        # After any that failed by itself, and not after those that torchrun kills when this one
+        # has ended; it compares whole seconds.
+        ends = int(time.time() + _GRACE_SECS) + 1
+        extra = {"py_callstack": f"{told}\n\n{traceback.format_exc()}", "timestamp": str(ends)}
         self._write_error_file(path, json.dumps({"message": {"message": told, "extraInfo": extra}}))
-        time.sleep(_GRACE_SECS)
+        time.sleep(max(0.0, ends - time.time()))
 
 
 def _cause_elsewhere(exc: BaseException) -> str | None:

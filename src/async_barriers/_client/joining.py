@@ -11,6 +11,7 @@ from .._errors import (
     BarrierError,
     BrokenBarrierError,
     describe,
+    told_by,
 )
 from .._protocol import membership as members
 from .._protocol.keys import Keys
@@ -59,7 +60,7 @@ class Joining(Listening):
                 joined = self._joining_on = self.start(self._join_on(store))
                 if not await within(loop, joined, deadline - self._now()):
                     # What hangs must not hold up the next attempt.
-                    joined.stop(BarrierConnectionError("the store did not answer in time"))
+                    joined.stop(self._out_of_time())
                 joined.result()
                 self._source.failures.clear()
                 return
@@ -72,6 +73,14 @@ class Joining(Listening):
                     raise
             await sleep(loop, pause)
             pause = min(2 * pause, RETRY_SECS_AT_MOST)
+
+    def _out_of_time(self) -> BarrierConnectionError:
+        """Of a join that was under way: another connection that it needed may not have come."""
+        why = self.why_not
+        told = "the store did not answer in time" + ("" if why is None else f" ({told_by(why)})")
+        error = BarrierConnectionError(told)
+        error.__cause__ = why
+        return error
 
     async def _join_on(self, store: Connection) -> None:
         loop = self.loop

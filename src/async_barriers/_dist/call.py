@@ -30,7 +30,8 @@ class Call(Generic[T]):
         self.before = -1
         self.promise = promise
         self.came = time.time()
-        self._decided: list[bool] = []
+        # None: it has entered; else what its waiter is told.
+        self._decided: list[BaseException | None] = []
 
     @property
     def sequence(self) -> int:
@@ -39,22 +40,26 @@ class Call(Generic[T]):
     @property
     def entered(self) -> bool:
         """The collective has begun, so that it can no longer be called back."""
-        return self._decided[:1] == [True]
+        return self._decided[:1] == [None]
 
     @property
-    def called_off(self) -> bool:
-        """Nobody waits for it any more, so that it must not begin."""
-        return self._decided[:1] == [False]
+    def called_off(self) -> BaseException | None:
+        """Why it must not begin; None where it may."""
+        return self._decided[0] if self._decided else None
 
-    def enter(self) -> bool:
-        """Begin the collective, unless it was called off."""
-        self._decided.append(True)
-        return self.entered
+    def enter(self) -> None:
+        """Begin the collective.
 
-    def call_off(self) -> bool:
+        :raises BaseException: why it was called off
+        """
+        self._decided.append(None)
+        if (why := self.called_off) is not None:
+            raise why
+
+    def call_off(self, why: BaseException) -> bool:
         """Keep it from beginning; whether it had not begun."""
-        self._decided.append(False)
-        return self.called_off
+        self._decided.append(why)
+        return not self.entered
 
 
 class Steps:

@@ -169,7 +169,7 @@ class Calls:
         return call
 
     def _stop(self, call: Call[Any], exc: BaseException) -> None:
-        call.call_off()
+        call.call_off(_nobody_waits())
         self.break_for_good(f"a call ended early ({reason_of(exc)})")
 
     def break_for_good(self, why: str, *, serves: bool = True) -> None:
@@ -180,9 +180,10 @@ class Calls:
         self._unusable = self._unusable or why
         pending = list(self._pending.values())
         for call in pending:
-            if call.number > self.log.begun and call.call_off():
-                call.promise.settle(error=self._broken(call.name, call.sequence))
-        entered = max([self._entered, *(c.number for c in pending if not c.called_off)])
+            error = self._broken(call.name, call.sequence)
+            if call.number > self.log.begun and call.call_off(error):
+                call.promise.settle(error=error)
+        entered = max([self._entered, *(c.number for c in pending if c.called_off is None)])
         served = entered if serves else self._served
         if not self.closed:
             # Peers that wait for the calls after that wait in vain.
@@ -196,7 +197,7 @@ class Calls:
         self.closed = True
         for call in list(self._pending.values()):
             error = BarrierClosedError(describe(call.name, call.sequence))
-            error.in_doubt = not call.call_off()
+            error.in_doubt = not call.call_off(error)
             call.promise.settle(error=error)
         # What its thread waits for may never come; but what is on its way comes.
         self.collectives.give_up()
@@ -229,11 +230,10 @@ class Calls:
     def _make(self, call: Call[T], collective: Callable[[], T]) -> T:
         """It is the turn of ``call``."""
         try:
-            if not call.called_off:
+            if call.called_off is None:
                 self.log.enter(call.number)
                 self.collectives.connect()
-            if not call.enter():
-                raise BarrierConnectionError("nobody waits for it any more")
+            call.enter()
             self._entered = call.number
             self.collectives.begin(call.number, call.came)
             result = collective()
@@ -249,8 +249,9 @@ class Calls:
             in_doubt = exc.gone.entered >= call.number
             raise self._told_gone(exc, call.name, call.sequence, in_doubt=in_doubt) from None
         except BarrierConnectionError as exc:
-            exc.in_doubt = call.entered
-            self.break_for_good(str(exc), serves=False)
+            if call.called_off is None:
+                exc.in_doubt = call.entered
+                self.break_for_good(str(exc), serves=False)
             raise
         finally:
             del self._pending[call.number]
@@ -274,7 +275,7 @@ class Calls:
     async def _time_out(self, loop: Loop, call: Call[Any], timeout: float) -> None:
         """Raise, unless the verdict comes while we look who is missing."""
         why = f"a call timed out after {seconds(timeout)}"
-        if called_back := call.call_off():
+        if called_back := call.call_off(_nobody_waits()):
             self.break_for_good(why)
         until = loop.now() + UNDO_SECS
         detail, missing = await self.log.explain(call.number, loop, until)
@@ -301,3 +302,7 @@ class Calls:
             "be called back; build a new one on every rank, or use a StoreBarrier, which "
             "outlives deadlines and cancellations",
         )
+
+
+def _nobody_waits() -> BarrierConnectionError:
+    return BarrierConnectionError("nobody waits for it any more")
