@@ -9,7 +9,7 @@ from functools import partial
 import anyio
 import pytest
 from stores import MemoryStore
-from worlds import Tasks, close, gather, library_threads_gone
+from worlds import Tasks, close, gather, library_threads_gone, share
 
 from async_barriers import BarrierError, BarrierResult, StoreBarrier
 from async_barriers.testing import FaultyStore
@@ -108,7 +108,6 @@ async def test_a_fault_at_any_point(
             await run(scenario, nth, hang=hang, lasting=lasting)
 
     async with anyio.create_task_group() as tasks:
-        # Each loop tries every second call, and the two of them every one.
-        for nth in range(anyio_backend_name == "trio", calls + 2, 2):
+        for nth in share(range(calls + 2), anyio_backend_name):
             tasks.start_soon(in_turn, nth)
     await library_threads_gone()

@@ -202,7 +202,7 @@ async def test_a_barrier_that_could_not_join(kind: str | int, how: str) -> None:
     if isinstance(kind, int):
         store = FaultyStore(HashStore())
         store.fail(after=kind)
-    gone = [ref for _ in range(3) for ref in await fails_to_join(store, 3, how)]
+    gone = await fails_to_join(store, 3, how)
     with anyio.fail_after(3):
         while any(ref() is not None for ref in gone):
             await anyio.sleep(0.05)

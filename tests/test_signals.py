@@ -35,7 +35,7 @@ from async_barriers import BarrierError, StoreBarrier
 OURS = str(Path(async_barriers.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
 EVENT = "opcode" if SWEEP == "instructions" else "line"
-POINTS = 15
+POINTS = 8
 DEADLINE_SECS = 2.0
 # How long the peer waits for a rank that may have been struck before it entered, and either of
 # the two for the other, afterwards.
