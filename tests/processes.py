@@ -448,10 +448,17 @@ class Job:
 StartJob = Callable[..., Job]
 
 
-def until(condition: Callable[[], bool], within_secs: float = PATIENCE_SECS) -> None:
-    """Wait for ``condition``; a bound that is missed is an error, never luck."""
+def until(
+    condition: Callable[[], bool],
+    within_secs: float = PATIENCE_SECS,
+    else_say: Callable[[], object] = str,
+) -> None:
+    """Wait for ``condition``; a bound that is missed is an error, never luck.
+
+    :param else_say: what stands in that error
+    """
     deadline = time.monotonic() + within_secs
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {within_secs:g} s")
+            raise AssertionError(f"not within {within_secs:g} s {else_say()}")
         time.sleep(0.003)

@@ -102,6 +102,7 @@ class Trial:
         self._prefix = f"{kind} {at}"
         self._peer = self.rank(1)
         self.strike = Strike(at)
+        self.coming: Future[tuple[bool, Any]] | None = None
 
     def rank(self, number: int) -> StoreBarrier:
         return one(self._server, number, 2, prefix=self._prefix, timeout_secs=DEADLINE_SECS)
@@ -111,7 +112,8 @@ class Trial:
 
     def peer_comes(self, commits: bool, late: bool) -> Future[tuple[bool, Any]]:
         """When the other rank's call has ended, which is said first, or waits."""
-        return self._portal.start_task_soon(self._come, commits, late)
+        self.coming = self._portal.start_task_soon(self._come, commits, late)
+        return self.coming
 
     def peer_closes(self) -> None:
         self._portal.call(self._peer.aclose)
@@ -213,7 +215,7 @@ def sweep(run: Callable[[int], Strike]) -> None:
         if not run(at).where:
             break
     until(lambda: descriptors() <= before + 2, within_secs=3)
-    until(lambda: not library_threads(), within_secs=3)
+    until(lambda: not library_threads(), within_secs=8, else_say=library_threads)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -275,6 +277,8 @@ async def comes_back(trial: Trial) -> None:
     """Rank 0 is built anew."""
     barrier = trial.rank(0)
     with anyio.fail_after(HANGS_SECS):
+        if trial.coming is not None:
+            await result_of(trial.coming)
         assert await meets(trial, barrier), trial.says("they never meet again", barrier)
         await barrier.aclose()
 

@@ -32,7 +32,7 @@ import anyio
 
 from ._errors import BarrierClosedError, BarrierConnectionError, BarrierError, told_by
 from ._store.loops import Loop, Waiter, loop_here
-from ._store.worker import Living, Promise, Worker, end_at_exit
+from ._store.worker import Living, Promise, end_at_exit, in_own_thread
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Portal:
         self._inbox: deque[_Call[Any]] = deque()
         # The threads that were started for it. Several callers may have come at once, or been
         # interrupted as they started one; the first here works, and the others end.
-        self._threads: list[Worker] = []
+        self._threads: list[int] = []
         self._ended: Promise[None] = Promise()
         # Those are the thread's to change.
         self._thread: int | None = None
@@ -187,18 +187,13 @@ class Portal:
             self._begin()
 
     def _begin(self) -> None:
-        worker = Worker("loop")
         try:
-            worker.submit(partial(self._run, worker))
+            in_own_thread("loop", self._run)
         except RuntimeError as exc:
             raise BarrierConnectionError(
                 f"no thread can be had for {self._name()} ({exc}); this process or its user has "
                 "reached a limit of threads (ulimit -u, pids.max)"
             ) from exc
-        except BaseException:
-            # It may have begun, and ends then, or works if it got so far.
-            worker.retire()
-            raise
 
     def _cancel(self, call: _Call[Any]) -> None:
         """Cancel it, or see that it is not made; it is settled then, if it was not before."""
@@ -212,13 +207,13 @@ class Portal:
 
     # -- in the thread -----------------------------------------------------------------
 
-    def _run(self, worker: Worker) -> None:
-        worker.retire()
-        self._threads.append(worker)
-        if self._threads[0] is not worker:
+    def _run(self) -> None:
+        thread = threading.get_ident()
+        self._threads.append(thread)
+        if self._threads[0] != thread:
             return
         _end_first_at_exit(self)
-        self._thread = threading.get_ident()
+        self._thread = thread
         failure: BaseException | None = None
         try:
             _probe_loop()

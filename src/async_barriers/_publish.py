@@ -11,7 +11,7 @@ from ._barrier import Publish
 from ._errors import BarrierError
 from ._store.loops import Loop
 from ._store.promises import told
-from ._store.worker import Worker
+from ._store.worker import in_own_thread
 
 
 class Publishing:
@@ -38,12 +38,10 @@ class Publishing:
         return await returned if inspect.isawaitable(returned) else returned
 
     async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:
-        worker = Worker("publish")
         try:
-            called = worker.submit(functools.partial(self._publish, payloads))
+            called = in_own_thread("publish", functools.partial(self._publish, payloads))
         except RuntimeError as exc:
             raise BarrierError(f"publish needs a thread, and none can be had ({exc})") from exc
-        worker.retire()
         self.in_thread = True
         await told(self._loop, called)
         self.in_thread = False

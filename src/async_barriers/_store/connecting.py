@@ -21,7 +21,7 @@ from .future import Effort, Future
 from .loops import Loop
 from .threads import ThreadedConnection
 from .waiting import sleep, within, writable
-from .worker import Promise, Worker
+from .worker import in_own_thread
 
 _RETRY_SECS = 0.1
 # How long one address is tried before the next is tried beside it.
@@ -37,9 +37,7 @@ class NotUnderstood(BarrierConnectionError):
 
 async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
     """Make one blocking call in a thread of its own."""
-    worker = Worker(name)
     came: Future[Any] = Future()
-    promise: Promise[Any] = Promise()
 
     def told() -> None:
         try:
@@ -48,13 +46,12 @@ async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
             came.fail(exc)
 
     try:
-        worker.submit(call, promise)
+        promise = in_own_thread(name, call)
     except RuntimeError as exc:
         raise BarrierConnectionError(
             f"no thread can be had ({exc}); this process or its user has reached a limit of "
             "threads (ulimit -u, pids.max)"
         ) from exc
-    worker.retire()
     promise.when_settled(lambda: loop.post(told))
     return await came
 

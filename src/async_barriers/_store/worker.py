@@ -87,6 +87,10 @@ class Promise(Generic[T]):
             wake()
 
 
+# What a thread is to call, and the promise of each; None is its end.
+_Calls = deque[tuple[Callable[[], object], Promise[Any]] | None]
+
+
 class Worker:
     """One thread, started by the first call; calls run in the order of their submission.
 
@@ -96,7 +100,7 @@ class Worker:
     def __init__(self, name: str = "worker") -> None:
         self.ended: Promise[None] = Promise()
         self._name = f"async_barriers-{name}-{next(_numbers)}"
-        self._calls: deque[tuple[Callable[[], object], Promise[Any]] | None] = deque()
+        self._calls: _Calls = deque()
         self._arrived = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._retired = False
@@ -125,38 +129,60 @@ class Worker:
             if self._retired:
                 return
             self._retired = True
-            if self._thread is not None:
+            if self._started:
                 if last is not None:
                     self._calls.append((last, Promise()))
                 self._calls.append(None)
-        if self._thread is None:
+        if not self._started:
             self.ended.settle()
         self._arrived.release(2)
 
     def join(self, timeout_secs: float) -> None:
         """Block until the thread is gone, which it is microseconds after `ended`."""
-        if self._thread is not None:
+        if self._thread is not None and self._started:
             self._thread.join(max(0.0, timeout_secs))
 
+    @property
+    def _started(self) -> bool:
+        return self._thread is not None and self._thread.ident is not None
+
     def _start(self) -> None:
-        if self._thread is None:
-            # Held strongly by itself while it runs; by nobody when its owner is dropped.
-            thread = threading.Thread(
-                target=_work,
-                args=(self._calls, self._arrived, self.ended),
-                name=self._name,
-                daemon=True,
-            )
-            thread.start()
-            self._thread = thread
-            _threads.add(thread)
+        if not self._started:
+            # Known before it runs: a signal handler may raise before `start` returns. It is held
+            # strongly by itself while it runs; by nobody when its owner is dropped.
+            self._thread = _thread(self._name, self._calls, self._arrived, self.ended)
+            self._thread.start()
+
+
+def in_own_thread(
+    name: str, call: Callable[[], T], promise: Promise[T] | None = None
+) -> Promise[T]:
+    """Make one call in a thread of its own, which ends after it, come what may here.
+
+    :param promise: the one to settle; a new one if none is given
+    :raises RuntimeError: the thread cannot be started
+    """
+    told: Promise[T] = promise or Promise()
+    calls: _Calls = deque([(call, told), None])
+    _thread(f"async_barriers-{name}-{next(_numbers)}", calls, threading.Semaphore(2)).start()
+    return told
+
+
+def _thread(
+    name: str, calls: _Calls, arrived: threading.Semaphore, ended: Promise[None] | None = None
+) -> threading.Thread:
+    """One that goes through ``calls``, and has not been started."""
+    return threading.Thread(
+        target=_work, args=(calls, arrived, ended or Promise()), name=name, daemon=True
+    )
 
 
 def _work(
-    calls: deque[tuple[Callable[[], object], Promise[Any]] | None],
+    calls: _Calls,
     arrived: threading.Semaphore,
     ended: Promise[None],
 ) -> None:
+    _threads.add(threading.current_thread())
     while True:
         arrived.acquire()
         if not calls:
