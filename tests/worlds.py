@@ -239,7 +239,10 @@ async def gather(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
 
 
 class Outcome:
-    """A call under way in a task of its own, and how it ended."""
+    """A call under way in a task of its own, and how it ended.
+
+    :ivar secs: how long it took, without the time in which others had the processor
+    """
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -249,14 +252,15 @@ class Outcome:
         self.ended = anyio.Event()
 
     async def run(self, call: Callable[[], Awaitable[Any]]) -> None:
-        started = anyio.current_time()
+        started = anyio.current_time() - waited_for_processor("thread-self")
         try:
             with self.scope:
                 self.value = await call()
         except Exception as exc:
             self.error = exc
         finally:
-            self.secs = anyio.current_time() - started
+            now = anyio.current_time() - waited_for_processor("thread-self")
+            self.secs = now - started
             self.ended.set()
 
     async def raised(self, kind: type[T]) -> T:
@@ -301,6 +305,19 @@ async def until(condition: Callable[[], Awaitable[bool]], within_secs: float = 1
     with anyio.fail_after(within_secs):
         while not await condition():
             await anyio.sleep(0.003)
+
+
+def waited_for_processor(of: int | str) -> float:
+    """For how long, in seconds, a process's main thread could have run, and others did; 0 where
+    the system does not say.
+
+    :param of: its process id, or ``thread-self``
+    """
+    try:
+        stat = Path(f"/proc/{of}/schedstat").read_text()
+    except OSError:
+        return 0.0
+    return int(stat.split()[1]) / 1e9
 
 
 # What an earlier test left behind is that one's fault.
