@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from test_signals import Strike, Struck
 
 from async_barriers import BarrierError
 from async_barriers._store.future import Effort, Future
@@ -47,6 +49,22 @@ def test_a_callback_that_raises_spares_the_others() -> None:
         future.resolve(1)
     assert future.done
     assert future.result() == 1
+
+
+def test_struck_at_any_line_of_coming() -> None:
+    """It has not come then, or everybody is called: nobody waits for ever for what is there."""
+    for at in itertools.count(1):
+        future: Future[int] = Future()
+        called: list[str] = []
+        future.when_done(lambda: called.append("one"))  # noqa: B023  (called in this round)
+        future.when_done(lambda: called.append("two"))  # noqa: B023
+        strike = Strike(at)
+        with suppress(Struck), strike():
+            future.resolve(1)
+        assert set(called) == ({"one", "two"} if future.done else set()), strike.where
+        if not strike.where:
+            break
+    assert at > 5
 
 
 def test_a_coroutine_is_driven_by_what_it_awaits() -> None:

@@ -193,6 +193,8 @@ def portal() -> Iterator[BlockingPortal]:
     log.disabled = True
     with start_blocking_portal() as made:
         yield made
+        # Where a test failed, what the other rank waits for may never come.
+        made.start_task_soon(made.stop, True)
     log.disabled = False
 
 

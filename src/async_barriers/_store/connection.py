@@ -92,6 +92,8 @@ class SocketConnection:
         # What came of an answer that is not complete, and what it takes to go on.
         self._heard: list[bytes] = []
         self._needed = 0
+        # The latest message whose answers have all come.
+        self._answered: _Message | None = None
         self._writing = False
         loop.watch_readable(sock, self.read)
 
@@ -240,7 +242,10 @@ class SocketConnection:
         except BaseException as exc:
             # Raised in the middle of an answer, by a signal handler: what was heard is not known
             # any more. What was begun here is settled on another connection.
+            answered = self._answered
             self._lose(exc)
+            if answered is not None and self.lost is not None:
+                answered.fail(another(self.lost))
             raise
 
     def _hear(self, heard: bytes) -> None:
@@ -271,6 +276,7 @@ class SocketConnection:
                 message.kinds, at = incomplete.kinds, incomplete.at
                 self._needed = incomplete.needed - end
                 break
+            self._answered = message
             due.popleft()
             message.answer(answers)
         if at < end and self.lost is None:

@@ -43,20 +43,26 @@ class Future(Generic[T]):
             self._finish()
 
     def _finish(self) -> None:
-        self.done = True
         callbacks = self._callbacks
-        while callbacks:
-            callback = callbacks.pop(0)
+        try:
+            self.done = True
+            while callbacks:
+                callbacks[0]()
+                del callbacks[0]
+        except BaseException:
+            # Of a signal handler, most likely, which may have struck before the callback had
+            # begun. Each may be called twice, and the others are called, too.
+            self._finish_anyway()
+            raise
+
+    def _finish_anyway(self) -> None:
+        self.done = True
+        while self._callbacks:
+            callback = self._callbacks.pop(0)
             try:
                 callback()
-            except BaseException:
-                # Of a signal handler, most likely, which may have struck before the callback had
-                # begun. Each may be called twice, and the others are called, too.
-                try:
-                    callback()
-                finally:
-                    self._finish()
-                raise
+            finally:
+                self._finish_anyway()
 
     def result(self) -> T:
         """The value; raises the error. Only when it is done."""
