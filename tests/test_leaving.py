@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
@@ -32,6 +33,7 @@ from async_barriers import (
     BrokenBarrierError,
     StoreBarrier,
 )
+from async_barriers._protocol import membership
 
 in_process = pytest.mark.anyio
 as_processes = pytest.mark.processes
@@ -50,6 +52,37 @@ async def told(call: Awaitable[object], within_secs: float = KNOWN_SECS) -> Brok
         await call
     assert time.monotonic() < began + within_secs
     return caught.value
+
+
+class Struck(Exception):
+    """What a signal handler throws."""
+
+
+@in_process
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_closing_that_is_struck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal handler's exception, before a word is said: it is begun anew."""
+    said: list[object] = []
+    leave = membership.leave
+
+    def struck(*args: Any, **options: Any) -> Any:
+        said.append(args)
+        if len(said) == 1:
+            raise Struck
+        return leave(*args, **options)
+
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        waiting = tasks.start(ranks[1].execute_barrier)
+        await anyio.sleep(0.05)
+        with monkeypatch.context() as patch:
+            patch.setattr(membership, "leave", struck)
+            with contextlib.suppress(Struck):
+                await ranks[0].aclose()
+            error = await waiting.raised(BrokenBarrierError)
+        assert error.rank == 0
+        assert "closed its barrier" in error.reason
+        assert len(said) == 2
+        assert waiting.secs < TOLD_SECS
 
 
 @in_process

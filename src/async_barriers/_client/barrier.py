@@ -273,14 +273,15 @@ class CrossingBarrier(Barrier):
             return
         loop = session.use()
         began = loop.now()
-        await self._stop_publishing()
-        leaving = session.leave(reason, loop.now() - began)
-        # A host's peers have a moment to hear of their verdicts; the rest is short.
         try:
+            await self._stop_publishing()
+            leaving = session.leave(reason, loop.now() - began)
+            # A host's peers have a moment to hear of their verdicts; the rest is short.
             await settled(loop, leaving, loop.now() + PEERS_SECS + UNDO_SECS)
         except BaseException as exc:
             # It goes on by itself; a caller that is cancelled sees most of it. A coroutine that is
             # thrown away may not wait.
+            leaving = session.leave(reason, loop.now() - began)
             if not isinstance(exc, GeneratorExit):
                 with anyio.CancelScope(shield=True):
                     await until_done(loop, leaving, UNDO_SECS)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from functools import cached_property
+from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import membership as members
 from .._protocol.store import Delete, Read
-from .._store.future import Effort
+from .._store.future import Future
 from .._store.loops import Loop, PrivateLoop
 from .._store.waiting import within
 from . import process
@@ -42,50 +42,48 @@ class Session(Joining):
         """Finds out whether missing ranks are there."""
         return Presence(self)
 
-    def leave(self, reason: str, spent_secs: float = 0.0) -> Effort[None]:
+    def leave(self, reason: str, spent_secs: float = 0.0) -> Future[None]:
         """Break what is awaited, say that this rank is gone, and close; done when all of it is.
 
         :param spent_secs: of the time that closing has
         """
         if self._leaving is None:
             self.closing = True
-            self._leaving = self.start(self._leave(reason, spent_secs))
+            self._leaving = self.owe(partial(self._leave, reason, spent_secs), last=True)
+            self._leaving.when_done(self._close)
         return self._leaving
 
     async def _leave(self, reason: str, spent_secs: float) -> None:
         loop = self.loop
-        if loop is None:
-            self._source.let_go()
+        if loop is None or self._over:
             return
+        began = self._now()
+        within_secs = _LEAVE_SILENT_SECS if self._doubtful else _LEAVE_SECS
+        deadline = began + max(within_secs / 2, within_secs - spent_secs)
+        breaks = [
+            self.give_up(phase, reason)
+            for phase in list(self.open)
+            if not phase.decided and not phase.giving_up and phase.publishing is None
+        ]
+        # Whoever is about to claim its rank says that it leaves when it has. This effort is none
+        # of those yet: it has not come to its first await.
+        joins = () if self._claiming else (self._joining, self._joining_on)
+        others = [one for one in self._efforts if one not in joins]
+        for effort in (*breaks, *others):
+            await within(loop, effort, deadline - self._now())
+        for phase in list(self.open):
+            # One that is being published is settled by what comes of that.
+            if not phase.decided and phase.publishing is None:
+                self.settle(phase, error=self._closed_error(phase))
         try:
-            began = self._now()
-            within_secs = _LEAVE_SILENT_SECS if self._doubtful else _LEAVE_SECS
-            deadline = began + max(within_secs / 2, within_secs - spent_secs)
-            breaks = [
-                self.give_up(phase, reason)
-                for phase in list(self.open)
-                if not phase.decided and not phase.giving_up and phase.publishing is None
-            ]
-            # Whoever is about to claim its rank says that it leaves when it has.
-            joins = () if self._claiming else (self._joining, self._joining_on)
-            others = [one for one in self._efforts if one not in (self._leaving, *joins)]
-            for effort in (*breaks, *others):
-                await within(loop, effort, deadline - self._now())
-            for phase in list(self.open):
-                # One that is being published is settled by what comes of that.
-                if not phase.decided and phase.publishing is None:
-                    self.settle(phase, error=self._closed_error(phase))
-            try:
-                if self._drained:
-                    await self._part(loop, deadline)
-                else:
-                    await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
-            except BarrierError as exc:
-                logger.debug("%s closed without its store: %s", describe(self.prefix), exc)
-            # A host may have waited for its peers past the deadline.
-            await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
-        finally:
-            self._close()
+            if self._drained:
+                await self._part(loop, deadline)
+            else:
+                await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
+        except BarrierError as exc:
+            logger.debug("%s closed without its store: %s", describe(self.prefix), exc)
+        # A host may have waited for its peers past the deadline.
+        await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
 
     async def _hear_out(self, loop: Loop, deadline: float) -> None:
         """Have all be answered that was asked, and say what follows from that: the last one to
@@ -152,8 +150,7 @@ class Session(Joining):
         # What could not be said by now is not said later; nor by those that await what is stopped.
         self._over = True
         for effort in list(self._efforts):
-            if effort is not self._leaving:
-                effort.stop(BarrierConnectionError(f"{describe(self.prefix)} was closed meanwhile"))
+            effort.stop(BarrierConnectionError(f"{describe(self.prefix)} was closed meanwhile"))
         for connection in list(self._opened):
             if connection.lost is None:
                 connection.close(reset=connection.unsaid)

@@ -7,6 +7,7 @@ A session is built in layers, one module and one class each; each layer knows th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -31,6 +32,8 @@ T = TypeVar("T")
 # How long what has to be undone may hold up its caller; law 5 and law 8 leave a second in all.
 UNDO_SECS = 0.8
 _SILENT_SECS = 0.3
+# How often a signal handler may interrupt one thing that is owed.
+_ATTEMPTS = 10
 # How often a connection that was lost is tried again.
 RETRY_SECS = 0.2
 # How long a host waits for its peers.
@@ -91,7 +94,7 @@ class SessionState:
         # What was to go out with the next message of a connection that was lost.
         self._adrift: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
         self._efforts: set[Effort[Any]] = set()
-        self._leaving: Effort[None] | None = None
+        self._leaving: Future[None] | None = None
         # All is closed, and nothing may be begun any more.
         self._over = False
         self._drained = False
@@ -139,16 +142,19 @@ class SessionState:
             effort.when_done(lambda: self._efforts.discard(effort))
         return effort
 
-    def owe(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+    def owe(self, begin: Callable[[], Coroutine[Any, Any, T]], *, last: bool = False) -> Future[T]:
         """Have the peers told something; done when they are, or cannot be.
 
         A signal handler may raise in the middle of it. It is begun anew then, so it has to be
         something that may be said twice.
+
+        :param last: nothing comes after it, so that it is owed when all is closed, too
         """
         owed: Future[T] = Future()
+        attempts = itertools.count(1)
 
         def attempt() -> None:
-            if owed.done or self._over:
+            if owed.done or (self._over and not last):
                 return
             try:
                 effort: Effort[T] = self.start(begin())
@@ -160,7 +166,7 @@ class SessionState:
         def ended(effort: Effort[T]) -> None:
             if effort.error is None:
                 owed.resolve(effort.result())
-            elif isinstance(effort.error, BarrierError):
+            elif isinstance(effort.error, BarrierError) or next(attempts) > _ATTEMPTS:
                 owed.fail(effort.error)
             else:
                 self._post(attempt)

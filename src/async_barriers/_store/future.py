@@ -114,6 +114,7 @@ class Effort(Future[T]):
             # Of a signal handler, or a fault of ours: whoever waits must not do so for ever, and
             # whoever runs this has to know.
             self.fail(exc)
+            self._coroutine.close()
             raise
 
     def stop(self, error: BaseException) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore
 
@@ -195,14 +195,12 @@ class StoreAt:
             if self._server is not None:
                 return self._server
             try:
-                server: TCPStore = await in_thread(
-                    loop,
-                    "host",
-                    partial(
-                        connecting.host_store, host, port, self._use_libuv, shared=self._shared
-                    ),
+                hosting = partial(
+                    connecting.host_store, host, port, self._use_libuv, shared=self._shared
                 )
-                return server
+                # Not held by this frame, which the traceback of an earlier attempt may keep: the
+                # port is free when the server is not held any more.
+                return cast(TCPStore, await in_thread(loop, "host", hosting))
             except OSError as exc:
                 if isinstance(exc, BarrierConnectionError):
                     raise
