@@ -20,3 +20,4 @@ autodoc_inherit_docstrings = True
 
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_js_files = ["tables.js"]
