@@ -30,7 +30,7 @@ def shorten(app, what, name, obj, options, signature, returns):
         (r" \| (~async_barriers\._barrier\.)?Configured\b", ""),
         (r"<anyio\S* object[^>]*>", "..."),
         (r"<function (\w+)[^>]*>", r"\1"),
-        (r"=<factory>", "={}"),
+        (r"<factory>", "{}"),
         (r"\bStoreBarrierT\b", "StoreBarrier"),
     ]:
         signature = signature and re.sub(long, short, signature)
