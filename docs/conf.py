@@ -18,6 +18,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"exclude-members": "__init__, __new__"}
 autodoc_inherit_docstrings = True
+# A longer one has a line for each parameter.
+python_maximum_signature_line_length = 120
 
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
