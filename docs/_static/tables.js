@@ -4,7 +4,8 @@ document.addEventListener("DOMContentLoaded", () => {
     const columns = [...table.querySelectorAll("thead th")].map((head) => head.textContent.trim());
     for (const row of table.tBodies[0].rows) {
       [...row.cells].forEach((cell, place) => {
-        if (place > 0 && columns[place] && cell.textContent.trim()) cell.dataset.column = columns[place];
+        if (!cell.textContent.trim()) cell.classList.add("empty");
+        else if (place > 0 && columns[place]) cell.dataset.column = columns[place];
       });
     }
   }
