@@ -227,7 +227,7 @@ class Saver:
             storage.clear(step)
         except Exception:
             # The checkpoint is complete all the same, and the next save does this again.
-            _logger.warning("step %d is saved, but not all is tidy after it", step, exc_info=True)
+            _logger.warning("step %d is saved, but its clean-up failed", step, exc_info=True)
 
     async def _break_given_up(self) -> None:
         while (step := next(iter(self._pending), None)) is not None and self._pending[step]:

@@ -345,7 +345,7 @@ class Agent:
             self._name,
             number,
             by,
-            f"{who} joined again: it was restarted, or its barrier was built anew",
+            f"{who} joined again: it was restarted, or its barrier was built again",
         )
 
 

@@ -212,9 +212,9 @@ async def _join(
             and await _answers(store, keys, rank, holder, lives, wait_for)
         ):
             raise BarrierError(
-                f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which lives; "
+                f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which is alive; "
                 f"{life} is refused. Look for two processes with this rank, or for another job on "
-                "this port; close a barrier before you build it anew"
+                "this port; close a barrier before you build it again"
             )
         if holder is not None and holder.generation == state.identity:
             await _end(store, keys, state, found, rank, world_size, life)
