@@ -1,4 +1,4 @@
-"""CommitObserver: what was committed, for processes that are no ranks."""
+"""CommitObserver: follows the commits of a barrier, for processes that are no ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torchrun shows as the root cause: the rank that failed, and not one that waited for it. ::
+"""Have torchrun show the rank that failed as the root cause, not one that waited for it. ::
 
 from async_barriers.torchrun import record
 
