@@ -1,4 +1,4 @@
-"""What a crossing hands to its caller."""
+"""The values that a crossing gives to its caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StepSignal: one rank says so, and all ranks act at one step."""
+"""StepSignal: one rank sends it, and all ranks act at one step."""
 
 from __future__ import annotations
 

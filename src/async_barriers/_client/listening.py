@@ -1,4 +1,4 @@
-"""The bell: what a rank hears of its generation, and what it does then."""
+"""The bell: how a rank learns of changes in its generation, and what it then does."""
 
 from __future__ import annotations
 

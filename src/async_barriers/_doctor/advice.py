@@ -1,4 +1,4 @@
-"""What to do about an error, by what is at the bottom of it."""
+"""What to do about an error, by its cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the facts of all ranks mean, what to do about it, and how to print that."""
+"""The meaning of the facts of all ranks, what to do about them, and how to print that."""
 
 from __future__ import annotations
 
