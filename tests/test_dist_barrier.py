@@ -261,7 +261,7 @@ async def test_no_thread_for_publish_is_an_error_of_ours(monkeypatch: pytest.Mon
 
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", start)
-            with pytest.raises(BarrierError, match="none can be had"):
+            with pytest.raises(BarrierError, match="none can be started"):
                 await barrier.commit(lambda _: b"")
         await barrier.execute_barrier()
 
@@ -432,7 +432,7 @@ async def test_the_leaders_deadline_stops_publish_without_doubt() -> None:
         assert not caught.value.in_doubt
         with pytest.raises(BrokenBarrierError, match=r"timed out after 0.1 s.*use a StoreBarrier"):
             await barrier.execute_barrier()
-        with pytest.raises(BrokenBarrierError, match="of no more use"):
+        with pytest.raises(BrokenBarrierError, match="can no longer be used"):
             await barrier.connect()
 
 
@@ -1011,7 +1011,7 @@ def test_who_waits_for_those_that_left_is_told(start_job: StartJob, do: str) -> 
     assert error["reason"] == "it closed its barrier"
     assert not error["in_doubt"]
     error = job.ranks[2].start("cross").error("BrokenBarrierError", 1.0)
-    assert "of no more use: rank" in error["reason"]
+    assert "can no longer be used: rank" in error["reason"]
     quiet_exit(job, 0, 1)
 
 

@@ -146,7 +146,7 @@ def test_a_life_that_only_itself_can_speak_for(lives: bool) -> None:
     first = place.join(0)
     place.silent = True
     if lives:
-        with pytest.raises(BarrierError, match="which lives"):
+        with pytest.raises(BarrierError, match="which is alive"):
             place.join(0)
     else:
         place.die(first)
@@ -187,7 +187,7 @@ def test_of_two_that_claim_at_the_same_moment_one_is_refused() -> None:
 
         place.memory.data.hook = overtake
         if operation == "compare_set":
-            with pytest.raises(BarrierError, match="which lives"):
+            with pytest.raises(BarrierError, match="which is alive"):
                 place.join(0)
         else:
             assert place.join(0).state.number == 0
@@ -249,7 +249,7 @@ async def test_the_second_of_two_with_the_same_rank_is_refused(shared: World) ->
         waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
         await shared.entered(0, name="x")
         for _ in range(2):
-            with pytest.raises(BarrierError, match="which lives") as caught:
+            with pytest.raises(BarrierError, match="which is alive") as caught:
                 await second.execute_barrier("x")
             assert str(caught.value).count(f"on {socket.gethostname()}") == 2
         assert not waiting.ended.is_set()
@@ -268,7 +268,7 @@ async def test_a_life_elsewhere_is_asked(shared: World, monkeypatch: pytest.Monk
     ranks = await shared.barriers(2)
     monkeypatch.setattr(process, "lives", lambda life: None)
     second = shared.barrier(0, 2)
-    with pytest.raises(BarrierError, match="which lives"):
+    with pytest.raises(BarrierError, match="which is alive"):
         await second.connect()
     assert await crosses(ranks) == 0
     crash(ranks[0])

@@ -194,9 +194,9 @@ def parser() -> argparse.ArgumentParser:
         "doctor",
         help="see whether barriers work between the ranks of a job",
         description="Examines the ranks that torchrun started (`torchrun ... -m async_barriers "
-        "doctor`), or else a few of its own on this machine. Every rank where something is wrong "
-        "says so. The exit status is 1 then; but 0 under torchrun, which would end the other ranks "
-        "before they have spoken, and write a trace.",
+        "doctor`), or else a few of its own on this machine. Every rank that sees a problem says "
+        "so, and the exit status is 1. Under torchrun it is 0, because torchrun would otherwise "
+        "end the other ranks before they have printed, and print a trace.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = doctor.add_argument

@@ -39,9 +39,9 @@ Timeout = float | None | Configured
 class Barrier(abc.ABC):
     """Lets the ranks of one training job wait for each other without blocking an event loop.
 
-    One crossing is a *phase*, identified by its name and by how many times this rank has
-    crossed that name. A phase ends in one verdict, released or broken, the same for all ranks.
-    Works on asyncio and trio; one barrier belongs to one event loop at a time.
+    One crossing is a *phase*. Its name and its step, or this rank's count of crossings of that
+    name, identify it. A phase ends in one verdict, released or broken, the same for all ranks. It
+    works on asyncio and trio. A barrier belongs to one event loop at a time.
     """
 
     barrier_type: ClassVar[str]
@@ -50,30 +50,30 @@ class Barrier(abc.ABC):
     async def execute_barrier(
         self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
-        """Enter the next phase of ``name`` and wait until every rank has.
+        """Enter the next phase of ``name`` and wait until every rank has entered.
 
-        :param name: phases of different names are independent of each other
-        :param step: takes the place of the count: the phase is that of ``name`` and this step,
-            0 or more. Ranks that come for different steps never meet. A step is decided once; a
-            rank that comes for one when it or a later one was decided gets
-            `BrokenBarrierError` at once. Without it, the n-th call of a name meets the n-th of
-            the other ranks, which is enough only where all ranks call, fail and restart together.
+        :param name: phases of different names are independent
+        :param step: 0 or more; the phase is then that of ``name`` and this step. Ranks that come
+            for different steps never meet. A step is decided once: a rank that comes for it when it
+            or a later one is decided gets `BrokenBarrierError` at once. Without a step, the n-th
+            call of a name meets the n-th of the other ranks. That is enough only where all ranks
+            call, fail and restart together.
         :param timeout_secs: the deadline in seconds from now; None for no deadline
         :raises BarrierTimeoutError: a deadline, of this rank or another, broke the phase
-        :raises BrokenBarrierError: another rank gave up, or this barrier is of no more use
+        :raises BrokenBarrierError: another rank gave up, or this barrier can no longer be used
         :raises BarrierConnectionError: the store was lost or never reached
         :raises BarrierClosedError: the barrier is closed
 
-        **Cancellation:** breaks the phase for everyone, unless it was decided before, and
-        returns within 1 s. The turn is used up: the next call enters the next phase.
+        **Cancellation:** breaks the phase for all ranks, unless it was decided before, and returns
+        within 1 s. The turn is used up: the next call enters the next phase.
         """
 
     async def connect(self) -> None:  # noqa: B027  (a barrier may have nothing to connect to)
-        """Reach the store, but not the peers; the first crossing does it otherwise.
+        """Reach the store, but not the peers. Without this call the first crossing connects.
 
         :raises BarrierConnectionError: the store was not reached in time
 
-        **Cancellation:** nothing was entered and nothing is broken; connecting again is safe.
+        **Cancellation:** nothing is entered and nothing breaks. Connecting again is safe.
         """
 
     async def commit(
@@ -88,24 +88,25 @@ class Barrier(abc.ABC):
     ) -> bytes:
         """Publish a checkpoint once every rank has finished its part, or not at all.
 
-        :param publish: called on the leader alone, with the payloads of all ranks, when all
-            have entered; what it returns is returned on every rank (``b""`` for None). A
-            coroutine function, or a plain one, which runs in a thread of the library's: that
-            outlives its cancellation, so its last step should be one that may come late.
+        Raises what `execute_barrier` raises. If ``publish`` raises, the leader gets its exception
+        and the others get `BrokenBarrierError`. If it returns anything but bytes or None, all ranks
+        get the same `BrokenBarrierError`, in doubt, since it may have published.
+
+        :param publish: called on the leader alone, with the payloads of all ranks, when all have
+            entered. Every rank gets what it returns (``b""`` for None). It is a coroutine function,
+            or a plain one, which runs in a thread of the library's. A thread outlives its
+            cancellation, so the last step of a plain function must do no harm if it comes late.
         :param payload: what this rank brings, such as its manifest; 4 MiB at most
         :param step: as in `execute_barrier`; with it, payloads of different steps are never
             published together
         :param leader: the rank that publishes; all ranks must name the same
-        :raises: as `execute_barrier`. If ``publish`` raises, the leader gets its exception
-            and the others get `BrokenBarrierError`. If it returns anything but bytes or None, all
-            ranks get the same `BrokenBarrierError`, in doubt, since it may have published.
-        :raises TypeError, ValueError: ``publish`` is not callable, ``payload`` is no bytes or too
-            large; nothing was entered (`committing` breaks the commit there)
+        :raises TypeError, ValueError: ``publish`` is not callable, or ``payload`` is too large or
+            no bytes; nothing was entered (`committing` breaks the commit)
 
-        **Cancellation and deadlines:** as `execute_barrier` until all have entered. From then
-        on only the leader settles the phase; another rank that stops waiting breaks nothing,
-        and its deadline raises `BarrierTimeoutError` with ``in_doubt = True``. The leader's
-        own deadline or cancellation cancels ``publish`` and breaks the phase.
+        **Cancellation and deadlines:** as `execute_barrier` until all have entered. From then on
+        only the leader settles the phase. Another rank that stops waiting breaks nothing; its
+        deadline raises `BarrierTimeoutError` with ``in_doubt = True``. The leader's own deadline or
+        cancellation cancels ``publish`` and breaks the phase.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot commit")
 
@@ -117,15 +118,14 @@ class Barrier(abc.ABC):
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
-        """Enter with a payload, and get those of all ranks, in their order, on every rank.
+        """Enter with a payload, and get the payloads of all ranks, in rank order, on every rank.
 
-        For small values. Each rank sends its payload once and receives those of all, so that with
-        n ranks that bring b bytes each the store sends n * n * b bytes, and 8 n * n more: 256 KiB
-        for 64 ranks with 56 bytes, but 4 GiB with 1 MiB each. Use `commit` where one rank's view
-        is enough: there the leader alone receives them.
+        Use it for small values. Each rank receives the payloads of all. With n ranks that bring b
+        bytes each, the store sends n * n * b bytes, and 8 n * n more: 256 KiB for 64 ranks with 56
+        bytes, but 4 GiB with 1 MiB each. If one rank decides, use `commit`: there the leader alone
+        receives them. Raises what `execute_barrier` raises.
 
         :param payload: 4 MiB at most, and may be empty
-        :raises: as `execute_barrier`
         :raises ValueError: ``payload`` is too large; the phase is broken, and the other ranks get
             `BrokenBarrierError` with that reason
         :raises TypeError: ``payload`` is no bytes; nothing was entered
@@ -140,28 +140,28 @@ class Barrier(abc.ABC):
         Peers get `BrokenBarrierError` with this rank and ``reason``.
 
         :param step: break the phase of this step instead
-        :return: whether this call broke it; False where it had been decided
+        :return: True if this call broke it; False if it was decided before
 
         **Cancellation:** the break goes on, and reaches the peers if the store can be reached.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot abort")
 
     def report(self, doing: str) -> None:  # noqa: B027  (nor anybody to tell)
-        """Say what this rank is doing, such as ``"uploaded 3 of 8 GB"``; not an awaitable.
+        """Say what this rank is doing, such as ``"uploaded 3 of 8 GB"``. It is not awaited.
 
-        Peers that wait for this rank show it in reports and errors, and take new words for
-        progress (``stalled_after_secs``). Returns at once, from any thread, and does no I/O: it is
-        kept until a peer asks, and may be called a thousand times a second.
+        Peers that wait for this rank show the text in reports and errors. A new text is progress
+        (``stalled_after_secs``). It returns at once, from any thread, and does no I/O: the text is
+        kept until a peer asks. You may call it a thousand times a second.
 
         :param doing: shown in one line of at most 200 characters
         :raises TypeError: it is no string
         """
 
     async def aclose(self) -> None:  # noqa: B027  (nor anything to close)
-        """Break the phases this rank still awaits, say that it leaves, and let go of all it has.
+        """Break the phases this rank still awaits, tell the peers that it leaves, and disconnect.
 
         Peers that wait for this rank, or enter a phase later, get `BrokenBarrierError` at once,
-        until it joins again. Idempotent. **Cancellation:** closing goes on without waiting for it.
+        until it joins again. Idempotent. **Cancellation:** closing goes on without its caller.
         """
 
     def phase(
@@ -169,12 +169,12 @@ class Barrier(abc.ABC):
     ) -> AbstractAsyncContextManager[None]:
         """Enter the next phase of ``name`` when the body of ``async with`` has succeeded.
 
-        If the body raises, is cancelled or is left by a generator that is closed, the phase is
-        broken with that as the reason, so that no peer waits for work that will not come, and
-        the exception goes on.
+        The phase breaks if the body raises, is cancelled, or is left by a generator that is closed.
+        Peers get that as the reason, and do not wait for work that will not come. The exception
+        goes on.
 
         :param step: as in `execute_barrier`
-        :param timeout_secs: for the waiting after the body; the body itself has no deadline
+        :param timeout_secs: limits the wait after the body; the body itself has no deadline
         """
 
         async def cross() -> None:
@@ -197,17 +197,17 @@ class Barrier(abc.ABC):
                 part.payload = await upload()
             part.result  # what publish returned, on every rank
 
-        Nothing is published unless every rank's body has succeeded. A body that raises, is
-        cancelled or is left by a generator that is closed breaks the commit with that as the
-        reason, and the exception goes on. So does a payload that is no bytes or too large, which
-        raises TypeError or ValueError here, after the body.
+        Nothing is published unless every rank's body has succeeded. The commit breaks if a body
+        raises, is cancelled, or is left by a generator that is closed. Peers get that as the
+        reason, and the exception goes on. The same holds for a payload that is too large or no
+        bytes: it raises ValueError or TypeError here, after the body. Other errors are those of
+        `commit`. A wrong argument is refused before the body runs.
 
-        :param publish, name, step, leader: as in `commit`
-        :param timeout_secs: for the waiting after the body, and publishing; the body itself has no
+        :param publish: as in `commit`, and so are ``name``, ``step`` and ``leader``
+        :param timeout_secs: limits the wait after the body, and publishing; the body itself has no
             deadline
-        :raises: as `commit`, after the body; what is wrong with the call is said before it
 
-        **Cancellation:** in the body, breaks the commit for everyone; after it, as `commit`.
+        **Cancellation:** in the body, it breaks the commit for all ranks; after it, as `commit`.
         """
         check_publish(publish)
         part = Committing()

@@ -18,8 +18,8 @@ Fail = Callable[[str], Awaitable[None]]
 class Committing:
     """This rank's part in a commit, inside `Barrier.committing`.
 
-    :ivar payload: what this rank brings, such as its manifest; set it in the body. ``b""``, if it
-        is never set
+    :ivar payload: what this rank brings, such as its manifest; set it in the body. It is ``b""``
+        until you set it
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Committing:
 
     @property
     def result(self) -> bytes:
-        """What ``publish`` returned on the leader; there once the body of ``async with`` was left.
+        """What ``publish`` returned on the leader; available after the body of ``async with``.
 
         :raises RuntimeError: the commit was not released, or not yet
         """

@@ -15,7 +15,7 @@ BARRIER_REGISTRY: dict[str, type] = {}
 
 @dataclass
 class BarrierConfig:
-    """Which barrier to build, and with which arguments; picklable if the arguments are.
+    """Which barrier to build, and with which arguments. It can be pickled if the arguments can.
 
     :ivar barrier_type: a key of `BARRIER_REGISTRY`, or None for no barrier
     :ivar barrier_args: keyword arguments of its class
@@ -26,10 +26,10 @@ class BarrierConfig:
 
 
 def register_barrier(barrier_class: ClassT) -> ClassT:
-    """Class decorator: make ``barrier_class`` known under its ``barrier_type``.
+    """Class decorator: register ``barrier_class`` under its ``barrier_type``.
 
     :raises TypeError: it has no ``barrier_type``
-    :raises ValueError: another class has that ``barrier_type`` already
+    :raises ValueError: another class has that ``barrier_type``
     """
     barrier_type = getattr(barrier_class, "barrier_type", None)
     if not isinstance(barrier_type, str) or not barrier_type:
@@ -47,7 +47,7 @@ def register_barrier(barrier_class: ClassT) -> ClassT:
 
 
 def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
-    """The barrier that ``barrier_config`` describes; None where its type is None.
+    """Build the barrier that ``barrier_config`` describes; None if its type is None.
 
     :raises ValueError: the type is unknown, or an argument's value is not allowed
     :raises TypeError: an argument is unknown, missing or of a wrong type

@@ -63,8 +63,8 @@ def plural_ranks(ranks: tuple[int, ...]) -> str:
 class BarrierError(Exception):
     """The base of all errors of this library.
 
-    :ivar in_doubt: True where this rank entered the phase and could not learn its verdict,
-        so that other ranks may have been released. False everywhere else.
+    :ivar in_doubt: True if this rank entered the phase and could not learn its verdict, so that
+        other ranks may have been released. False in all other cases.
     """
 
     in_doubt: bool
@@ -103,15 +103,15 @@ class _PhaseError(BarrierError):
 
 
 class BarrierTimeoutError(_PhaseError, TimeoutError):
-    """A deadline broke the phase; every rank that learns of it gets this error.
+    """A deadline broke the phase. Every rank that learns of it gets this error.
 
     :ivar name: the name given at the call
-    :ivar sequence: which crossing of that name it was, from 0
-    :ivar missing_ranks: exactly the ranks that had not entered when the deadline fired, sorted
-    :ivar timeout_secs: the deadline that fired, in seconds; or for how long a rank had shown no
-        progress, where that broke the phase (``stalled_after_secs``)
-    :ivar missing: what was known of the missing ranks then; of the first 1,024 of them
-    :ivar prefix: the barrier's, where it has one; part of the message
+    :ivar sequence: which crossing of that name it was, from 0; or the step that was given
+    :ivar missing_ranks: exactly the ranks that had not entered when the deadline passed, sorted
+    :ivar timeout_secs: the deadline that passed, in seconds; or how long a rank had shown no
+        progress, if that broke the phase (``stalled_after_secs``)
+    :ivar missing: what was then known of the missing ranks; of the first 1,024 of them
+    :ivar prefix: the barrier's, if it has one; part of the message
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class BrokenBarrierError(_PhaseError):
     """A rank broke the phase, or this barrier can no longer be used.
 
     :ivar name: the name given at the call
-    :ivar sequence: which crossing of that name it was, from 0
-    :ivar rank: the rank that broke it; None where no rank is to blame
+    :ivar sequence: which crossing of that name it was, from 0; or the step that was given
+    :ivar rank: the rank that broke it; None if no rank is to blame
     :ivar reason: why, in words
-    :ivar prefix: the barrier's, where it has one; part of the message
+    :ivar prefix: the barrier's, if it has one; part of the message
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class BrokenBarrierError(_PhaseError):
 class BarrierConnectionError(BarrierError, ConnectionError):
     """The store cannot be reached, or was lost before or while waiting.
 
-    torch's own exception, where there was one, is the ``__cause__``.
+    If torch raised an exception of its own, it is the ``__cause__``.
     """
 
 
@@ -188,7 +188,7 @@ def another(error: BarrierConnectionError) -> BarrierConnectionError:
 
 
 class BarrierClosedError(BarrierError):
-    """The barrier was used after ``aclose()``, or closed while this call waited."""
+    """The barrier was used after ``aclose()``, or it was closed while this call waited."""
 
     def __init__(self, barrier: str) -> None:
         super().__init__(f"{barrier} is closed; build a new one to go on")

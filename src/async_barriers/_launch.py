@@ -1,4 +1,4 @@
-"""What a launcher or a process group says of this process: its rank, its world and its store."""
+"""The rank, the world and the store of this process, from a launcher or a process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How messages tell of the ranks that a phase waits for."""
+"""How messages name the ranks that a phase waits for."""
 
 from __future__ import annotations
 

@@ -191,8 +191,8 @@ class Portal:
             in_own_thread("loop", self._run)
         except RuntimeError as exc:
             raise BarrierConnectionError(
-                f"no thread can be had for {self._name()} ({exc}); this process or its user has "
-                "reached a limit of threads (ulimit -u, pids.max)"
+                f"no thread can be started for {self._name()} ({exc}); this process or its user "
+                "has reached a limit of threads (ulimit -u, pids.max)"
             ) from exc
 
     def _cancel(self, call: _Call[Any]) -> None:
@@ -283,7 +283,7 @@ class Portal:
 
     def _lost(self, cause: BaseException) -> BarrierConnectionError:
         error = BarrierConnectionError(
-            f"no event loop can be had for {self._name()} ({told_by(cause)})"
+            f"no event loop can be started for {self._name()} ({told_by(cause)})"
         )
         error.__cause__ = cause
         return error

@@ -1,4 +1,4 @@
-"""Reporting who is still missing."""
+"""Reports of the ranks that are still missing."""
 
 from __future__ import annotations
 

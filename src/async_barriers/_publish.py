@@ -41,7 +41,7 @@ class Publishing:
         try:
             called = in_own_thread("publish", functools.partial(self._publish, payloads))
         except RuntimeError as exc:
-            raise BarrierError(f"publish needs a thread, and none can be had ({exc})") from exc
+            raise BarrierError(f"publish needs a thread, and none can be started ({exc})") from exc
         self.in_thread = True
         await told(self._loop, called)
         self.in_thread = False

@@ -22,8 +22,8 @@ _PARTIAL = re.compile(r"\.step-(\d+)\.partial")
 class Checkpoint:
     """A complete checkpoint.
 
-    :ivar step: of the training
-    :ivar path: of its directory; the files of rank ``r`` are in ``rank-r`` there
+    :ivar step: the training step
+    :ivar path: its directory, which has the files of rank ``r`` in ``rank-r``
     :ivar entries: what each rank's upload returned, in rank order; empty in what `Saver.save`
         returns
     """
@@ -38,7 +38,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, step: int, rank: int) -> str:
-        """Where a rank's files of an incomplete checkpoint go; ready to be written to."""
+        """Make the place for a rank's files of an incomplete checkpoint, and return it."""
 
     @abc.abstractmethod
     def write(self, path: str, data: bytes) -> None:
@@ -46,7 +46,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def seal(self, path: str) -> None:
-        """Make durable what a rank has written to ``path``, a result of `begin`."""
+        """Make durable what a rank has written to ``path``, which `begin` returned."""
 
     @abc.abstractmethod
     def prepare(self, step: int, manifest: bytes) -> None:
@@ -56,7 +56,7 @@ class Storage(abc.ABC):
     def complete(self, step: int) -> None:
         """Make a checkpoint complete for readers, in one atomic step.
 
-        Its end is waited for, also where the save is cancelled; it should take little time.
+        A `Saver` waits for its end, also if the save is cancelled. So it must take little time.
         """
 
     @abc.abstractmethod
@@ -77,10 +77,10 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def remove(self, step: int) -> None:
-        """Remove a complete checkpoint; it is incomplete before any of its files goes."""
+        """Remove a complete checkpoint; make it incomplete before you remove any of its files."""
 
     def read(self, step: int) -> Checkpoint:
-        """A complete checkpoint, by its manifest."""
+        """Read a complete checkpoint from its manifest."""
         entries = json.loads(self.manifest(step))["entries"]
         return Checkpoint(step, self.path(step), tuple(entries))
 
@@ -93,7 +93,7 @@ class Directory(Storage):
 
     An incomplete checkpoint is ``.step-300.partial``, and a complete one ``step-300``.
 
-    :param root: is made if it is not there
+    :param root: is made if it does not exist
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -165,10 +165,10 @@ class Directory(Storage):
 class FsspecStorage(Storage):
     """Any file system that fsspec knows: S3, GCS, memory, ... Needs the extra ``fsspec``.
 
-    A checkpoint is complete when its ``manifest.json`` is there.
+    A checkpoint is complete when its ``manifest.json`` exists.
 
     :param url: such as ``"s3://bucket/run-7"``; all ranks must see the same files there
-    :param options: of the file system, as for ``fsspec.filesystem``
+    :param options: for the file system, as for ``fsspec.filesystem``
     """
 
     def __init__(self, url: str, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of the operating system beyond Python's own modules: Linux, and macOS in part.
+"""All use of the operating system beyond Python's own modules: Linux, and macOS in part.
 
 The only module that tells systems apart. Nothing here fails where the system cannot tell: it says
 that it does not know, and what that costs stands in docs/versions.md.

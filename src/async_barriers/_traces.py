@@ -1,4 +1,4 @@
-"""What a recorder draws: files in Chrome's trace format, and bodies as calls."""
+"""The drawings of a recorder: files in Chrome's trace format, and bodies as calls."""
 
 from __future__ import annotations
 

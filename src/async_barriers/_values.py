@@ -1,4 +1,4 @@
-"""What a crossing hands to its caller."""
+"""The values that a crossing gives to its caller."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class BarrierResult:
     :ivar name: the name given at the call
     :ivar sequence: which crossing of that name it was, from 0; or the step that was given
     :ivar waited_secs: how long this rank waited, in seconds
-    :ivar last_rank: the rank whose arrival released everyone; None where this rank waited less
-        than 10 ms for it and nobody was asked, or where that rank could not say so
+    :ivar last_rank: the rank that entered last and so released all. It may be None if this rank
+        waited less than 10 ms, or if that rank could not say that it was the last
     """
 
     name: str
@@ -31,17 +31,17 @@ class BarrierResult:
 
 @dataclass(frozen=True)
 class MissingRank:
-    """A rank that a phase waits for, and whether it is there.
+    """A rank that a phase waits for, and whether it is alive.
 
     :ivar rank: its number, within the barrier
-    :ivar host: of the process that has joined with this rank, by its own name; None if none has
-    :ivar pid: of that process, there
-    :ivar state: ``"alive"`` (it answered), ``"silent"`` (it joined, and does not answer: stopped,
-        dead, cut off, or its event loop is blocked), ``"left"`` (it closed its barrier) or
+    :ivar host: the host name of the process that joined with this rank; None if none has
+    :ivar pid: the process id of that process, on its host
+    :ivar state: ``"alive"`` (it answered), ``"silent"`` (it joined, and does not answer: it is
+        stopped, dead, cut off, or its event loop is blocked), ``"left"`` (it closed its barrier) or
         ``"absent"`` (it never joined)
     :ivar doing: what it last said by `Barrier.report`, in one line of at most 200 characters
-    :ivar heard_secs_ago: how many seconds ago that was; where there is no such word, how long ago
-        the rank was heard of; None where it never was
+    :ivar heard_secs_ago: how many seconds ago it said that. If it said nothing, how long ago it was
+        last heard of; None if it never was
     """
 
     rank: int
@@ -54,12 +54,12 @@ class MissingRank:
 
 @dataclass(frozen=True)
 class BarrierProgress:
-    """How far a phase has come that this rank still waits in.
+    """How far a phase has come in which this rank still waits.
 
     :ivar name: the name given at the call
-    :ivar sequence: which crossing of that name it is, from 0
+    :ivar sequence: which crossing of that name it is, from 0; or the step that was given
     :ivar arrived: how many ranks had entered
-    :ivar world_size: how many have to
+    :ivar world_size: how many have to enter
     :ivar missing_ranks: the ranks that had not entered, sorted
     :ivar waited_secs: how long this rank has waited, in seconds
     :ivar missing: what is known of the missing ranks; of the first 1,024 of them
@@ -94,21 +94,20 @@ class CommitRecord:
 
 @dataclass(frozen=True)
 class BarrierStatistics:
-    """What became of this rank's phases since its barrier was built.
+    """How this rank's phases ended since its barrier was built, in numbers.
 
-    :ivar released: how many were
+    :ivar released: how many were released
     :ivar broken: how many ended otherwise for this rank; the sum of ``broken_by``
-    :ivar broken_by: of those, how many by each of the following, all of which are always there:
-        ``"timeout"`` (a deadline, of whichever rank), ``"gave_up"`` (this rank was cancelled,
-        raised or aborted), ``"peer"`` (another rank did), ``"left"`` (a rank closed its barrier),
-        ``"restart"`` (a rank joined again), ``"connection"`` (the store was lost or not reached)
-        and ``"closed"`` (this barrier was)
-    :ivar waited_secs: how long this rank waited in all of them together, in seconds; a leader's
-        publishing included
-    :ivar waited_secs_at_most: in the longest of them
-    :ivar came_last: how many of the released ones waited for this rank: it was the last to enter
-    :ivar reconnections: how often a connection to the store was lost and another one took its
-        place
+    :ivar broken_by: how many broke for each reason. These are always present: ``"timeout"`` (a
+        deadline, of any rank), ``"gave_up"`` (this rank was cancelled, raised or aborted),
+        ``"peer"`` (another rank did), ``"left"`` (a rank closed its barrier), ``"restart"`` (a rank
+        joined again), ``"connection"`` (the store was lost or not reached) and ``"closed"`` (this
+        barrier was closed)
+    :ivar waited_secs: how long this rank waited in all of them together, in seconds; it includes a
+        leader's publishing
+    :ivar waited_secs_at_most: the longest of these waits, in seconds
+    :ivar came_last: in how many of the released ones this rank entered last
+    :ivar reconnections: how often another connection to the store replaced a lost one
     """
 
     released: int

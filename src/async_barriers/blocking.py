@@ -47,33 +47,33 @@ _ABSTRACT_BARRIERS = (
 
 
 class BlockingBarrier:
-    """A barrier on an event loop of its own, in a thread of its own.
+    """A barrier that runs on its own event loop, in its own thread.
 
-    It is accepted wherever torch's checkpoint code takes its ``Barrier``: the ``CheckpointWriter``
-    of ``torch.distributed.checkpoint._experimental`` and that of the package
-    ``torch_checkpointing``, which cross the name ``""``.
+    torch's checkpoint code accepts it as its ``Barrier``: the ``CheckpointWriter`` of
+    ``torch.distributed.checkpoint._experimental`` and that of the package ``torch_checkpointing``,
+    which cross the name ``""``.
 
-    Usable from any thread, and from several at once. A KeyboardInterrupt, or whatever else a signal
-    handler raises in the waiting thread, cancels the call, which breaks the phase for the peers; it
-    is raised within 1 s. A call must not be made on a thread that runs an event loop: that loop
-    would stand still meanwhile.
+    You may use it from any thread, and from several at once. A KeyboardInterrupt, or another
+    exception that a signal handler raises in the waiting thread, cancels the call. This breaks the
+    phase for the peers, and the exception is raised within 1 s. Do not call it on a thread that
+    runs an event loop: it would block that loop.
 
-    It belongs to the process that built it; in one that was forked from there, every call says so.
-    It can be pickled if it was built from a configuration, and is then built anew from it, in a
-    checkpoint subprocess, say. A rank is one process's alone: while one that is connected lives,
-    the other is refused. The thread and the connections start with the first call. They keep no
-    interpreter from exiting, also if it was not closed.
+    It belongs to the process that built it. In a forked process, every call raises an error that
+    says so. It can be pickled if it was built from a configuration; the copy is built from that, in
+    a checkpoint subprocess for example. A rank belongs to one process: while one that is connected
+    lives, the other is refused. The thread and the connections start with the first call. They
+    never keep the interpreter from exiting, also if you do not close it.
 
-    Leaving (`close`, the end of a ``with`` block, the end of the interpreter) tells the peers, in
-    the phases that they wait in and in those that they enter later.
+    When it leaves (`close`, the end of a ``with`` block, the end of the interpreter), the peers
+    learn it in the phases that they wait in and in those that they enter later.
 
-    In all calls ``name`` and ``step`` are as in `Barrier.execute_barrier`, and ``timeout_secs`` is
-    the deadline in seconds from now; None for the one configured, 0 for what is decided now. (For
-    no deadline at all, configure ``timeout_secs=None``.)
+    In all calls ``name`` and ``step`` are as in `Barrier.execute_barrier`. ``timeout_secs`` is the
+    deadline in seconds from now; None for the configured one, 0 for what is decided now. (For no
+    deadline at all, configure ``timeout_secs=None``.)
 
     :param config_or_barrier: which barrier to build: a `BarrierConfig`, or torch's class of that
-        name; or a barrier, which is this one's from then on and is closed with it
-    :raises TypeError, ValueError: it is neither, is a configuration of no barrier, or as
+        name; or a barrier, which then belongs to this object and is closed with it
+    :raises TypeError, ValueError: it is neither, or is a configuration of no barrier; or as
         `create_barrier_from_config`
     """
 
@@ -97,26 +97,25 @@ class BlockingBarrier:
 
     @property
     def barrier(self) -> Barrier:
-        """The barrier inside, for coroutines that are given to `start`."""
+        """The barrier inside, for coroutines that you give to `start`."""
         return self._barrier
 
     def connect(self) -> None:
-        """Reach the store, but not the peers; the first crossing does it otherwise.
+        """Reach the store, but not the peers. Without this call the first crossing connects.
 
-        A writer that connects when it is built can tell its peers if its first write fails.
-
-        :raises: as `Barrier.connect`
+        A writer that connects when it is built can tell its peers if its first write fails. Raises
+        what `Barrier.connect` raises.
         """
         self._portal.call(self._barrier.connect)
 
     def execute_barrier(
         self, timeout_secs: float | None = None, *, name: str = "", step: int | None = None
     ) -> BarrierResult:
-        """Enter the next phase of ``name`` and block until every rank has.
+        """Enter the next phase of ``name`` and block until every rank has entered.
 
-        :raises: as `Barrier.execute_barrier`
+        Raises what `Barrier.execute_barrier` raises.
 
-        **Interruption**, as by Ctrl-C: breaks the phase for everyone, unless it was decided
+        **Interruption**, as by Ctrl-C: breaks the phase for all ranks, unless it was decided
         before, and is raised within 1 s. The turn is used up: the next call enters the next phase.
         """
         call = functools.partial(self._barrier.execute_barrier, name)
@@ -134,9 +133,10 @@ class BlockingBarrier:
     ) -> bytes:
         """Publish a checkpoint once every rank has finished its part; see `Barrier.commit`.
 
+        Raises what `Barrier.commit` raises.
+
         :param publish: a plain function, which runs in a thread of the library's, or a coroutine
             function, which runs on the barrier's own event loop
-        :raises: as `Barrier.commit`
 
         **Interruption:** as the cancellation of `Barrier.commit`.
         """
@@ -156,7 +156,7 @@ class BlockingBarrier:
     ) -> tuple[bytes, ...]:
         """Enter with a payload, and get those of all ranks; see `Barrier.all_gather`.
 
-        :raises: as `Barrier.all_gather`
+        Raises what `Barrier.all_gather` raises.
 
         **Interruption:** as `execute_barrier`.
         """
@@ -168,7 +168,7 @@ class BlockingBarrier:
 
         Peers get `BrokenBarrierError` with this rank and ``reason``.
 
-        :return: whether this call broke it; False where it had been decided
+        :return: True if this call broke it; False if it was decided before
 
         **Interruption:** the break goes on, and reaches the peers if the store can be reached.
         """
@@ -184,28 +184,28 @@ class BlockingBarrier:
         self._barrier.report(doing)
 
     def step_signal(self, name: str = "stop") -> BlockingStepSignal:
-        """A `StepSignal` of this barrier, whose `reached` blocks; it ends with this barrier.
+        """A `StepSignal` of this barrier, whose `reached` blocks. It ends with this barrier.
 
-        :raises: as `StepSignal`
+        Raises what `StepSignal` raises.
         """
         return BlockingStepSignal(self._barrier, name)
 
     def start(
         self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> Future[T]:
-        """Begin a call on the barrier's own event loop, and go on meanwhile. ::
+        """Begin a call on the barrier's own event loop, and return while it runs. ::
 
             saving = blocking.start(blocking.barrier.commit, publish, payload=manifest, step=step)
             ...  # train; ask saving.done() at each step
             saving.result()
 
-        A Ctrl-C in ``result()`` leaves the call running. ``cancel()`` cancels it, as an await of it
-        would be cancelled. Closing this barrier breaks the phases that it waits in, for all ranks,
-        and it ends in `BarrierClosedError`.
+        A Ctrl-C in ``result()`` leaves the call running. ``cancel()`` cancels it as a cancelled
+        await would be. Closing this barrier breaks the phases that the call waits in, for all
+        ranks, and the call ends in `BarrierClosedError`.
 
         :param call: a method of `barrier`, or any coroutine function. It runs on the event loop,
-            which it must not block; in there, await `barrier` instead of calling this object.
-        :return: raises what the call raises
+            which it must not block. In there, await `barrier` instead of calling this object.
+        :return: a future that raises what the call raises
         :raises BarrierClosedError: this barrier is closed
         """
         if not callable(call):
@@ -216,14 +216,14 @@ class BlockingBarrier:
     def guard(self, name: str = "", *, step: int | None = None) -> Iterator[None]:
         """Break the phase if the body raises before it crosses: for writers that cross in `write`.
 
-        Without it, peers wait for a rank whose write failed until their deadlines, and that rank's
-        next write would be taken for the one that failed. ::
+        Without it, peers wait for a rank whose write failed until their deadlines, and count that
+        rank's next write as the one that failed. ::
 
             with barrier.guard():
                 writer.write(path, state_dict)  # saves, then calls barrier.execute_barrier()
 
-        What the body raises goes on. If it has crossed ``name`` (and ``step``, if given), or tried
-        to, or has aborted it, on this thread, there is nothing left to break.
+        The exception of the body goes on. If the body has crossed ``name`` (and ``step``, if given)
+        on this thread, or tried to, or has aborted it, `guard` breaks nothing.
         """
         guarded = _Guarded(name, check_step(step))
         self._guards.add(guarded)
@@ -235,12 +235,12 @@ class BlockingBarrier:
             raise
 
     def close(self) -> None:
-        """Tell the peers that this rank leaves, and let go of the connections and the thread.
+        """Tell the peers that this rank leaves, and end the connections and the thread.
 
-        Phases that it waits in break for all. Idempotent, and bounded by a few seconds. Calls that
-        wait in other threads, or were started, raise `BarrierClosedError`, as later ones do.
+        Phases that it waits in break for all. Idempotent; takes a few seconds at most. Calls that
+        wait in other threads, or were started, raise `BarrierClosedError`, and so do later calls.
 
-        **Interruption:** closing goes on without waiting for it.
+        **Interruption:** closing goes on without its caller.
         """
         self._portal.close()
 

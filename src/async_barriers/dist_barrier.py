@@ -44,30 +44,30 @@ logger: logging.Logger = logging.getLogger(__name__)
 class DistBarrier(Barrier):
     """A barrier that is one collective of a process group.
 
-    A collective cannot be called back. So calls on one barrier run one at a time, in the
-    order of the calls, and after a deadline, a cancellation or a lost peer the barrier is
-    broken for good on this rank: use a `StoreBarrier` where you need to go on. All names share
-    one order of calls; ``name`` appears in messages only. An abort, or a phase whose body
-    failed, reaches the peers when all of them have entered, not before. A rank that waits for one
-    that has closed its barrier, or whose barrier is broken for good, is told within seconds.
+    A collective cannot be called back. So calls on one barrier run one at a time, in call order.
+    After a deadline, a cancellation or a lost peer the barrier is broken for good on this rank; use
+    a `StoreBarrier` if you need to go on. All names share one order of calls, and ``name`` appears
+    in messages only. Peers learn of an abort, or of a phase whose body failed, when all have
+    entered, not before. A rank that waits for one that has closed its barrier, or whose barrier is
+    broken for good, is told within seconds.
 
-    Every rank has to build its barriers in the same order, and to make the same calls in the
-    same order, with the same steps; where they do not, all get `BrokenBarrierError`, and nothing
-    is published. With no group given, the barrier makes itself a gloo group over all ranks,
-    known to nobody else: it does not meet the training's collectives, whatever backend the
-    default group has. A group that is given is used as it is, with whatever else runs on it,
-    and by one barrier at a time.
+    Every rank has to build its barriers in the same order, and to make the same calls in the same
+    order, with the same steps. If they do not, all get `BrokenBarrierError`, and nothing is
+    published. Without a group, the barrier makes its own gloo group over all ranks. Nothing else
+    uses that group, so the barrier does not meet the training's collectives, whatever backend the
+    default group has. A group that you give is used as it is, with whatever else runs on it, and by
+    one barrier at a time.
 
-    :param process_group: the group to use; None for a gloo group over all ranks of the
-        default group, which every rank makes when it connects. -100 is what `new_group` returns
-        on a rank that is not in the group, and is refused
-    :param timeout_secs: the deadline of connecting and of each crossing, in seconds; None
-        for none
-    :raises TypeError, ValueError: an argument is not what is allowed
+    :param process_group: the group to use; None for a gloo group over all ranks of the default
+        group, which every rank makes when it connects. -100 is what `new_group` returns on a rank
+        that is not in the group, and is refused
+    :param timeout_secs: the deadline of connecting and of each crossing, in seconds; None for no
+        deadline
+    :raises TypeError, ValueError: an argument is not allowed
 
-    `BarrierResult.last_rank` is the rank that came last by the ranks' own clocks: as right
+    `BarrierResult.last_rank` is the rank that came last by the ranks' own clocks, and is as right
     as those agree. `BarrierTimeoutError.missing_ranks` comes from the group's store, where each
-    rank notes its arrivals; if that does not answer it is empty, and the message says so.
+    rank notes its arrivals. If the store does not answer it is empty, and the message says so.
     """
 
     barrier_type: ClassVar[str] = "dist_barrier"
@@ -91,13 +91,13 @@ class DistBarrier(Barrier):
         weakref.finalize(self, self._calls.leave, _CLOSED).atexit = False
 
     async def connect(self) -> None:
-        """Make the group, which every rank has to do; the first crossing does it otherwise.
+        """Make the group, which every rank has to do. Without this call the first crossing does it.
 
-        :raises BarrierConnectionError: there is no default group, or the new one did not come
-            about within ``timeout_secs``; the message names who had not connected
-        :raises BrokenBarrierError, BarrierClosedError: the barrier is of no more use
+        :raises BarrierConnectionError: there is no default group, or the new one did not come about
+            within ``timeout_secs``; the message names the ranks that had not connected
+        :raises BrokenBarrierError, BarrierClosedError: the barrier can no longer be used
 
-        **Cancellation:** nothing was entered and nothing is broken; connecting again is safe.
+        **Cancellation:** nothing is entered and nothing breaks. Connecting again is safe.
         """
         await self._calls.connect(self._timeout_secs)
 
@@ -189,13 +189,13 @@ class DistBarrier(Barrier):
     async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         """Enter the next call and break it for all ranks; waits until they have entered.
 
-        Peers get `BrokenBarrierError` with this rank and ``reason``, in a `commit` too, and the
-        barrier goes on to work. Calls of this rank that were made before run before it.
+        Peers get `BrokenBarrierError` with this rank and ``reason``, also in a `commit`, and the
+        barrier still works. Earlier calls of this rank run before it. It raises what
+        `execute_barrier` raises, except that an abort is no error. It is never in doubt, as no rank
+        is released.
 
-        :return: whether this call broke it; False where another rank did so in the same call, or
-            where this rank has come for ``step`` or a later one before
-        :raises: as `execute_barrier`, except that an abort is no error; never in doubt, as nobody
-            is released
+        :return: True if this call broke it; False if another rank did so in the same call, or if
+            this rank has come for ``step`` or a later one before
 
         **Cancellation:** the barrier is broken for good; peers may learn of the abort or not.
         """

@@ -1,4 +1,4 @@
-"""CommitObserver: what was committed, for processes that are no ranks."""
+"""CommitObserver: follows the commits of a barrier, for processes that are no ranks."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ _RETRY_SECS = 0.2
 class CommitObserver:
     """Follows the commits of a barrier without being one of its ranks.
 
-    For an evaluation job, a controller, a tool: it delays nobody, any number may watch, and none
-    leaves anything behind in the store. The last 64 commits of a prefix that were released are on
-    record, for as long as the store lives and whoever of the ranks restarts. It keeps one
-    connection to the store (over stores that are no TCPStore, two threads), and is woken when
-    there is something new. Works on asyncio and trio; one observer belongs to one event loop at a
-    time.
+    It is for an evaluation job, a controller or a tool. It delays no rank, any number may watch,
+    and none leaves anything in the store. The store keeps the records of the last 64 released
+    commits of a prefix, as long as it lives, whichever ranks restart. The observer has one
+    connection to the store (or two threads, if the store is no TCPStore), and is woken when there
+    is a new record. It works on asyncio and trio. An observer belongs to one event loop at a time.
 
     :param store: leads to the same data as the ranks' store; wrapped in the same PrefixStores
     :param prefix: that of the barriers
     :param worker_threads: as in `StoreBarrier`
-    :raises TypeError, ValueError: an argument is not what is allowed
+    :raises TypeError, ValueError: an argument is not allowed
     """
 
     def __init__(
@@ -67,9 +66,9 @@ class CommitObserver:
     ) -> CommitObserverT:
         """An observer of the job whose store is at MASTER_ADDR and MASTER_PORT.
 
-        RANK and WORLD_SIZE are not read, and it never hosts the store.
+        It does not read RANK and WORLD_SIZE, and never hosts the store.
 
-        :raises ValueError: variables are missing, and which, or a value is not allowed
+        :raises ValueError: variables are missing (it names them), or a value is not allowed
         """
         store = _launch.store_from_environment()
         return cls(store, prefix=prefix, worker_threads=worker_threads)  # type: ignore[arg-type]
@@ -78,11 +77,11 @@ class CommitObserver:
         return f"<CommitObserver {self._watch.prefix!r}>"
 
     async def connect(self) -> None:
-        """Reach the store, and be in the picture; the first call does it otherwise.
+        """Reach the store, and read its records. Without this call the first other call does it.
 
         :raises BarrierConnectionError: the store was not reached within 60 s
 
-        **Cancellation:** nothing has happened; connecting again is safe.
+        **Cancellation:** nothing has happened. Connecting again is safe.
         """
         watch = self._watch
         loop = watch.use()
@@ -91,17 +90,17 @@ class CommitObserver:
     async def wait_for(self, name: str, *, timeout_secs: float | None = None) -> CommitRecord:
         """The latest record of a commit of ``name``; if there is none yet, the first that comes.
 
-        Where the store is lost, it is connected to again until the deadline, or for 60 s if that
-        comes first.
+        If the store is lost, it tries to connect again until the deadline, for 60 s at most.
 
-        :param name: as given to ``commit``. Its ``step``, if it was given one, is the record's
-            ``sequence``.
-        :param timeout_secs: the deadline in seconds from now; None for none, 0 for what is there
+        :param name: as given to ``commit``. The record's ``sequence`` is the ``step``, if one was
+            given
+        :param timeout_secs: the deadline in seconds from now; None for no deadline, 0 for what is
+            there
         :raises BarrierTimeoutError: there was none by then
         :raises BarrierConnectionError: the store cannot be reached
         :raises BarrierClosedError: the observer is closed
 
-        **Cancellation:** nothing is lost; waiting again finds what came meanwhile.
+        **Cancellation:** nothing is lost. Waiting again finds what came meanwhile.
         """
         check_name(self._keys, name)
         timeout = check_call_timeout(timeout_secs)
@@ -129,12 +128,12 @@ class CommitObserver:
     def records(self, name: str | None = None) -> AsyncIterator[CommitRecord]:
         """Each commit from now on, in the order in which they were released.
 
-        An observer that is connected (``async with``, `connect`) has the commits after this call
-        (and perhaps one that was released in the moments before); else they are those after the
-        first one is asked for. An iterator that falls behind so far that records are not kept any
-        more raises `BarrierError`, which says how many it missed; one whose connection is lost
-        raises `BarrierConnectionError`. Both may be asked for the next one after that, and go on
-        with what there is.
+        If the observer is connected (``async with``, `connect`), these are the commits after this
+        call, and perhaps one that was released just before. Otherwise they are those after you ask
+        for the first one. An iterator that falls so far behind that records are no longer kept
+        raises `BarrierError`, which says how many it missed. One that loses its connection raises
+        `BarrierConnectionError`. After either error you may ask for the next record, and the
+        iterator goes on with what there is.
 
         :param name: only commits of that name
         :raises BarrierClosedError: the observer is closed
@@ -146,7 +145,7 @@ class CommitObserver:
         return _Records(self._watch, name, self._reached)
 
     async def aclose(self) -> None:
-        """Let go of the connection. Idempotent; calls under way raise `BarrierClosedError`.
+        """Close the connection. Idempotent; calls under way raise `BarrierClosedError`.
 
         **Cancellation:** it is closed all the same.
         """

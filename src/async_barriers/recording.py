@@ -36,12 +36,12 @@ __all__ = ["Recorder", "merge_traces"]
 
 
 class Recorder:
-    """Collects what the barriers that it watches do, with one track for each rank.
+    """Records what the barriers that it watches do, with one track for each rank.
 
-    May be used by several barriers, event loops and threads at once. Times are the machine's
-    wall clock, so tracks of different machines are as far apart as their clocks are.
+    Several barriers, event loops and threads may use it at once. Times are the machine's wall
+    clock. If the clocks of two machines differ, their tracks are shifted by that.
 
-    :param limit: only so many of the newest calls are kept
+    :param limit: keep only so many of the newest calls
     """
 
     def __init__(self, limit: int = 100_000) -> None:
@@ -55,7 +55,7 @@ class Recorder:
     def watch(self, barrier: Barrier, *, rank: int | None = None) -> Barrier:
         """A barrier that does what ``barrier`` does, and is recorded; use it in its place.
 
-        :param rank: whose track it is on; None: the barrier's own, or else RANK's
+        :param rank: whose track it is on; None for the barrier's own rank, or else RANK
         """
         if rank is None and isinstance(barrier, CrossingBarrier):
             rank = barrier._session.rank
@@ -65,7 +65,7 @@ class Recorder:
 
     @property
     def events(self) -> list[Event]:
-        """What was recorded, as Chrome's trace format has it; can be pickled."""
+        """The recorded events in Chrome's trace format; they can be pickled."""
         return list(self._events)
 
     def merge(self, events: Iterable[Event]) -> None:
@@ -73,7 +73,7 @@ class Recorder:
         self._events.extend(events)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file that opens in Perfetto and chrome://tracing. Blocks while it writes."""
+        """Write a file that opens in Perfetto and chrome://tracing. It blocks while it writes."""
         write_events(self._events, path)
 
     def __enter__(self) -> Recorder:
@@ -132,7 +132,7 @@ class Recorder:
 
 
 def merge_traces(paths: Iterable[str | os.PathLike[str]], into: str | os.PathLike[str]) -> None:
-    """Make one trace of those that the ranks have saved; blocks meanwhile.
+    """Make one trace of the files that the ranks have saved. It blocks meanwhile.
 
     :raises OSError, ValueError: a file cannot be read, or is no trace
     """

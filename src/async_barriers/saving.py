@@ -44,7 +44,7 @@ _MOST_STEPS = 1000
 class Part:
     """This rank's part of a checkpoint that is being saved.
 
-    :ivar step: of the training
+    :ivar step: the training step
     :ivar path: the directory for this rank's files; the saver makes them durable
     """
 
@@ -56,7 +56,7 @@ class Part:
     async def write(self, name: str, data: bytes) -> None:
         """Write one file, in a thread.
 
-        **Cancellation:** returns at once; the thread goes on, in a directory nobody reads.
+        **Cancellation:** returns at once; the thread goes on, in a directory that no reader uses.
         """
         await self._background.run(self._storage.write, f"{self.path}/{name}", data)
 
@@ -67,19 +67,20 @@ Upload = Callable[[Any, Part], Any]
 class Saver:
     """Saves the checkpoints of one rank. All ranks build one alike, and save the same steps.
 
-    Readers see a checkpoint when every rank has uploaded its part, and never before. A rank that
-    fails, leaves or never comes leaves the checkpoint incomplete for all ranks, and all get the
+    Readers see a checkpoint when every rank has uploaded its part, and never before. If a rank
+    fails, leaves or never comes, the checkpoint is incomplete for all ranks, and all get the
     reason. ``latest`` moves after the commit, on the leader.
 
-    :param barrier: connects the ranks; stays open, and may be used for other names meanwhile
+    :param barrier: connects the ranks; it stays open, and you may use it for other names
     :param storage: the path of a directory that all ranks share, or another `Storage`
     :param upload: ``await upload(state, part)`` writes this rank's files to ``part.path``, or with
         ``part.write``. What it returns, if anything, must fit into JSON and becomes this rank's
         entry in the manifest. A plain function runs in a thread.
-    :param rank: of this process, as the barrier has it
+    :param rank: the rank of this process in the barrier
     :param stage: copies the state, in a thread, so that training may change the original
-    :param keep: remove all but so many of the newest complete checkpoints; None keeps all
-    :param queue: a save that overlaps another waits for it; else it is refused, on all ranks
+    :param keep: how many of the newest complete checkpoints to keep; None keeps all
+    :param queue: if True, a save that overlaps another waits for it; else it is refused, on all
+        ranks
     :param name: of the phases; savers of one barrier need different ones
     :param leader: the rank that writes the manifest and moves ``latest``
     """
@@ -120,17 +121,16 @@ class Saver:
     ) -> Checkpoint:
         """Copy the state, upload it and complete the checkpoint with all other ranks.
 
-        Under a task group, ``await tasks.start(saver.save, step, state)`` returns when the state
-        is copied, and the rest goes on in the background.
+        Under a task group, ``await tasks.start(saver.save, step, state)`` returns when the state is
+        copied, and the rest goes on in the background. If staging or the upload raises, this rank
+        gets that exception. All other errors are those of `Barrier.commit`.
 
         :param step: larger than that of every save before
         :raises RuntimeError: another save is under way (without ``queue``); no rank completes this
-        :raises FileExistsError: a complete checkpoint of this step is there already
-        :raises: what staging or the upload raises, on the rank where it does; on all others, and
-            for what the barrier raises, as `Barrier.commit`
+        :raises FileExistsError: a complete checkpoint of this step exists
 
-        **Cancellation:** the checkpoint is incomplete for all ranks, unless it was complete
-        before. Only the leader's last step is waited for, so that it cannot come late.
+        **Cancellation:** the checkpoint is incomplete for all ranks, unless it was complete before.
+        It only waits for the leader's last step, so that this cannot come late.
         """
         if any(step <= other for other in self._pending):
             raise ValueError(f"step {step} does not come after step {max(self._pending)}")
@@ -158,11 +158,10 @@ class Saver:
             self._turn.release()
 
     async def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is complete for every rank, the same on all; None for none.
+        """The newest checkpoint that is complete for every rank, or None; the same on all ranks.
 
-        All ranks call it, as often as each other, and not while they save.
-
-        :raises: what the storage raises, on that rank; else as `Barrier.commit`
+        All ranks call it, as often as each other, and not while they save. If the storage raises,
+        that rank gets the exception. All other errors are those of `Barrier.commit`.
 
         **Cancellation:** as `Barrier.commit`; nothing is changed.
         """
@@ -228,7 +227,7 @@ class Saver:
             storage.clear(step)
         except Exception:
             # The checkpoint is complete all the same, and the next save does this again.
-            _logger.warning("step %d is saved, but not all is tidy after it", step, exc_info=True)
+            _logger.warning("step %d is saved, but its clean-up failed", step, exc_info=True)
 
     async def _break_given_up(self) -> None:
         while (step := next(iter(self._pending), None)) is not None and self._pending[step]:
@@ -241,7 +240,7 @@ class BlockingSaver:
     """A `Saver` for code that cannot await, on the event loop of a `BlockingBarrier`.
 
     :param blocking: stays open
-    :param storage, upload, options: as for `Saver`
+    :param storage: as for `Saver`, and so are ``upload`` and ``options``
     """
 
     def __init__(
@@ -255,9 +254,9 @@ class BlockingSaver:
         self._saver = Saver(blocking.barrier, storage, upload, **options)
 
     def start(self, step: int, state: Any) -> Future[Checkpoint]:
-        """Begin to save, and return when the state is copied; the rest is as `Saver.save`.
+        """Begin to save, and return when the state is copied; otherwise as `Saver.save`.
 
-        **Interruption:** as by Ctrl-C, while the state is copied: no rank completes this step.
+        **Interruption**, as by Ctrl-C, while the state is copied: no rank completes this step.
         """
         staged = _Staged()
         saving = self._blocking.start(self._saver.save, step, state, task_status=staged)

@@ -1,4 +1,4 @@
-"""StepSignal: one rank says so, and all ranks act at one step."""
+"""StepSignal: one rank sends it, and all ranks act at one step."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class _Signal:
         """Have all ranks act, at a step that none of them has passed.
 
         Returns at once, from any thread and also from a signal handler: it takes no lock and does
-        no I/O of its own. What is sent before this rank has called `reached` for the first time is
-        told to the others then. After the barrier was closed it does nothing. Where several ranks
-        send, or one sends several times, before the step is reached, there is one agreement, and
-        the first rank that the store heard of is the one that all are told.
+        no I/O of its own. A signal that is sent before this rank has called `reached` for the first
+        time is told to the others then. After the barrier is closed it does nothing. Several ranks
+        may send, or one may send several times, before the step is reached. That makes one
+        agreement, and all ranks are told the first rank that the store heard of.
 
         :param reason: in words, for `reason` on all ranks; up to 600 characters are told
         :raises TypeError: ``reason`` is not a string
-        :raises BarrierError: this is a process that was forked from the one it belongs to
+        :raises BarrierError: this process was forked from the one that the signal belongs to
         """
         if not isinstance(reason, str):
             raise TypeError(f"reason must be a string, not {reason!r}")
@@ -100,7 +100,7 @@ class _Signal:
 
 
 class StepSignal(_Signal):
-    """Has all ranks act at one step, once one of them says so: save and stop, most often. ::
+    """Has all ranks act at one step, once one of them says so; usually to save and stop. ::
 
         stop = StepSignal(barrier)
         signal.signal(signal.SIGTERM, lambda *_: stop.send("SIGTERM"))
@@ -109,17 +109,16 @@ class StepSignal(_Signal):
                 save_and_exit()  # on all ranks, at this step
             train(step)
 
-    Every rank calls `reached` with the same rising numbers. The first call begins a thread of the
-    library's that connects to the barrier's store (two connections on a TCPStore, as those of one
-    more barrier) and listens. It has no need of this rank's main thread or event loop, which may
-    both be blocked in a collective. It ends when the barrier is closed.
+    Every rank calls `reached` with the same rising numbers. The first call starts a thread of the
+    library's that connects to the barrier's store (two connections on a TCPStore, as one more
+    barrier would) and listens. The thread does not need this rank's main thread or event loop,
+    which may both be blocked in a collective. It ends when the barrier is closed.
 
     :param barrier: a `StoreBarrier` or `TCPStoreBarrier`; its timeout is that of the agreement
     :param name: signals of different names are independent; a barrier has one of each
-    :ivar step: what was agreed, at the latest `reached` that knew; None until then. Where the
-        ranks' steps leave out numbers, the first one that they call with at or after what was
-        agreed
-    :ivar rank: who sent it
+    :ivar step: the agreed step, from the first `reached` that knows it; None before. If the ranks'
+        steps leave out numbers, it is the first one from the agreed step on that they call with
+    :ivar rank: the rank that sent it
     :ivar reason: why
     :raises TypeError: ``barrier`` has no store, or ``name`` is not a string
     :raises ValueError: ``barrier`` has a signal of this name, or it is too long
@@ -128,25 +127,26 @@ class StepSignal(_Signal):
     async def reached(self, step: int) -> bool:
         """Whether this is the step at which all ranks act: True on each of them, once.
 
-        Until somebody sends, it is False at once and sends nothing to the store. From when this
-        rank hears of the signal until all ranks have agreed it waits, as a phase does, with the
-        barrier's ``timeout_secs`` and reports. Once it was True, the signal may be sent again.
+        Until a rank sends, it is False at once and sends nothing to the store. When this rank
+        learns of the signal, the call waits until all ranks have agreed. It waits as a phase does,
+        with the barrier's ``timeout_secs`` and reports. After it was True, you may send the signal
+        again.
 
         :param step: 0 or more, and higher than that of the last call that returned
-        :raises BarrierTimeoutError: ranks did not take part in the agreement, and which: they have
-            not called `reached` yet, or their process hangs
-        :raises BrokenBarrierError: a rank left, or was started anew, before all had agreed
+        :raises BarrierTimeoutError: ranks did not take part in the agreement (it names them): they
+            have not called `reached` yet, or their process hangs
+        :raises BrokenBarrierError: a rank left, or was started again, before all had agreed
         :raises BarrierConnectionError: the signal was sent, and the store was lost, or not reached
             within ``timeout_secs``
-        :raises BarrierClosedError: the barrier is closed, or was while this call waited
+        :raises BarrierClosedError: the barrier is closed, or was closed while this call waited
         :raises TypeError, ValueError: ``step`` is no step, or not higher
 
-        All ranks get such an error, each once, and may send the signal again then; where a rank
-        loses the store in that instant, the others may have agreed.
+        All ranks get such an error, each once, and may then send the signal again. If a rank loses
+        the store in that instant, the others may have agreed.
 
         **Cancellation:** ends the waiting, not the agreement. Unlike a phase, it breaks nothing for
-        the peers: this rank still takes part, in its thread. The step has not been passed; call
-        again with the same one.
+        the peers: this rank still takes part, in its thread. The step has not been passed. Call
+        again with the same step.
         """
         if step.__class__ is not int or step <= self._last:
             self._begin(step)
@@ -162,9 +162,9 @@ class BlockingStepSignal(_Signal):
     """`StepSignal` for code that cannot await; see `BlockingBarrier.step_signal`."""
 
     def reached(self, step: int) -> bool:
-        """As `StepSignal.reached`, blocking this thread where that one waits.
+        """As `StepSignal.reached`, but blocks this thread where that one waits.
 
-        :raises: as `StepSignal.reached`
+        Raises what `StepSignal.reached` raises.
 
         **Interruption**, as by Ctrl-C: as the cancellation of `StepSignal.reached`.
         """

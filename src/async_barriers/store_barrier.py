@@ -20,27 +20,27 @@ StoreBarrierT = TypeVar("StoreBarrierT", bound="StoreBarrier")
 class StoreBarrier(CrossingBarrier):
     """A barrier over any torch store: TCPStore, PrefixStore, HashStore, FileStore or one in Python.
 
-    The store keeps its own timeout and its own connection; the barrier opens others.
+    The store keeps its own timeout and its own connection. The barrier opens others.
 
     :param store: leads to the same data on every rank
-    :param rank: of this process, 0 to ``world_size`` - 1; each rank is one process's alone
+    :param rank: of this process, 0 to ``world_size`` - 1; a rank belongs to one process
     :param world_size: how many ranks have to enter
     :param prefix: barriers of different prefixes on one store are independent
-    :param timeout_secs: the deadline of each crossing, in seconds; None for none
-    :param timeout_barrier_init_secs: how long, in seconds, connecting may take, and how long
-        a rank that was restarted waits for its peers to join again
+    :param timeout_secs: the deadline of each crossing, in seconds; None for no deadline
+    :param timeout_barrier_init_secs: how long, in seconds, connecting may take, and how long a
+        restarted rank waits for its peers to join again
     :param stalled_after_secs: a phase also breaks, with `BarrierTimeoutError`, when a missing rank
         has shown no progress for so many seconds: it has neither entered nor said anything new by
-        `report`. Where ranks are slow, give this and a long ``timeout_secs``, or none
-    :param warn_after_secs: a waiting rank reports after this long, and again each such
+        `report`. If ranks may be slow, give this and a long ``timeout_secs``, or None
+    :param warn_after_secs: a waiting rank reports after so many seconds, and again after each such
         period; None for no reports
     :param on_progress: called with each report, on the event loop; keep it short
-    :param run_id: a name for this run of the job; processes that give another one are refused,
-        and not taken for a restart
-    :param worker_threads: have c10d's own client make the calls, in threads, also where the store
-        is a TCPStore, which can be spoken to without blocking; slower, all promises hold. The
+    :param run_id: a name for this run of the job. A process that gives another one is refused, and
+        is not taken for a restart
+    :param worker_threads: have c10d's own client make all calls, in threads. Otherwise the library
+        speaks to a TCPStore itself, without blocking. Threads are slower; all promises hold. The
         environment variable ``ASYNC_BARRIERS_WORKER_THREADS=1`` does the same
-    :raises TypeError, ValueError: an argument is not what is allowed
+    :raises TypeError, ValueError: an argument is not allowed
     """
 
     barrier_type: ClassVar[str] = "store"
@@ -98,14 +98,14 @@ class StoreBarrier(CrossingBarrier):
     ) -> StoreBarrierT:
         """A barrier for the ranks of a process group, over the store that the group met at.
 
-        No port is opened and no collective is run: the barrier has connections of its own to
-        the group's store, and may be awaited while the group is in use, whatever its backend.
-        Barriers of different groups are independent, also where their prefixes are the same.
+        It opens no port and runs no collective. It has its own connections to the group's store, so
+        you may await it while the group is in use, with any backend. Barriers of different groups
+        are independent, also if their prefixes are the same.
 
-        :param group: None for the default group. Ranks, here and in results and errors, are
-            those within the group. -100 is what `new_group` returns on a rank that is not in the
-            group, and is refused.
-        :param prefix: and what follows, as for `StoreBarrier`
+        :param group: None for the default group. Ranks, here and in results and errors, are those
+            within the group. -100 is what `new_group` returns on a rank that is not in the group,
+            and is refused.
+        :param prefix: as for `StoreBarrier`, and so are the parameters after it
         :raises ValueError: there is no default group, this process is not in ``group``, or an
             argument's value is not allowed
         :raises TypeError: ``group`` is no process group, or an argument has a wrong type
@@ -140,17 +140,17 @@ class StoreBarrier(CrossingBarrier):
         run_id: str | None = None,
         worker_threads: bool = False,
     ) -> StoreBarrierT:
-        """A barrier for all ranks of a job that torchrun started; needs no process group.
+        """A barrier for all ranks of a job that torchrun started. It needs no process group.
 
-        Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as `init_process_group` does, and
-        connects to the same store. Where torchrun's agent hosts it (it sets
-        TORCHELASTIC_USE_AGENT_STORE=True), every rank is a client. Elsewhere rank 0 hosts it
-        from when it connects, together with whoever hosts it in the same process already or
-        later: `init_process_group`, another barrier. Rank 0's `aclose` then is the last one.
-        torchrun's name of the run is the ``run_id``, unless one is given.
+        It reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as `init_process_group` does, and
+        connects to the same store. If torchrun's agent hosts the store (it sets
+        TORCHELASTIC_USE_AGENT_STORE=True), every rank is a client. Otherwise rank 0 hosts it from
+        when it connects, and shares it with `init_process_group` and other barriers of the same
+        process. Then rank 0's `aclose` is the last one. torchrun's name of the run is the
+        ``run_id``, unless you give one.
 
-        :param prefix: and what follows, as for `StoreBarrier`
-        :raises ValueError: variables are missing, and which, or a value is not allowed
+        :param prefix: as for `StoreBarrier`, and so are the parameters after it
+        :raises ValueError: variables are missing (it names them), or a value is not allowed
         :raises TypeError: an argument has a wrong type
         """
         launched = _launch.from_environment()
@@ -173,22 +173,22 @@ class StoreBarrier(CrossingBarrier):
 class TCPStoreBarrier(CrossingBarrier):
     """A barrier over a TCPStore of its own, which rank 0 hosts while its barrier is open.
 
-    Takes the parameters of torch's own class of this name; here each takes effect.
+    It takes the parameters of torch's own class of this name. Here each takes effect.
 
     :param global_rank: of this process, 0 to ``global_world_size`` - 1
     :param global_world_size: how many ranks have to enter
-    :param barrier_prefix: non-empty; part of the keys in the store
+    :param barrier_prefix: not empty; part of the keys in the store
     :param timeout_barrier_init_secs: how long, in seconds, to wait for rank 0 to host
     :param use_checkpoint_barrier_tcpstore_libuv: whether the store's server uses libuv
-    :param tcpstore_port: 0 to 65535; 0, a free port, makes sense in a world of one only
+    :param tcpstore_port: 0 to 65535; 0, a free port, is useful only in a world of one
     :param master_address: where rank 0 is
-    :param timeout_secs: the deadline of each crossing, in seconds; None for none
+    :param timeout_secs: the deadline of each crossing, in seconds; None for no deadline
     :param stalled_after_secs: as in `StoreBarrier`
     :param warn_after_secs: as in `StoreBarrier`
     :param on_progress: as in `StoreBarrier`
     :param run_id: as in `StoreBarrier`
     :param worker_threads: as in `StoreBarrier`
-    :raises TypeError, ValueError: an argument is not what is allowed
+    :raises TypeError, ValueError: an argument is not allowed
     """
 
     barrier_type: ClassVar[str] = "tcp_store"

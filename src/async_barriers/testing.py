@@ -29,16 +29,16 @@ async def local_barriers(
 ) -> AsyncIterator[list[StoreBarrier]]:
     """A connected barrier for each rank of a world that lives in this process.
 
-    They are real barriers: deadlines, breaks and `commit` are those of a job.
+    They are real barriers: deadlines, breaks and `commit` work as in a job.
 
-    :param world_size: how many; the barrier of rank ``r`` is at index ``r``
+    :param world_size: the number of ranks; the barrier of rank ``r`` is at index ``r``
     :param store: where they meet, such as a `FaultyStore`; None for a new HashStore
     :param options: other keyword arguments of `StoreBarrier`, the same for all ranks
     :raises TypeError, ValueError: as `StoreBarrier`
     :raises BarrierConnectionError: ``store`` does not answer
 
-    **Cancellation:** as that of the body; leaving closes all barriers, which breaks the
-    phases that are still awaited.
+    **Cancellation:** cancels the body. Leaving closes all barriers, which breaks the phases that
+    are still awaited.
     """
     meeting_point = HashStore() if store is None else store
     barriers = [
@@ -56,10 +56,10 @@ async def local_barriers(
 
 
 class FaultyStore(Store):
-    """A torch store that fails, hangs or delays calls when it is told to.
+    """A torch store that fails, hangs or delays calls when you tell it to.
 
-    Wraps another store, to which calls go on that no fault stops. Its clones, which is what a
-    barrier talks through, have the same faults. May be told from any thread or event loop.
+    It wraps another store, and passes on the calls that no fault stops. A barrier uses its clones,
+    which have the same faults. You may use it from any thread or event loop.
 
     A barrier makes these calls to it: ``clone``, ``set_timeout``, ``get``, ``set``, ``add``,
     ``check``, ``compare_set``, ``wait``, ``delete_key`` and ``list_keys``.
@@ -95,8 +95,8 @@ class FaultyStore(Store):
         :param call: one of `CALLS`; None for all of them
         :param exc: a `ConnectionResetError` if none is given
         :param key: only calls whose (first) key contains this
-        :param after: so many of these calls go well first
-        :param times: so many calls fail; None: all, until `heal`
+        :param after: the fault begins after so many of these calls
+        :param times: so many calls fail; None for all, until `heal`
         """
         error = ConnectionResetError("FaultyStore was told to fail") if exc is None else exc
         self._faults.add(_Fault(call, key, after, times, error=error))
@@ -104,7 +104,7 @@ class FaultyStore(Store):
     def hang(
         self, call: str | None = None, *, key: str = "", after: int = 0, times: int | None = None
     ) -> None:
-        """Have calls block until `heal`, and go on then; the parameters are those of `fail`."""
+        """Have calls block until `heal`, and then go on; the parameters are those of `fail`."""
         self._faults.add(_Fault(call, key, after, times))
 
     def delay(
@@ -116,21 +116,21 @@ class FaultyStore(Store):
         after: int = 0,
         times: int | None = None,
     ) -> None:
-        """Have calls wait ``secs`` seconds before they go on; the rest is as for `fail`."""
+        """Have calls wait ``secs`` seconds before they go on; otherwise as `fail`."""
         self._faults.add(_Fault(call, key, after, times, secs=secs))
 
     def heal(self) -> None:
-        """Forget all faults, and let the calls that hang go on."""
+        """End all faults, and let the calls that hang go on."""
         self._faults.heal()
 
     @property
     def calls(self) -> int:
-        """How many calls were made, by all clones together, those that failed too."""
+        """How many calls were made by all clones together, with those that failed."""
         return self._faults.calls
 
     @property
     def hanging(self) -> int:
-        """How many calls hang or are being delayed now."""
+        """How many calls hang or are delayed now."""
         return self._faults.hanging
 
     # -- what a store can do ---------------------------------------------------------------

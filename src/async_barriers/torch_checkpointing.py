@@ -37,19 +37,19 @@ class StoreBarrierConfig(BarrierConfig):
         save = AsyncCheckpointSaverConfig(writer_config=writer_config)
         manager = CheckpointManager(CheckpointManager.Config(save=save))
 
-    No port is opened: the barrier has connections of its own to the store that the default process
-    group met at, a TCPStore or a FileStore. The writer's
-    ``checkpoint_write_barrier_timeout_sec`` is the deadline of each crossing. When a write fails in
-    a checkpoint subprocess, that process ends, and all other ranks know it at once. For a
-    synchronous save, which fails where the training runs, `barrier` has a guard.
+    It opens no port. The barrier has its own connections to the store that the default process
+    group met at, a TCPStore or a FileStore. The writer's ``checkpoint_write_barrier_timeout_sec``
+    is the deadline of each crossing. If a write fails in a checkpoint subprocess, that process
+    ends, and all other ranks learn it at once. A synchronous save fails where the training runs:
+    use the guard of `barrier` there.
 
-    :ivar timeout_barrier_init_sec: how long, in seconds, connecting may take, and how long a rank
-        that was restarted waits for its peers
-    :ivar prefix: None for one that numbers the configurations as they are built in this process,
-        so that managers which are in use at the same time do not meet each other's; all ranks
-        have to build theirs in the same order, or give prefixes
-    :ivar warn_after_secs: a waiting rank reports after this long, and again each such period;
-        None for no reports
+    :ivar timeout_barrier_init_sec: how long, in seconds, connecting may take, and how long a
+        restarted rank waits for its peers
+    :ivar prefix: None for a number, in the order in which this process builds its configurations.
+        So managers in use at the same time do not meet each other. All ranks have to build theirs
+        in the same order, or give prefixes
+    :ivar warn_after_secs: a waiting rank reports after so many seconds, and again after each such
+        period; None for no reports
     """
 
     timeout_barrier_init_sec: int = 60
@@ -69,20 +69,20 @@ class StoreBarrierConfig(BarrierConfig):
 
     @property
     def barrier(self) -> BlockingBarrier | None:
-        """What `create_barrier` made last in this process; None in front of a subprocess.
+        """The last result of `create_barrier` in this process; None if a subprocess writes.
 
-        A synchronous save that fails on one rank has not crossed, and its peers wait for it. So
-        that they are told, save with ``with barrier_config.barrier.guard():``.
+        If a synchronous save fails on one rank, that rank has not crossed, and its peers wait for
+        it. Save with ``with barrier_config.barrier.guard():`` to tell them.
         """
         return self._barrier
 
     def create_barrier(  # type: ignore[override]  # theirs by registration, which mypy cannot see
         self, rank_info: RankInfo
     ) -> BlockingBarrier:
-        """A barrier for the ranks of this role, connected to the store.
+        """Build a barrier for the ranks of this role, connected to the store.
 
-        :raises ValueError: there is no process group and no other process said where its store
-            is, or the store is of a kind that no other process can reach
+        :raises ValueError: there is no process group and no other process said where its store is,
+            or the store is of a kind that no other process can reach
         :raises BarrierConnectionError: the store was not reached in time
         """
         rank, world_size = rank_info.role_rank, rank_info.role_world_size

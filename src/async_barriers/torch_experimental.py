@@ -13,7 +13,7 @@ __all__ = ["register_in_torch"]
 
 
 def register_in_torch() -> None:
-    """Make our barriers known to torch's ``BarrierConfig`` and ``make_sync_checkpointer``. ::
+    """Register our barriers for torch's ``BarrierConfig`` and ``make_sync_checkpointer``. ::
 
         register_in_torch()
         config = CheckpointerConfig(
@@ -21,9 +21,9 @@ def register_in_torch() -> None:
         )
         checkpointer = make_sync_checkpointer(config)
 
-    Each type of our ``BARRIER_REGISTRY`` is one of torch's, behind ``async_barriers.``, with the
-    same arguments; what torch builds is a `BlockingBarrier`. torch's own types stay as they are.
-    May be called again, as after `register_barrier`.
+    torch then knows each type of our ``BARRIER_REGISTRY`` by the name ``async_barriers.`` and the
+    type, with the same arguments. It builds a `BlockingBarrier`. torch's own types stay as they
+    are. You may call it again, for example after `register_barrier`.
 
     :raises ImportError: this version of torch has no such configuration
     """

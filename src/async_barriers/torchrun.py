@@ -1,4 +1,4 @@
-"""What torchrun shows as the root cause: the rank that failed, and not one that waited for it. ::
+"""Have torchrun show the rank that failed as the root cause, not one that waited for it. ::
 
 from async_barriers.torchrun import record
 
@@ -32,14 +32,14 @@ _GRACE_SECS = 2.0
 
 
 def record(fn: Callable[P, R]) -> Callable[P, R | None]:
-    """Decorator of a program's ``main``, in the place of torch's of the same name.
+    """Decorator of a program's ``main``; use it instead of torch's decorator of the same name.
 
     torchrun shows the earliest error of a job's processes as the root cause. A rank that fails
-    breaks the phase for its peers, which end as soon as it does, or sooner. So a process that ends
-    by a `BrokenBarrierError` or `BarrierTimeoutError` that names other ranks begins its entry with
-    those, and waits for 2 to 3 s, or until torchrun kills it, since the other's entry comes first
-    then. Every other error is recorded as torch does it. Without torchrun there is nothing to
-    record, and nothing is waited for.
+    breaks the phase for its peers, and they end as soon as it does, or sooner. Say a process ends
+    by a `BrokenBarrierError` or `BarrierTimeoutError` that names other ranks. Its entry then begins
+    with those ranks. It waits for 2 to 3 s, or until torchrun kills it, so that the other rank's
+    entry is the first. Every other error is recorded as torch does it. Without torchrun it records
+    nothing and waits for nothing.
     """
     return errors.record(fn, _ErrorHandler())
 

@@ -1,4 +1,4 @@
-"""A thread that listens for a signal and agrees on its step, whatever the caller's thread does.
+"""A thread that listens for a signal and agrees on its step, without the rank's other threads.
 
 It has an event loop and a barrier of its own, at the same store. What is said there is in one
 register, which names the generation and the number of the agreement in it; whoever writes it rings
@@ -345,7 +345,7 @@ class Agent:
             self._name,
             number,
             by,
-            f"{who} joined again: it was restarted, or its barrier was built anew",
+            f"{who} joined again: it was restarted, or its barrier was built again",
         )
 
 

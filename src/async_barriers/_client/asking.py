@@ -1,4 +1,4 @@
-"""A rank asks what became of a commit that it could not learn the verdict of."""
+"""How a rank in doubt asks the store for the record of a commit."""
 
 from __future__ import annotations
 

@@ -232,26 +232,25 @@ class CrossingBarrier(Barrier):
         self._session.said.say(doing)
 
     async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
-        """What became of a commit, for a rank that could not learn it (``in_doubt``).
+        """The record of a commit, for a rank that could not learn the verdict (``in_doubt``).
 
-        The last 64 commits of a prefix that were released are on record, for as long as the store
-        lives. None: nobody has said that it was published (it broke, goes on, or its leader was
-        lost before it could say so), or it is not kept any more. The logger says which, at INFO.
+        The store keeps the records of the last 64 released commits of a prefix. None means that no
+        leader has said that it published: the commit broke, goes on, or its leader was lost before
+        it could say so. It may also be too old. The logger says which, at INFO.
 
         :param name: the name given at the call
-        :param sequence: the step that was given; else the error's ``sequence``. A count means
-            something only where this barrier took part; a step does in any process.
-        :raises BarrierConnectionError: the store did not answer within
-            ``timeout_barrier_init_secs``
+        :param sequence: the step that was given, or else the error's ``sequence``. A count means
+            something only to a barrier that took part; a step means the same in any process.
+        :raises BarrierConnectionError: no answer within ``timeout_barrier_init_secs``
         :raises BarrierClosedError: the barrier is closed
 
-        **Cancellation:** nothing was entered and nothing is broken; asking again is safe.
+        **Cancellation:** nothing is entered and nothing breaks. Asking again is safe.
         """
         self._check_call(name, sequence, CONFIGURED)
         return await became(self._session, name, sequence)
 
     def statistics(self) -> BarrierStatistics:
-        """What became of this rank's phases so far, in numbers; costs nothing, also when closed."""
+        """How this rank's phases ended so far, in numbers. It costs nothing, also when closed."""
         return self._session.tally.statistics()
 
     async def aclose(self) -> None:
@@ -297,8 +296,7 @@ class CrossingBarrier(Barrier):
                 await told(loop, ended, loop.now() + _COMPANION_SECS)
 
     def beside(self, what: str) -> CrossingBarrier:
-        """Another barrier of the same rank at the same store, independent of this one; it hosts
-        nothing."""
+        """Another barrier of this rank at the same store, independent of it; it hosts nothing."""
         session = self._session
         warn_secs = None if self._watch.warn_secs == math.inf else self._watch.warn_secs
         assert isinstance(self._source, PassedIn | StoreAt | Beside)

@@ -1,4 +1,4 @@
-"""Giving up: breaking a phase, and a commit's word; both go on whatever becomes of the caller."""
+"""Giving up: breaking a phase, and a commit's word; both go on if the caller ends."""
 
 from __future__ import annotations
 

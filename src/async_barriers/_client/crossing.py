@@ -350,7 +350,7 @@ class Crossing:
                 (),
                 self.timeout_secs,
                 detail=f"all ranks had entered and rank {phase.entry.leader} was publishing, or "
-                "died over it; look there for whether it published",
+                "died meanwhile; look there whether it has published",
                 in_doubt=True,
             )
 

@@ -1,4 +1,4 @@
-"""How a rank that waits in a phase, or its leader, hears what came of it."""
+"""How a rank that waits in a phase, or its leader, learns the verdict."""
 
 from __future__ import annotations
 

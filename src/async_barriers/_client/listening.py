@@ -1,4 +1,4 @@
-"""The bell: what a rank hears of its generation, and what it does then."""
+"""The bell: how a rank learns of changes in its generation, and what it then does."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class Listening(Breaking):
         """Break what is awaited in a generation that is over."""
         by = None if successor is None else successor.by
         who = "another rank" if by is None else f"rank {by}"
-        broken = Broken(by, f"{who} joined again: it was restarted, or its barrier was built anew")
+        broken = Broken(by, f"{who} joined again: it was restarted, or its barrier was built again")
         logger.info("barrier %r: %s", self.prefix, broken.reason)
         for phase in list(self.open):
             if phase.membership is membership and not phase.decided:

@@ -1,4 +1,4 @@
-"""What became of commits: the records that this rank writes as their leader, and what it asks."""
+"""The records of commits: those that this rank writes as their leader, and those it asks for."""
 
 from __future__ import annotations
 

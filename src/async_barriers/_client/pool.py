@@ -1,4 +1,4 @@
-"""The connections of one rank: those that nobody uses, and what goes out with the next message."""
+"""The connections of one rank: those in reserve, and what goes out with the next message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding out whether missing ranks are there: one rank asks, for all that wait."""
+"""Finding out whether missing ranks are alive: one rank asks, for all that wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who this process is, and whether another one lives, as far as its machine can tell."""
+"""The identity of this process, and whether another one is alive, as far as that is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this rank last said that it does; kept until somebody asks."""
+"""The last text that this rank gave to `report`; kept until a peer asks."""
 
 from __future__ import annotations
 

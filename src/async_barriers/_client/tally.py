@@ -1,4 +1,4 @@
-"""What became of a rank's phases, in numbers; costs no message."""
+"""How a rank's phases ended, in numbers; costs no message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a waiting rank asks about those that it waits for: reports, and who makes no progress."""
+"""How a waiting rank watches missing ranks: reports, and ranks that make no progress."""
 
 from __future__ import annotations
 

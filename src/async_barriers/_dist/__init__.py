@@ -1,1 +1,1 @@
-"""A barrier of collectives: the process group, the calls in their order, and who has arrived."""
+"""A barrier of collectives: the process group, the calls in their order, and the arrivals."""

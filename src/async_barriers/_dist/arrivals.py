@@ -1,4 +1,4 @@
-"""Who has entered which call of a DistBarrier, and who has left it.
+"""Which ranks have entered a call of a DistBarrier, and which have left it.
 
 A collective cannot tell who is missing, and gloo's own `monitored_barrier` tells rank 0 alone
 and ends the group. So each rank notes its arrivals in the group's store, without waiting for

@@ -298,7 +298,7 @@ class Calls:
             name,
             sequence,
             None,
-            f"this DistBarrier is of no more use: {self._unusable}, and a collective cannot "
+            f"this DistBarrier can no longer be used: {self._unusable}, and a collective cannot "
             "be called back; build a new one on every rank, or use a StoreBarrier, which "
             "outlives deadlines and cancellations",
         )

@@ -1,4 +1,4 @@
-"""What a DistBarrier's calls are as collectives, and the thread that waits for them."""
+"""The collectives behind a DistBarrier's calls, and the thread that waits for them."""
 
 from __future__ import annotations
 

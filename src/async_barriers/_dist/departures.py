@@ -1,4 +1,4 @@
-"""Those who have left a DistBarrier or given it up, and looking out for them while waiting."""
+"""Ranks that have left a DistBarrier or given it up, and how a waiting rank notices them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank says of its call before anything else, packed into two numbers.
+"""How each rank describes its call before anything else, packed into two numbers.
 
 gloo sends a message round for each number of an all-reduce, and four take twice as long as two. So
 the maximum of the first is the largest call that any rank makes, with the rank that came last among

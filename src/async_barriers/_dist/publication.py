@@ -1,4 +1,4 @@
-"""A commit's leader: gather, publish, and tell the others what came of it."""
+"""A commit's leader: gather, publish, and tell the others the result."""
 
 from __future__ import annotations
 

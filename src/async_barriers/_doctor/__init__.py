@@ -1,1 +1,1 @@
-"""What is measured of a job's barriers, and what is said about it."""
+"""The measurements of a job's barriers, and what they mean."""

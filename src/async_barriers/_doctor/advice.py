@@ -1,4 +1,4 @@
-"""What to do about an error, by what is at the bottom of it."""
+"""What to do about an error, by its cause."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _of_time_out(said: str, look_ups: LookUps) -> str:
         return (
             f"time-out: a program at {host}:{port} takes connections and stays silent. It is no "
             "store, or its process is stopped, or it waits for a resolver that does not answer: "
-            "c10d's server looks up the name of everybody who connects" + names
+            "c10d's server looks up the name of each process that connects" + names
         )
     return (
         f"time-out: packets to {host}:{port} are not answered. See for a firewall, for a machine "

@@ -1,4 +1,4 @@
-"""What a process that has just been started meets: names to look up, and a first connection."""
+"""The first steps of a process that has just started: name look-ups, and a first connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the facts of all ranks mean, what to do about it, and how to print that."""
+"""The meaning of the facts of all ranks, what to do about them, and how to print that."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _differ(what: str, values: Sequence[str], remedy: str) -> Iterable[Finding]:
 
 def _slowness(ranks: Sequence[Facts]) -> Iterable[Finding]:
     remedy = (
-        "the store's server and c10d's client look up the name of whoever connects; put all hosts "
+        "the store's server and c10d's client look up the names of their peers; put all hosts "
         'into /etc/hosts, mend the resolver, or set RES_OPTIONS="timeout:1 attempts:1" on all ranks'
     )
     slow = tuple(f.rank for f in ranks if f.names_secs > _SLOW_NAMES_SECS)

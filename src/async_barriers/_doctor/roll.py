@@ -1,4 +1,4 @@
-"""Who is there: each process writes its rank and world size to the store, and reads the others'.
+"""The roll call: each process writes its rank and world size, and reads those of the others.
 
 This comes before any barrier, which would refuse whoever does not agree with the one that came
 first, and that may be the one that is wrong.

@@ -83,7 +83,7 @@ class Watch:
             )
         loop = self._loop
         if loop is None or not loop.here():
-            self._stop(BarrierConnectionError("the observer went on on another event loop"))
+            self._stop(BarrierConnectionError("the observer moved to another event loop"))
             loop = self._loop = loop_here(loop)
             self._not_at_end = loop.at_end(self._loop_ended)
             end_at_exit(self)

@@ -1,4 +1,4 @@
-"""What is known of missing ranks, and how that is written; pure functions and frozen values."""
+"""The findings about missing ranks, and how they are written; pure functions, frozen values."""
 
 from __future__ import annotations
 

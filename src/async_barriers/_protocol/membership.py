@@ -1,11 +1,11 @@
-"""Which life of which rank takes part: generations, and who is in the one in force.
+"""Generations: which process of a rank takes part, and which ranks are in the current one.
 
-Every process that builds a barrier claims its rank in the present *generation*, and phases live in
-generations. Where a life that has died (or left) holds the rank, the newcomer ends the generation
-with one atomic write and claims its rank in the next; where that life answers, the newcomer is
-refused. So one generation never holds two lives of a rank, which is why a count of arrivals can be
-trusted, and no phase of an old life can be passed by a new one. A generation's identity is never
-used again: what a late message still writes for an old one is no key of a new one.
+Every process that builds a barrier claims its rank in the present *generation*, and phases belong
+to generations. If a process that has died (or left) holds the rank, the newcomer ends the
+generation with one atomic write and claims its rank in the next. If that process answers, the
+newcomer is refused. So one generation never holds two processes ("lives") of a rank. That is why a
+count of arrivals can be trusted, and why a new process cannot pass a phase of an old one. A
+generation's identity is never used again: a late message for an old one writes no key of a new one.
 
 A member has a *bell*, a key that wakes it. Being woken says only: look around.
 """
@@ -212,9 +212,9 @@ async def _join(
             and await _answers(store, keys, rank, holder, lives, wait_for)
         ):
             raise BarrierError(
-                f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which lives; "
+                f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which is alive; "
                 f"{life} is refused. Look for two processes with this rank, or for another job on "
-                "this port; close a barrier before you build it anew"
+                "this port; close a barrier before you build it again"
             )
         if holder is not None and holder.generation == state.identity:
             await _end(store, keys, state, found, rank, world_size, life)

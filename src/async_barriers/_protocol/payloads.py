@@ -1,4 +1,4 @@
-"""What ranks bring to a commit or a gathering, in one key for all; pure functions.
+"""The payloads of a commit or an `all_gather`, in one key for all ranks; pure functions.
 
 Each appends its own, so that whoever needs them reads one key. What is large stands in a key of its
 own, and is announced here.

@@ -1,4 +1,4 @@
-"""What is kept of released commits: a log of the last ones, for all who ask what became of one.
+"""The log of the last released commits, for processes that ask about one or follow them.
 
 The leader appends a record before its word, in the same message on the same connection. So a rank
 that has heard the word finds the record, and a record is there of nothing that is not published: no

@@ -1,4 +1,4 @@
-"""What comes of a phase, and how it is written; pure functions and frozen values."""
+"""The verdict of a phase, and how it is written; pure functions and frozen values."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
         promise = in_own_thread(name, call)
     except RuntimeError as exc:
         raise BarrierConnectionError(
-            f"no thread can be had ({exc}); this process or its user has reached a limit of "
+            f"no thread can be started ({exc}); this process or its user has reached a limit of "
             "threads (ulimit -u, pids.max)"
         ) from exc
     promise.when_settled(lambda: loop.post(told))

@@ -1,4 +1,4 @@
-"""What is not there yet, and coroutines that wait for nothing else: no event loop is needed.
+"""Results that come later, and coroutines that wait for these alone, without an event loop.
 
 The protocol is written as coroutines that await a store's answers. Whatever brings an answer (an
 event loop's callback, a private loop at exit, a test) resolves a `Future`, and that is what drives

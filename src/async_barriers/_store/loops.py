@@ -1,4 +1,4 @@
-"""What is needed of an event loop: sockets that can be used, moments that come, and waiting.
+"""The use of an event loop: sockets that are ready, times that come, and waiting.
 
 The one place that tells event loops apart. Everything else is called back, or awaits a `Waiter`.
 """

@@ -1,4 +1,4 @@
-"""Waiting on an event loop for what a thread tells."""
+"""Waiting on an event loop for the result of a thread."""
 
 from __future__ import annotations
 

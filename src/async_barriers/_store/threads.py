@@ -387,7 +387,7 @@ def _lost(exc: BaseException) -> BarrierConnectionError:
 
 def _no_thread(exc: BaseException) -> BarrierConnectionError:
     error = BarrierConnectionError(
-        f"no thread can be had for a call to the store ({exc}); this process or its user has "
+        f"no thread can be started for a call to the store ({exc}); this process or its user has "
         "reached a limit of threads (ulimit -u, pids.max)"
     )
     error.__cause__ = exc

@@ -1,4 +1,4 @@
-"""Moments and sockets as Futures, for coroutines that run on any loop."""
+"""Times and sockets as Futures, for coroutines that run on any loop."""
 
 from __future__ import annotations
 

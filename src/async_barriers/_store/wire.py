@@ -1,4 +1,4 @@
-"""What is said to the server of a TCPStore and heard from it, as bytes; no socket in sight.
+"""The bytes that go to the server of a TCPStore and come from it; without a socket.
 
 The format is c10d's own and promised nowhere (TCPStoreBackend.hpp; requests up to 17 are as old as
 torch 2.8), so a server is recognised first: see `hello`. Answers carry no name and come in the
