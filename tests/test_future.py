@@ -67,6 +67,27 @@ def test_struck_at_any_line_of_coming() -> None:
     assert at > 5
 
 
+def test_a_coroutine_struck_at_any_line() -> None:
+    """It goes on to its end, or has failed by what struck it; it never goes on too early."""
+
+    async def add(first: Future[int], second: Future[int]) -> int:
+        return await first + await second
+
+    for at in itertools.count(1):
+        first, second = Future[int](), Future[int]()
+        effort = Effort(add(first, second))
+        strike = Strike(at)
+        with suppress(Struck), strike():
+            first.resolve(1)
+        first.resolve(1)
+        second.resolve(2)
+        assert effort.done, strike.where
+        assert isinstance(effort.error, Struck) or effort.result() == 3, strike.where
+        if not strike.where:
+            break
+    assert at > 10
+
+
 def test_a_coroutine_is_driven_by_what_it_awaits() -> None:
     """It begins at once, and goes on where the Future is resolved; its errors come out."""
     first: Future[int] = Future()

@@ -102,18 +102,20 @@ class Trial:
         self._prefix = f"{kind} {at}"
         self._peer = self.rank(1)
         self.strike = Strike(at)
-        self.coming: Future[tuple[bool, Any]] | None = None
+        # The other rank's latest call.
+        self.coming: Future[Any] | None = None
 
     def rank(self, number: int) -> StoreBarrier:
         return one(self._server, number, 2, prefix=self._prefix, timeout_secs=DEADLINE_SECS)
 
     def peer_crosses(self, secs: float = AGAIN_SECS) -> Future[Any]:
-        return self._portal.start_task_soon(self._cross, False, secs)
+        self.coming = self._portal.start_task_soon(self._cross, False, secs)
+        return self.coming
 
     def peer_comes(self, commits: bool, late: bool) -> Future[tuple[bool, Any]]:
         """When the other rank's call has ended, which is said first, or waits."""
-        self.coming = self._portal.start_task_soon(self._come, commits, late)
-        return self.coming
+        self.coming = coming = self._portal.start_task_soon(self._come, commits, late)
+        return coming
 
     def peer_closes(self) -> None:
         self._portal.call(self._peer.aclose)

@@ -91,19 +91,21 @@ class Future(Generic[T]):
 class Effort(Future[T]):
     """A coroutine that awaits Futures alone, on its way; begins at once."""
 
-    __slots__ = ("_coroutine",)
+    __slots__ = ("_awaited", "_coroutine")
 
     def __init__(self, coroutine: Coroutine[Any, None, T]) -> None:
         super().__init__()
         self._coroutine: Any = coroutine
+        self._awaited: Future[Any] | None = None
         self._step()
 
     def _step(self) -> None:
-        if self.done:
+        # A callback may be called twice; the second time the coroutine awaits something else.
+        if self.done or not (self._awaited is None or self._awaited.done):
             return
         try:
             try:
-                awaited: Future[Any] = self._coroutine.send(None)
+                self._awaited = awaited = self._coroutine.send(None)
             except StopIteration as stop:
                 self.resolve(stop.value)
             except BarrierError as exc:
