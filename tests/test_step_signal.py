@@ -364,7 +364,7 @@ def last_words(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("blocked", "signalled"), [("thread", [1]), ("loop", [0, 1, 2])])
+@pytest.mark.parametrize(("blocked", "signalled"), [("thread", [0, 1, 2]), ("loop", [1])])
 def test_a_real_signal(ranks: Ranks, blocked: str, signalled: list[int]) -> None:
     """SIGTERM to one rank, or to all at once: all stop at one step and exit, though none closes its
     barrier, and though the main thread or the event loop is blocked in each step's collective."""
