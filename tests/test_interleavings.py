@@ -213,6 +213,15 @@ def test_one_that_dies_in_the_agreement() -> None:
     scenario.explore(switches=SWITCHES)
 
 
+def test_connections_that_are_lost_in_the_agreement() -> None:
+    """What was sent is said again: all agree, or all are told."""
+    scenario = SignalScenario(2)
+    scenario.doubts = True
+    scenario.rank("0", scenario.trains(), scenario.sends(), losses=1, passes=4)
+    scenario.rank("1", scenario.trains(ahead=3), losses=1, passes=4)
+    scenario.wander(runs=RUNS)
+
+
 def test_one_that_restarts_in_the_agreement() -> None:
     """Its peers are told, and agree with its next life on what that sends."""
     scenario = SignalScenario(2)

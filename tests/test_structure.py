@@ -42,7 +42,7 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 355,
-    "_client.agreeing": 330,
+    "_client.agreeing": 340,
     "_client.barrier": 455,
     "_client.crossing": 420,
     "_client.listening": 320,

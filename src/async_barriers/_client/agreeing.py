@@ -38,6 +38,7 @@ from .barrier import CrossingBarrier
 from .gate import Agreement, Gate, Round
 
 _RETRY_SECS = 1.0
+_AGAIN_SECS = 0.1
 # How long a store may take to answer one request, before it is asked anew.
 _ANSWER_SECS = 5.0
 # What a sender may spend before the agreement and still give that the whole of its timeout: what
@@ -281,10 +282,18 @@ class Agent:
         if membership is None:
             raise self._over(turn[1])
         mine = Said(*turn, session.rank, in_one_line(reason))
+        deadline = min(deadline, loop.now() + session.init_secs)
         held = b""
         while True:
             requests = sending(session.keys, membership, held, mine)
-            (now,) = await self._ask(loop, *requests, deadline=deadline)
+            try:
+                (now,) = await self._ask(loop, *requests, deadline=deadline)
+            except BarrierConnectionError:
+                # It may have come all the same; to say it again changes nothing then.
+                if self.closed or loop.now() >= deadline:
+                    raise
+                await self._waiter.wait(min(deadline, loop.now() + _AGAIN_SECS))
+                continue
             said = decoded(now)
             if said is not None and said.of(turn):
                 return said
