@@ -48,7 +48,7 @@ LARGER_ROOMS = {
     "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
-    "_protocol.membership": 530,
+    "_protocol.membership": 510,
     "_protocol.phase": 395,
     "_store.connection": 395,
     "_store.loops": 490,
