@@ -25,8 +25,10 @@ from async_barriers._protocol.store import CompareSet, Read, Set, SetMany, Store
 
 DEEP = bool(os.environ.get("EXPLORE_DEEP"))
 # How often `make test` goes one way at random, and how many switches it has the time for.
-RUNS = 4000 if DEEP else 100
+RUNS = 2000 if DEEP else 100
 SWITCHES = 3 if DEEP else 1
+
+pytestmark = pytest.mark.bound(600 if DEEP else 40)
 
 
 def test_two_that_cross() -> None:

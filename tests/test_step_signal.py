@@ -375,9 +375,9 @@ def test_a_real_signal(ranks: Ranks, blocked: str, signalled: list[int]) -> None
         processes[rank].send_signal(signal.SIGTERM)
     said = {last_words(each) for each in processes}
     assert len(said) == 1
-    reached, step, agreed, rank, reason = said.pop().split()
+    reached, step, agreed, sender, reason = said.pop().split()
     assert (reached, step, reason) == ("reached", agreed, "SIGTERM")
-    assert int(rank) in signalled
+    assert int(sender) in signalled
 
 
 @pytest.mark.processes
