@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -52,6 +52,10 @@ _TOUCHES = (
 )
 for _name in re.findall(r"\w+", _TOUCHES):
     setattr(Foreign, _name, _untouchable(_name))
+
+
+async def _fail() -> None:
+    raise OSError("disk full")
 
 
 def _foreign(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
@@ -139,6 +143,39 @@ class DistDoings(Doings):
         return await self.barriers[barrier].commit(
             joined if plain else act, payload=payload.encode(), **given
         )
+
+    async def committing(self, body: str, barrier: str = "", **given: Any) -> dict[str, Any]:
+        """A part of a commit whose body ends as it is told; else it brings ``body``."""
+
+        async def publish(payloads: Mapping[int, bytes]) -> bytes:
+            say(event="publishing")
+            return b",".join(payloads[rank] for rank in sorted(payloads))
+
+        committing = self.barriers[barrier].committing(publish, **given)
+        result = ""
+
+        async def parts() -> AsyncIterator[None]:
+            nonlocal result
+            async with committing as part:
+                if body == "cancel":
+                    cancelled.cancel()
+                    await anyio.sleep_forever()
+                elif body == "fail":
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(_fail)
+                elif body == "throw":
+                    yield
+                elif body != "none":
+                    wrong: dict[str, Any] = {"text": "text", "large": bytes(5 << 20)}
+                    part.payload = wrong.get(body, body.encode())
+            result = part.result.decode()
+            yield
+
+        with anyio.CancelScope() as cancelled:
+            generator: Any = parts()
+            await generator.__anext__()
+            await generator.aclose()
+        return {"result": result, "cancelled": cancelled.cancelled_caught}
 
     async def leave(self, barrier: str = "") -> dict[str, Any]:
         """As a program that fails."""

@@ -11,6 +11,7 @@ import enum
 import functools
 import gc
 import types
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +53,7 @@ class Walk:
 
     def _inside(self, thing: Any, kind: type) -> Value:
         value = self.value
-        if isinstance(thing, tuple | list):
+        if isinstance(thing, tuple | list | deque):
             return (kind.__name__, *map(value, thing))
         if isinstance(thing, dict):
             return (kind.__name__, *((value(k), value(v)) for k, v in thing.items()))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Coroutine
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import modelled
@@ -74,6 +75,7 @@ class Job:
     :ivar at_once: it is under way from the beginning, and does not begin at any time
     :ivar cancels: how often it may be cancelled
     :ivar passes: how often time may pass until a moment that it waits for
+    :ivar patient: it passes only when nothing else can happen
     """
 
     name: str
@@ -81,6 +83,7 @@ class Job:
     at_once: bool = False
     cancels: int = 0
     passes: int = 0
+    patient: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,12 @@ class Task:
         if isinstance(self.awaited, Waiter):
             self.awaited.task = self
         elif self.awaited is not None:
-            self.awaited.when_done(lambda: self._host.ready(self))
+            self.awaited.when_done(partial(self._came, self.awaited))
+
+    def _came(self, awaited: Any) -> None:
+        # A task that was cancelled may wait for something else by now.
+        if self.awaited is awaited:
+            self._host.ready(self)
 
     @property
     def _interrupted(self) -> bool:
@@ -188,6 +196,7 @@ class Host:
 
     :ivar running: the one whose code runs
     :ivar barrier: of its program
+    :ivar signal: and its signal, with the thread that listens
     """
 
     running: Host
@@ -200,6 +209,8 @@ class Host:
         self.loop = Loop(self)
         self.task: Task | None = None
         self.barrier: Any = None
+        self.signal: Any = None
+        self.portal: Any = None
         self.effects: list[Effect] = []
         self.notes: dict[Event, None] = {}
         self.ended = False
@@ -299,7 +310,7 @@ class Host:
     def _cancel(self, name: str) -> None:
         self._tasks[name].cancel()
 
-    def _pass(self, name: str) -> None:
+    def _pass(self, until: float, name: str) -> None:
         task = self._tasks[name]
         self.now = max(self.now, task.until)
         task.time_out()
@@ -320,7 +331,8 @@ class Host:
                 if task.cancels:
                     found.append(("may", ("cancel", job.name)))
                 if task.passes and self.now <= task.until < math.inf:
-                    found.append(("may", ("pass", job.name)))
+                    how = "late" if job.patient else "may"
+                    found.append((how, ("pass", task.until, job.name)))
         found += [("must", ("go_on", what)) for what in self._paused]
         if self._losses:
             open_ones = [c.number for c in self._connections.values() if c.lost is None]

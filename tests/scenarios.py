@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +131,9 @@ class Scenario(PhaseLaws):
         super().__init__(world_size)
         self.specs: list[Spec] = []
 
+    def world(self) -> AbstractContextManager[None]:
+        return modelled_world()
+
     def barrier(self, host: Host) -> Any:
         """That of a process; one for all its tasks."""
         if host.barrier is None:
@@ -239,7 +243,7 @@ class Scenario(PhaseLaws):
     def explore(
         self, *, shortest: bool = False, switches: int | None = None, **options: Any
     ) -> Report:
-        with modelled_world():
+        with self.world():
             report = explore(
                 System(self.specs, self, **options), shortest=shortest, switches=switches
             )
@@ -247,7 +251,7 @@ class Scenario(PhaseLaws):
         return report
 
     def wander(self, *, runs: int, seed: int = 0, **options: Any) -> Report:
-        with modelled_world():
+        with self.world():
             report = wander(System(self.specs, self, **options), runs=runs, seed=seed)
         print(f"\n  {self.world_size} ranks: {report}")
         return report

@@ -170,17 +170,32 @@ async def test_gathering(tcp: World, size: int) -> None:
     assert await gather(calls) == [tuple(brought)] * 4
 
 
-async def test_too_much_to_gather_is_an_error_on_all_ranks(tcp: World) -> None:
+async def commits_with(rank: AnyBarrier, payload: Any) -> bytes:
+    return await rank.commit(Publisher(), name="x", payload=payload)
+
+
+async def gathers(rank: AnyBarrier, payload: Any) -> tuple[bytes, ...]:
+    return await rank.all_gather(payload, name="x")
+
+
+@pytest.mark.parametrize(("call", "result"), [(commits_with, b"p+p"), (gathers, (b"p", b"p"))])
+async def test_too_much_is_an_error_on_all_ranks(
+    tcp: World, call: Callable[..., Any], result: object
+) -> None:
     """How much a rank brings depends on its data: peers that wait already must not go on."""
     ranks = await tcp.barriers(2)
-    async with Tasks() as tasks:
-        waiting = tasks.start(partial(ranks[0].all_gather, b"p", name="x"))
-        await tcp.entered(0, name="x")
-        with anyio.fail_after(2):
-            with pytest.raises(ValueError, match="payload has 4194305 bytes"):
-                await ranks[1].all_gather(TOO_LARGE, name="x")
-            error = await waiting.raised(BrokenBarrierError)
-    assert error.rank == 1
-    assert "payload has 4194305 bytes; at most 4194304 are allowed" in error.reason
-    calls = [partial(rank.all_gather, b"p", name="x") for rank in ranks]
-    assert await gather(calls) == [(b"p", b"p")] * 2
+    # The length of the other one is counted in items, of eight bytes here.
+    for payload, size in (
+        (TOO_LARGE, 4194305),
+        (memoryview(bytes(MAX_PAYLOAD_BYTES + 8)).cast("Q"), 4194312),
+    ):
+        async with Tasks() as tasks:
+            waiting = tasks.start(partial(call, ranks[0], b"p"))
+            await tcp.entered(0, name="x", sequence=f"{int(size != 4194305)}")
+            with anyio.fail_after(2):
+                with pytest.raises(ValueError, match=f"payload has {size} bytes"):
+                    await call(ranks[1], payload)
+                error = await waiting.raised(BrokenBarrierError)
+        assert error.rank == 1
+        assert f"payload has {size} bytes; at most 4194304 are allowed" in error.reason
+    assert await gather([partial(call, rank, b"p") for rank in ranks]) == [result] * 2

@@ -236,7 +236,10 @@ async def test_publish_is_checked_before_anything_is_entered() -> None:
         assert threads[0] is not threading.current_thread()
         with pytest.raises(OSError, match="disk full"):
             await barrier.commit(partial(fail))
-        assert (await barrier.execute_barrier()).sequence == 2
+        # How large it is depends on a rank's data: its peers are told, in the next call.
+        with pytest.raises(ValueError, match="payload has 5242880 bytes"):
+            await barrier.commit(publish, payload=bytes(5 << 20))
+        assert (await barrier.execute_barrier()).sequence == 3
 
 
 @pytest.mark.usefixtures("world_of_one")
@@ -973,6 +976,48 @@ def test_payloads_of_all_reach_all(start_job: StartJob) -> None:
     assert sorted(call.released()["broke"] for call in told[1:]) == [False, True]
     for call in gathers(0, 1, 2):
         assert call.released()["gathered"] == payloads
+
+
+@pytest.mark.processes
+def test_a_part_of_a_commit_that_fails_breaks_it(start_job: StartJob) -> None:
+    """In a leader or another rank: all others are told, nothing is published, and all go on."""
+    job = start(start_job)
+    cases: list[tuple[str, str | None, str]] = [
+        ("fail", "ExceptionGroup", "disk full"),
+        ("cancel", None, "its task was cancelled"),
+        ("throw", None, "GeneratorExit"),
+        ("text", "TypeError", "it raised TypeError: payload must be bytes, not str"),
+        ("large", "ValueError", "it raised ValueError: payload has 5242880 bytes"),
+    ]
+    for number, (body, error, reason) in enumerate(cases):
+        culprit, step = number % 3, 2 * number
+        others = {0, 1, 2} - {culprit}
+        given = {"name": "x", "leader": 1, "step": step}
+        waiting = job.starts(others, "committing", body="p", **given)
+        noted(job, step + 1, *others)
+        failed = job.ranks[culprit].start("committing", body=body, **given).answer()
+        assert failed.get("error") == error, failed
+        assert failed.get("cancelled", False) == (body == "cancel")
+        for broken in errors_of(waiting, "BrokenBarrierError"):
+            assert broken["rank"] == culprit
+            assert reason in broken["reason"]
+            assert not broken["in_doubt"]
+        assert not job.ranks[1].has_said("publishing")
+        # Who never sets a payload brings none.
+        given["step"] = step + 1
+        bodies = ["p", "none", "q"]
+        calls = [job.ranks[r].start("committing", body=bodies[r], **given) for r in range(3)]
+        assert {call.released()["result"] for call in calls} == {"p,,q"}
+        assert job.ranks[1].event() == {"event": "publishing"}
+    # Also long before the others come, who are told all the same; and it need not wait for them.
+    began = time.monotonic()
+    job.ranks[2].do("committing", body="cancel", name="y", leader=1)
+    assert time.monotonic() - began < 1
+    for broken in errors_of(
+        job.starts((0, 1), "committing", body="p", name="y", leader=1), "BrokenBarrierError"
+    ):
+        assert (broken["rank"], broken["reason"]) == (2, "its task was cancelled")
+    quiet_exit(job, 0, 1, 2)
 
 
 @pytest.mark.processes

@@ -7,14 +7,28 @@ A model of a store and of an event loop runs the library's own sessions; see `ex
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from scenarios import Scenario, Violation
+from signal_scenarios import ObservedGate, SignalScenario
 
-from async_barriers._protocol import count
+from async_barriers._client import agreeing
+from async_barriers._client.entering import Entering
+from async_barriers._client.gate import Round
+from async_barriers._protocol import count, phase
+from async_barriers._protocol import membership as members
+from async_barriers._protocol.keys import Keys
+from async_barriers._protocol.membership import Membership, State
+from async_barriers._protocol.signal import Said, sending
+from async_barriers._protocol.store import CompareSet, Read, Set, SetMany, Store
 
-# Which scenarios `make test` has the time for.
-RUNS = 4000 if os.environ.get("EXPLORE_DEEP") else 150
+DEEP = bool(os.environ.get("EXPLORE_DEEP"))
+# How often `make test` goes one way at random, and how many switches it has the time for.
+RUNS = 2000 if DEEP else 100
+SWITCHES = 3 if DEEP else 1
+
+pytestmark = pytest.mark.bound(600 if DEEP else 40)
 
 
 def test_two_that_cross() -> None:
@@ -66,3 +80,197 @@ def test_a_release_without_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     scenario.rank("1", scenario.crosses())
     with pytest.raises(Violation):
         scenario.wander(runs=RUNS)
+
+
+# -- planted races: each has to be found --------------------------------------------------
+
+
+class Anything(bytes):
+    """Equal to all."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = bytes.__hash__
+
+
+def two_that_cross() -> Scenario:
+    scenario = Scenario(2)
+    scenario.rank("0", scenario.crosses(cancels=1))
+    scenario.rank("1", scenario.crosses())
+    return scenario
+
+
+def test_a_break_that_does_not_compare_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rank may have entered since the count was read."""
+
+    def compare_set(key: str, expected: bytes, desired: bytes) -> CompareSet:
+        return CompareSet(key, Anything() if key.endswith("/count") else expected, desired)
+
+    monkeypatch.setattr(phase, "CompareSet", compare_set)
+    with pytest.raises(Violation, match="law 2"):
+        two_that_cross().wander(runs=RUNS)
+
+
+def test_a_generation_that_is_overwritten_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that come first at once: the one stands where the other never comes."""
+
+    async def replaced(store: Store, keys: Keys, found: bytes | None, state: State) -> State:
+        await store.call(Set(keys.state, state.encode()), Read(keys.state))
+        return state
+
+    two_that_join().wander(runs=RUNS)
+    monkeypatch.setattr(members, "_replaced", replaced)
+    with pytest.raises(Violation, match=r"law (11|3)"):
+        two_that_join().wander(runs=RUNS)
+
+
+def two_that_join() -> Scenario:
+    scenario = Scenario(2)
+    scenario.rank("0", scenario.crosses(), joined=False)
+    scenario.rank("1", scenario.crosses(), joined=False)
+    return scenario
+
+
+def test_a_ring_before_the_news_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that leaves wakes its peers, which look around before it has said so."""
+    leave = members.leave
+
+    async def rings_first(store: Store, membership: Membership, *args: Any, **kwargs: Any) -> bool:
+        await store.call(SetMany(membership.bells, b"left"), Read(membership.keys.state))
+        return await leave(store, membership, *args, **kwargs)
+
+    monkeypatch.setattr(members, "leave", rings_first)
+    monkeypatch.setattr(members, "SetMany", lambda keys, value: SetMany([], value))
+    scenario = Scenario(2)
+    scenario.rank("0", scenario.closes())
+    scenario.rank("1", scenario.crosses())
+    with pytest.raises(Violation, match="law 3"):
+        scenario.wander(runs=RUNS)
+
+
+def test_keys_that_are_deleted_too_early_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the last but one to depart, when the slowest has yet to read or count."""
+    departed = Entering._departed
+
+    def too_early(self: Any, phase: Any, connection: Any, answers: list[Any]) -> None:
+        departed(self, phase, connection, [answers[0] + 1])
+
+    monkeypatch.setattr(Entering, "_departed", too_early)
+    scenario = Scenario(2)
+    scenario.rank("0", scenario.crosses(times=3, cancels=1))
+    scenario.rank("1", scenario.crosses(times=3, passes=1))
+    with pytest.raises(Violation, match=r"law (5|10)"):
+        scenario.wander(runs=RUNS)
+
+
+# -- agreeing on a step -------------------------------------------------------------------
+
+
+def two_that_send() -> SignalScenario:
+    scenario = SignalScenario(2)
+    scenario.rank("0", scenario.trains(), scenario.sends())
+    scenario.rank("1", scenario.trains(ahead=3), scenario.sends())
+    return scenario
+
+
+def test_two_that_send_at_once() -> None:
+    """One agreement, on a step that neither has passed; on every kind of server."""
+    two_that_send().wander(runs=RUNS, whole=False, wakes=False)
+
+
+def test_three_that_agree_twice() -> None:
+    """At any distance, one of them cancelled anywhere; and the signal is sent again."""
+    scenario = SignalScenario(3)
+    trains = scenario.trains(ahead=4, times=2, again=True, cancels=1)
+    scenario.rank("0", trains, scenario.sends())
+    scenario.rank("1", scenario.trains(ahead=1, times=2), scenario.sends(), waits=False)
+    scenario.rank("2", scenario.trains(times=2))
+    scenario.wander(runs=RUNS // 3)
+
+
+def test_a_rank_that_is_away_takes_part() -> None:
+    """A collective blocks it for good; the others are not held up."""
+    scenario = SignalScenario(2)
+    scenario.rank("0", scenario.trains(ahead=1), scenario.sends())
+    scenario.rank("1", scenario.trains(ahead=3, away=True))
+    scenario.explore(switches=SWITCHES)
+
+
+def test_one_that_leaves_in_the_agreement() -> None:
+    """Before it is sent, or amid it: all others agree, or all are told."""
+    scenario = SignalScenario(3)
+    scenario.rank("0", scenario.trains(), scenario.sends())
+    scenario.rank("1", scenario.trains(), scenario.closes(later=5))
+    scenario.rank("2", scenario.trains())
+    scenario.wander(runs=RUNS // 2)
+
+
+def test_one_that_dies_in_the_agreement() -> None:
+    """All others agree, or all are told at their deadlines."""
+    scenario = SignalScenario(2)
+    scenario.rank("0", scenario.trains(ahead=1), scenario.sends(), passes=3)
+    scenario.rank("1", scenario.trains(ahead=1))
+    scenario.dies("1")
+    scenario.explore(switches=SWITCHES)
+
+
+def test_connections_that_are_lost_in_the_agreement() -> None:
+    """What was sent is said again: all agree, or all are told."""
+    scenario = SignalScenario(2)
+    scenario.doubts = True
+    scenario.rank("0", scenario.trains(), scenario.sends(), losses=1, passes=4)
+    scenario.rank("1", scenario.trains(ahead=3), losses=1, passes=4)
+    scenario.wander(runs=RUNS)
+
+
+def test_one_that_restarts_in_the_agreement() -> None:
+    """Its peers are told, and agree with its next life on what that sends."""
+    scenario = SignalScenario(2)
+    scenario.restarts = True
+    scenario.rank("0", scenario.trains(), scenario.sends())
+    scenario.rank("1", scenario.trains())
+    again = [scenario.trains(), scenario.sends()]
+    scenario.rank("1 again", *again, joined=False, replaces="1")
+    scenario.wander(runs=RUNS)
+
+
+def test_steps_that_pass_while_they_are_told_are_found() -> None:
+    """A rank that says which step was the last before it stops passing them."""
+
+    class StopsLate(ObservedGate):
+        def stop(self, stopping: Round) -> None:
+            last, settle = self.last, stopping.settle
+
+            def late(*args: Any, **kwargs: Any) -> None:
+                super(StopsLate, self).stop(stopping)
+                settle(*args, **kwargs)
+
+            stopping.passed, stopping.settle = last, late  # type: ignore[method-assign]
+
+    scenario = two_that_send()
+    scenario.gate = StopsLate
+    with pytest.raises(Violation, match="reached"):
+        scenario.wander(runs=RUNS)
+
+
+def test_two_that_think_they_sent_first_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A register that is written without looking."""
+
+    def overwriting(keys: Keys, membership: Membership, held: bytes, said: Said) -> list[Any]:
+        bells = SetMany(membership.bells, b"signal")
+        return [Set(keys.signal, said.encode()), bells, Read(keys.signal)]
+
+    monkeypatch.setattr(agreeing, "sending", overwriting)
+    with pytest.raises(Violation, match="reached"):
+        two_that_send().wander(runs=RUNS)
+
+
+def test_a_signal_that_rings_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that looks between the ring and what it was rung for."""
+    monkeypatch.setattr(agreeing, "sending", lambda *args: sending(*args)[::-1])
+    scenario = SignalScenario(2)
+    scenario.rank("0", scenario.trains(), scenario.sends())
+    scenario.rank("1", scenario.trains())
+    with pytest.raises(Violation, match="waits for ever"):
+        scenario.explore(switches=2, whole=False)

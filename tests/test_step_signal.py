@@ -174,10 +174,15 @@ async def test_who_leaves_is_named() -> None:
         stops[0].send()
         assert len(set(await gather(lambda s=s: train(s, 0.001, 1) for s in stops))) == 1  # type: ignore[misc]
         await ranks[2].aclose()
+        # Not only who sends is told, though that one finds no barrier to enter.
         stops[0].send()
-        with pytest.raises(BrokenBarrierError, match="closed its barrier") as caught:
-            await train(stops[0], 0.001, 50_000)
-        assert caught.value.rank == 2
+        for stop in stops[:2]:
+            with (
+                anyio.fail_after(5),
+                pytest.raises(BrokenBarrierError, match="closed its barrier") as caught,
+            ):
+                await train(stop, 0.001, 50_000)
+            assert caught.value.rank == 2
         with pytest.raises(BarrierClosedError):
             await stops[2].reached(60_000)
         stops[2].send("nobody is there to be told")
@@ -322,11 +327,11 @@ class Ranks:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.made: list[subprocess.Popen[str]] = []
 
-    def start(self, rank: int) -> subprocess.Popen[str]:
+    def start(self, rank: int, *blocked: str) -> subprocess.Popen[str]:
         script = str(Path(__file__).with_name("signal_rank.py"))
         pace = str(0.002 * (1 + rank))
         process = subprocess.Popen(
-            [sys.executable, script, str(rank), "3", str(self._store.port), pace],
+            [sys.executable, script, str(rank), "3", str(self._store.port), pace, *blocked],
             env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -359,14 +364,20 @@ def last_words(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.processes
-def test_a_real_signal_to_one_process(ranks: Ranks) -> None:
-    """SIGTERM to one rank: all stop at one step, and exit, though none has closed its barrier."""
-    processes = [trains(each) for each in [ranks.start(rank) for rank in range(3)]]
-    processes[1].send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(("blocked", "signalled"), [("thread", [0, 1, 2]), ("loop", [1])])
+def test_a_real_signal(ranks: Ranks, blocked: str, signalled: list[int]) -> None:
+    """SIGTERM to one rank, or to all at once: all stop at one step and exit, though none closes its
+    barrier, and though the main thread or the event loop is blocked in each step's collective."""
+    processes = [ranks.start(rank, blocked) for rank in range(3)]
+    for each in processes:
+        trains(each)
+    for rank in signalled:
+        processes[rank].send_signal(signal.SIGTERM)
     said = {last_words(each) for each in processes}
     assert len(said) == 1
-    reached, step, agreed, *who = said.pop().split()
-    assert (reached, step, who) == ("reached", agreed, ["1", "SIGTERM"])
+    reached, step, agreed, sender, reason = said.pop().split()
+    assert (reached, step, reason) == ("reached", agreed, "SIGTERM")
+    assert int(sender) in signalled
 
 
 @pytest.mark.processes

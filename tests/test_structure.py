@@ -42,13 +42,13 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 355,
-    "_client.agreeing": 360,
+    "_client.agreeing": 340,
     "_client.barrier": 455,
     "_client.crossing": 420,
     "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
-    "_protocol.membership": 530,
+    "_protocol.membership": 510,
     "_protocol.phase": 395,
     "_store.connection": 395,
     "_store.loops": 490,

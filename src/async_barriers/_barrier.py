@@ -100,8 +100,10 @@ class Barrier(abc.ABC):
         :param step: as in `execute_barrier`; with it, payloads of different steps are never
             published together
         :param leader: the rank that publishes; all ranks must name the same
-        :raises TypeError, ValueError: ``publish`` is not callable, or ``payload`` is too large or
-            no bytes; nothing was entered (`committing` breaks the commit)
+        :raises ValueError: ``payload`` is too large; the commit is broken, and the other ranks get
+            `BrokenBarrierError` with that reason
+        :raises TypeError: ``publish`` is not callable, or ``payload`` is no bytes; nothing was
+            entered
 
         **Cancellation and deadlines:** as `execute_barrier` until all have entered. From then on
         only the leader settles the phase. Another rank that stops waiting breaks nothing; its

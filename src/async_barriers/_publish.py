@@ -41,7 +41,10 @@ class Publishing:
         try:
             called = in_own_thread("publish", functools.partial(self._publish, payloads))
         except RuntimeError as exc:
-            raise BarrierError(f"publish needs a thread, and none can be started ({exc})") from exc
+            raise BarrierError(
+                f"publish needs a thread, and none can be started ({exc}); this process or its "
+                "user has reached a limit of threads (ulimit -u, pids.max)"
+            ) from exc
         self.in_thread = True
         await told(self._loop, called)
         self.in_thread = False

@@ -21,7 +21,6 @@ from ._barrier import (
     check_publish,
     check_timeout,
     check_world,
-    checked_blob,
 )
 from ._bodies import Committing
 from ._config import register_barrier
@@ -134,9 +133,9 @@ class DistBarrier(Barrier):
         calls = self._calls
         timeout = self._checked_timeout(timeout_secs)
         check_publish(publish)
-        brought = checked_blob("payload", payload)
         calls.check(name, step)
         check_world(leader, calls.group.size)
+        brought = await self._checked(payload, name, step, ValueError)
         if calls.group.rank == leader:
             publication = Publication(calls, name, step, timeout)
             self._publications.add(publication)

@@ -7,14 +7,13 @@ the bells of all. The agreement itself is an `all_gather` of that number.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import weakref
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -30,8 +29,8 @@ from .._errors import (
 )
 from .._portal import Portal
 from .._protocol.keys import check_name
-from .._protocol.store import CompareSet, Read, Request, SetMany
-from .._protocol.verdict import RUBBISH
+from .._protocol.signal import Said, decoded, sending
+from .._protocol.store import Read, Request
 from .._store.loops import Loop, Waiter, loop_here
 from .._store.waiting import settled
 from .._store.worker import Promise
@@ -39,6 +38,7 @@ from .barrier import CrossingBarrier
 from .gate import Agreement, Gate, Round
 
 _RETRY_SECS = 1.0
+_AGAIN_SECS = 0.1
 # How long a store may take to answer one request, before it is asked anew.
 _ANSWER_SECS = 5.0
 # What a sender may spend before the agreement and still give that the whole of its timeout: what
@@ -46,34 +46,6 @@ _ANSWER_SECS = 5.0
 _SPARE_SECS = 0.2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Said:
-    """That a rank has sent the signal, in the agreement with this number of a generation."""
-
-    generation: str
-    number: int
-    rank: int
-    reason: str
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    def of(self, turn: tuple[str, int]) -> bool:
-        return (self.generation, self.number) == turn
-
-
-def _decoded(value: bytes | None) -> Said | None:
-    if not value:
-        return None
-    try:
-        said = json.loads(value)
-        return Said(
-            str(said["generation"]), int(said["number"]), int(said["rank"]), str(said["reason"])
-        )
-    except RUBBISH:
-        return None
 
 
 class Agent:
@@ -223,8 +195,8 @@ class Agent:
             self._connecting = None
         if self._sent:
             return 0.0
-        (value,) = await self._ask(loop, Read(self._register))
-        said = _decoded(value)
+        (value,) = await self._ask(loop, Read(self._barrier._session.keys.signal))
+        said = decoded(value)
         if said is None:
             return math.inf
         if said.of(self._turn):
@@ -259,9 +231,16 @@ class Agent:
         turn = self._turn
         try:
             if isinstance(said, str):
-                await self._join(timeout_secs)
-                turn = self._turn
                 deadline = math.inf if timeout_secs is None else began + timeout_secs
+                try:
+                    await self._join(timeout_secs)
+                except BrokenBarrierError:
+                    # A rank has left, and is not back: all others are told so as they look around.
+                    if self._generation == turn[0]:
+                        with suppress(BarrierError):
+                            await self._publish(loop, said, deadline)
+                    raise
+                turn = self._turn
                 said = await self._publish(loop, said, deadline)
                 if timeout_secs is not None and loop.now() - began > _SPARE_SECS:
                     timeout_secs = max(0.0, deadline - loop.now())
@@ -303,16 +282,19 @@ class Agent:
         if membership is None:
             raise self._over(turn[1])
         mine = Said(*turn, session.rank, in_one_line(reason))
+        deadline = min(deadline, loop.now() + session.init_secs)
         held = b""
         while True:
-            # In one message: where it is known, all hear of it.
-            (now,) = await self._ask(
-                loop,
-                CompareSet(self._register, held, mine.encode()),
-                SetMany(membership.bells, b"signal"),
-                deadline=deadline,
-            )
-            said = _decoded(now)
+            requests = sending(session.keys, membership, held, mine)
+            try:
+                (now,) = await self._ask(loop, *requests, deadline=deadline)
+            except BarrierConnectionError:
+                # It may have come all the same; to say it again changes nothing then.
+                if self.closed or loop.now() >= deadline:
+                    raise
+                await self._waiter.wait(min(deadline, loop.now() + _AGAIN_SECS))
+                continue
+            said = decoded(now)
             if said is not None and said.of(turn):
                 return said
             # So answers a key that is absent.
@@ -325,10 +307,6 @@ class Agent:
             raise BarrierConnectionError(f"{self._about}: the store did not answer in time")
         answers: list[Any] = asking.result()
         return answers
-
-    @property
-    def _register(self) -> str:
-        return self._barrier._session.keys.signal
 
     @property
     def _generation(self) -> str:

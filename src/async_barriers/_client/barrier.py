@@ -23,7 +23,6 @@ from .._barrier import (
     check_step,
     check_timeout,
     check_world,
-    checked_blob,
 )
 from .._bodies import Committing
 from .._errors import (
@@ -160,7 +159,7 @@ class CrossingBarrier(Barrier):
         timeout = self._check_call(name, step, timeout_secs)
         check_publish(publish)
         check_world(leader, self._session.world_size)
-        brought = checked_blob("payload", payload)
+        brought = await self._checked(payload, name, step, ValueError)
         crossing = self._crossing(name, step, timeout, COMMIT, leader)
         try:
             released = await crossing.decided(brought)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import anyio
@@ -16,9 +13,8 @@ from .._errors import (
     describe,
 )
 from .._protocol.verdict import Broken, Released, Verdict
-from .._publish import is_async
+from .._publish import Publishing
 from .._reasons import reason_of
-from .._store.connecting import in_thread
 from .._store.future import Future
 from .._store.waiting import settled, until_done
 from .crossing import Crossing
@@ -38,8 +34,6 @@ class Publication:
         self._scope = anyio.CancelScope(deadline=crossing.deadline)
         self._stopped_for = ""
         self._closing = False
-        # A thread cannot be cancelled, and may yet publish.
-        self._in_thread = False
         self.verdict: Verdict | None = None
         self.settled: Future[None] = Future()
 
@@ -59,6 +53,7 @@ class Publication:
         crossing, phase = self._crossing, self._phase
         session, loop = crossing.session, crossing.loop
         rank = session.rank
+        publishing = Publishing(publish, loop)
         returned: Any = None
         published = False
         verdict: Verdict
@@ -70,12 +65,14 @@ class Publication:
                     while not await settled(loop, fetching, crossing.deadline):
                         pass
                     payloads = fetching.result()
-                returned = await self._call(publish, payloads)
+                returned = await publishing.call(payloads)
                 published = True
         except BaseException as exc:
             if isinstance(phase.verdict, Broken):
                 raise  # It was settled already, since the ranks named different leaders.
-            verdict = Broken(rank, f"publish failed: {reason_of(exc)}", in_doubt=self._in_thread)
+            verdict = Broken(
+                rank, f"publish failed: {reason_of(exc)}", in_doubt=publishing.in_thread
+            )
             self.verdict = verdict
             settling = session.give_word(phase, verdict)
             if not isinstance(exc, GeneratorExit):
@@ -90,9 +87,9 @@ class Publication:
                 verdict = Broken(rank, f"publish may have published, but {exc}", in_doubt=True)
         elif crossing.timeout_secs is not None and loop.now() >= crossing.deadline:
             reason = f"rank {rank} was still publishing, and was stopped"
-            verdict = Broken(rank, reason, crossing.timeout_secs, in_doubt=self._in_thread)
+            verdict = Broken(rank, reason, crossing.timeout_secs, in_doubt=publishing.in_thread)
         else:
-            verdict = Broken(rank, self._stopped_for, in_doubt=self._in_thread)
+            verdict = Broken(rank, self._stopped_for, in_doubt=publishing.in_thread)
         return await self._settle(verdict, published)
 
     async def _settle(self, verdict: Verdict, published: bool) -> bytes:
@@ -121,32 +118,6 @@ class Publication:
         if self._closing and self.verdict == Broken(session.rank, self._stopped_for):
             raise BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
         return crossing.accept(phase).result
-
-    async def _call(self, publish: Publish, payloads: Mapping[int, bytes]) -> Any:
-        if not is_async(publish):
-            self._in_thread = True
-            called = self._crossing.session.start(
-                in_thread(
-                    self._crossing.loop, "publish", functools.partial(_try, publish, payloads)
-                )
-            )
-            while not await settled(self._crossing.loop, called, self._crossing.deadline):
-                await anyio.lowlevel.checkpoint()
-            self._in_thread = False
-            returned, error = called.result()
-            if error is not None:
-                raise error
-        else:
-            returned = publish(payloads)
-        return await returned if inspect.isawaitable(returned) else returned
-
-
-def _try(publish: Publish, payloads: Mapping[int, bytes]) -> tuple[Any, BaseException | None]:
-    """What came of it; an error of the user's is raised for its caller alone."""
-    try:
-        return publish(payloads), None
-    except BaseException as exc:
-        return None, exc
 
 
 __all__ = ["Publication"]

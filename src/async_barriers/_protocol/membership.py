@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from .._errors import BarrierConnectionError, BarrierError, in_one_line
+from .._errors import BarrierError, in_one_line
 from .count import MAX_RANKS
 from .keys import GenerationKeys, Keys
 from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
@@ -504,25 +504,3 @@ def _closed(value: bytes) -> Closed:
         return Closed(int(entry["rank"]), str(entry["reason"]))
     except RUBBISH:
         return Closed(-1, f"something else wrote {show(value)} where its members leave")
-
-
-__all__ = [
-    "BarrierConnectionError",
-    "Closed",
-    "Life",
-    "Member",
-    "Membership",
-    "State",
-    "Surroundings",
-    "answer",
-    "around",
-    "clear",
-    "join",
-    "leave",
-    "member_of",
-    "not_joined",
-    "part",
-    "release_host",
-    "still_holds",
-    "surroundings",
-]

@@ -1,0 +1,52 @@
+"""What a rank writes that has sent a signal: to one register, of which the bells of all tell.
+
+The first one to write stays, so that several that send make one agreement. An agreement has the
+number of those before it in its generation; only a later one takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from .keys import Keys
+from .membership import Membership
+from .store import CompareSet, Request, SetMany
+from .verdict import RUBBISH
+
+
+@dataclass(frozen=True)
+class Said:
+    """That a rank has sent the signal, in the agreement with this number of a generation."""
+
+    generation: str
+    number: int
+    rank: int
+    reason: str
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    def of(self, turn: tuple[str, int]) -> bool:
+        return (self.generation, self.number) == turn
+
+
+def decoded(value: bytes | None) -> Said | None:
+    if not value:
+        return None
+    try:
+        said = json.loads(value)
+        return Said(
+            str(said["generation"]), int(said["number"]), int(said["rank"]), str(said["reason"])
+        )
+    except RUBBISH:
+        return None
+
+
+def sending(keys: Keys, membership: Membership, held: bytes, said: Said) -> list[Request]:
+    """Take the place of what is ``held`` there, and wake all: in one message, so that all hear of
+    it where it is known."""
+    return [
+        CompareSet(keys.signal, held, said.encode()),
+        SetMany(membership.bells, b"signal"),
+    ]
