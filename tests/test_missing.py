@@ -6,6 +6,7 @@ import pickle
 import re
 import socket
 import time
+from collections.abc import Mapping
 from functools import partial
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
@@ -163,6 +164,52 @@ async def test_the_deadline_may_come_first(tcp: World) -> None:
     again = pickle.loads(pickle.dumps(got.value))
     assert again.missing == got.value.missing
     assert str(again) == str(got.value)
+
+
+async def test_a_call_gives_its_own(tcp: World) -> None:
+    """Every kind of call takes it, in the place of what the barrier was built with; None is any
+    time; and what is no number of seconds is refused before anything is entered."""
+    ranks = await tcp.barriers(2, lanes=5, timeout_secs=None)
+    await tcp.barriers(2, prefix="built with", stalled_after_secs=0.3, timeout_secs=None)
+    first, built_with = ranks[0], tcp.made[2]
+
+    async def in_phase(**given: Any) -> None:
+        async with first.phase(**given):
+            pass
+
+    def publish(payloads: Mapping[int, bytes]) -> None: ...
+
+    async def committing(**given: Any) -> None:
+        async with first.committing(publish, **given):
+            pass
+
+    calls: list[Any] = [
+        first.execute_barrier,
+        in_phase,
+        partial(first.commit, publish),
+        committing,
+        partial(first.all_gather, b""),
+    ]
+    wrong: list[tuple[Any, type[Exception]]] = [(0, ValueError), ("1", TypeError)]
+    for call in calls:
+        for value, refused in wrong:
+            with pytest.raises(refused, match="stalled_after_secs"):
+                await call(name="wrong", stalled_after_secs=value)
+    assert first._session.turns is not None
+    assert first._session.turns.next_sequence("wrong") == 0
+    async with Tasks() as tasks:
+        under_way = [
+            tasks.start(partial(call, name=f"{number}", stalled_after_secs=0.5))
+            for number, call in enumerate(calls)
+        ]
+        any_time = tasks.start(
+            partial(built_with.execute_barrier, stalled_after_secs=None, timeout_secs=1.5)
+        )
+        for each in under_way:
+            error = await each.raised(BarrierTimeoutError)
+            assert (error.timeout_secs, error.missing_ranks) == (0.5, (1,))
+            assert 0.5 <= each.secs < 1.5
+        assert (await any_time.raised(BarrierTimeoutError)).timeout_secs == 1.5
 
 
 async def test_no_deadline_is_too_short_to_tell(tcp: World) -> None:

@@ -41,9 +41,9 @@ CORE = ("_protocol", "_store", "_client")
 # Rooms that have to be made smaller, and what they have today; none may grow.
 ROOM_LINES = 300
 LARGER_ROOMS = {
-    "_barrier": 355,
+    "_barrier": 335,
     "_client.agreeing": 360,
-    "_client.barrier": 455,
+    "_client.barrier": 440,
     "_client.crossing": 420,
     "_client.listening": 320,
     "_dist.calls": 310,

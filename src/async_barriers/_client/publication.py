@@ -9,7 +9,8 @@ from typing import Any
 
 import anyio
 
-from .._barrier import Publish, checked_blob
+from .._barrier import Publish
+from .._checks import checked_blob
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .._barrier import check_step
+from .._checks import check_step
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import anyio
 
-from .._barrier import Publish, checked_blob
+from .._barrier import Publish
+from .._checks import checked_blob
 from .._errors import (
     BarrierClosedError,
     BarrierError,
