@@ -21,6 +21,9 @@ from .state import SessionState
 _FRESH_SECS = 0.5
 # When to look for answers: soon at first, and then now and then.
 _SOON_SECS, _THEN_SECS = 0.005, 0.1
+# When to look for what another one has found, as shares of the time that answers have. Together
+# less than what is left before a deadline.
+_SHARES = (1.0, 0.1, 0.1, 0.1)
 # What stands in the register: somebody asks, or what was found; each with a number of its own.
 _ASKS, _FOUND = b"?", b"="
 
@@ -58,26 +61,47 @@ class Presence:
             raise BarrierConnectionError(f"{describe(session.prefix)} has no connection now")
         key = membership.own.heard
         (value,) = await bell.call(Read(key))
-        if value is not None and value.startswith(_ASKS):
-            await sleep(loop, within_secs)
-            (value,) = await bell.call(Read(key))
-        if value is not None and value.startswith(_FOUND):
-            number, _, rows = value.partition(b"\n")
-            found = decode_rows(rows)
-            if number != self._used and found.keys() >= set(ranks):
-                self._used = number
-                return {rank: found[rank] for rank in ranks}
-        # A claim's token is nobody else's.
-        self._count += 1
-        number = f"{membership.claim.life.token}.{self._count}".encode()
-        (now,) = await bell.call(CompareSet(key, value or b"", _ASKS + number))
-        mine = now == _ASKS + number
+        while True:
+            value = await self._when_found(bell, key, value or b"", within_secs)
+            if value.startswith(_FOUND):
+                number, _, rows = value.partition(b"\n")
+                found = decode_rows(rows)
+                if number != self._used and found.keys() >= set(ranks):
+                    self._used = number
+                    return {rank: found[rank] for rank in ranks}
+            # A claim's token is nobody else's.
+            self._count += 1
+            number = f"{membership.claim.life.token}.{self._count}".encode()
+            (now,) = await bell.call(CompareSet(key, value, _ASKS + number))
+            if now == _ASKS + number:
+                break
+            if now == value:
+                # The key is gone, and its generation over.
+                return {}
+            # Another one was quicker: of many that would ask in one instant, one does.
+            value = now
         heard = await self._ask(bell, membership, ranks, within_secs)
-        if mine:
-            self._used = _FOUND + number
-            bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
-            loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, key))
+        self._used = _FOUND + number
+        bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
+        loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, key))
         return heard
+
+    async def _when_found(
+        self, bell: Connection, key: str, value: bytes, within_secs: float
+    ) -> bytes:
+        """What another rank that asks has found; its question, where it does not come to an end."""
+        loop, asked = self._session.loop, b""
+        assert loop is not None
+        while value.startswith(_ASKS) and value != asked:
+            asked = value
+            # It may wait for answers as long as that, and has asked a little later.
+            for share in _SHARES:
+                await sleep(loop, share * within_secs)
+                (found,) = await bell.call(Read(key))
+                value = found or b""
+                if value != asked:
+                    break
+        return value
 
     def _forget(self, bell: Connection, key: str) -> None:
         if bell is self._session._bell and bell.lost is None:
