@@ -17,6 +17,7 @@ from .._errors import (
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
+    another,
     describe,
     plural_ranks,
     seconds,
@@ -174,7 +175,11 @@ class Crossing:
             if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, self.deadline)):
                 if (closed := session.closed_by) is not None:
                     raise BrokenBarrierError(
-                        self.name, self._sequence(), closed.rank, closed.reason
+                        self.name,
+                        self._sequence(),
+                        closed.rank,
+                        closed.reason,
+                        prefix=session.prefix,
                     )
                 why = session.why_not
                 error = BarrierConnectionError(
@@ -192,12 +197,29 @@ class Crossing:
                 begun_before = None
                 continue
             if joining.error is not None:
-                raise _fresh(joining.error, self.name, self._sequence())
+                raise self._fresh(joining.error)
             if loop.now() >= until and not session.stands:
                 raise BarrierConnectionError(
                     f"rank {session.rank} could not join {describe(session.prefix)} within "
                     f"{seconds(within_secs)}: its peers joined again meanwhile"
                 )
+
+    def _fresh(self, error: BaseException) -> BaseException:
+        """The same error for one more caller: a traceback must not grow with each."""
+        prefix = self.session.prefix
+        if isinstance(error, BrokenBarrierError):
+            return BrokenBarrierError(
+                self.name, self._sequence(), error.rank, error.reason, prefix=prefix
+            )
+        if isinstance(error, BarrierConnectionError):
+            # What kind it is of is ours alone to know.
+            return another(error, describe(self.name, self.step, prefix))
+        again: BaseException = error
+        if isinstance(error, BarrierError):
+            rebuild, arguments = error.__reduce__()
+            again = rebuild(*arguments)
+        again.__cause__ = error.__cause__
+        return again
 
     async def _after_a_rank_left(self, exc: BrokenBarrierError) -> None:
         """Raise what came of the phase: another rank may have broken it before that one left."""
@@ -400,21 +422,6 @@ class Crossing:
             return ()
         absent: tuple[int, ...] = asking.result()
         return absent
-
-
-def _fresh(error: BaseException, name: str, sequence: int) -> BaseException:
-    """The same error for one more caller: a traceback must not grow with each."""
-    if isinstance(error, BrokenBarrierError):
-        return BrokenBarrierError(name, sequence, error.rank, error.reason)
-    again: BaseException = error
-    if isinstance(error, BarrierConnectionError):
-        # What kind it is of is ours alone to know.
-        again = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
-    elif isinstance(error, BarrierError):
-        rebuild, arguments = error.__reduce__()
-        again = rebuild(*arguments)
-    again.__cause__ = error.__cause__
-    return again
 
 
 __all__ = ["Crossing"]

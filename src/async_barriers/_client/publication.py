@@ -14,6 +14,8 @@ from .._checks import checked_blob
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
+    BarrierError,
+    another,
     describe,
 )
 from .._protocol.verdict import Broken, Released, Verdict
@@ -70,6 +72,7 @@ class Publication:
                     fetching = session.start(session.payloads(phase))
                     while not await settled(loop, fetching, crossing.deadline):
                         pass
+                    self._check(fetching)
                     payloads = fetching.result()
                 returned = await self._call(publish, payloads)
                 published = True
@@ -123,6 +126,15 @@ class Publication:
             raise BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
         return crossing.accept(phase).result
 
+    def _check(self, ours: Future[Any]) -> None:
+        """Raise the error that it ended in, as one of this phase: no thread or no payload came."""
+        phase, error = self._phase, ours.error
+        about = describe(phase.name, phase.sequence, self._crossing.session.prefix)
+        if isinstance(error, BarrierConnectionError):
+            raise another(error, about)
+        if type(error) is BarrierError:
+            raise BarrierError(f"{about}: {error}") from error
+
     async def _call(self, publish: Publish, payloads: Mapping[int, bytes]) -> Any:
         if not is_async(publish):
             self._in_thread = True
@@ -134,6 +146,7 @@ class Publication:
             while not await settled(self._crossing.loop, called, self._crossing.deadline):
                 await anyio.lowlevel.checkpoint()
             self._in_thread = False
+            self._check(called)
             returned, error = called.result()
             if error is not None:
                 raise error
