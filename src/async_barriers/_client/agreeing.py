@@ -341,19 +341,12 @@ class Agent:
 
     def _over(self, number: int) -> BrokenBarrierError:
         session = self._barrier._session
-        if (closed := session.closed_by) is not None:
-            return BrokenBarrierError(
-                self._name, number, closed.rank, closed.reason, prefix=session.prefix
-            )
         by = None if session.membership is None else session.membership.state.by
         who = "a rank" if by is None else f"rank {by}"
-        return BrokenBarrierError(
-            self._name,
-            number,
-            by,
-            f"{who} joined again: it was restarted, or its barrier was built again",
-            prefix=session.prefix,
-        )
+        reason = f"{who} joined again: it was restarted, or its barrier was built again"
+        if (closed := session.closed_by) is not None:
+            by, reason = closed.rank, closed.reason
+        return BrokenBarrierError(self._name, number, by, reason, prefix=session.prefix)
 
 
 _agents: weakref.WeakSet[Agent] = weakref.WeakSet()

@@ -174,13 +174,7 @@ class Crossing:
             # What fails with the time that there is says why.
             if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, self.deadline)):
                 if (closed := session.closed_by) is not None:
-                    raise BrokenBarrierError(
-                        self.name,
-                        self._sequence(),
-                        closed.rank,
-                        closed.reason,
-                        prefix=session.prefix,
-                    )
+                    raise self._broken(closed.rank, closed.reason)
                 why = session.why_not
                 error = BarrierConnectionError(
                     f"rank {session.rank} did not reach the store of {describe(session.prefix)} "
@@ -206,14 +200,11 @@ class Crossing:
 
     def _fresh(self, error: BaseException) -> BaseException:
         """The same error for one more caller: a traceback must not grow with each."""
-        prefix = self.session.prefix
         if isinstance(error, BrokenBarrierError):
-            return BrokenBarrierError(
-                self.name, self._sequence(), error.rank, error.reason, prefix=prefix
-            )
+            return self._broken(error.rank, error.reason)
         if isinstance(error, BarrierConnectionError):
             # What kind it is of is ours alone to know.
-            return another(error, describe(self.name, self.step, prefix))
+            return another(error, describe(self.name, self.step, self.session.prefix))
         again: BaseException = error
         if isinstance(error, BarrierError):
             rebuild, arguments = error.__reduce__()
@@ -232,11 +223,12 @@ class Crossing:
             raise exc
         self.accept(phase)
 
-    def _sequence(self) -> int:
-        turns = self.session.turns
-        if self.step is not None:
-            return self.step
-        return 0 if turns is None else turns.next_sequence(self.name)
+    def _broken(self, rank: int | None, reason: str) -> BrokenBarrierError:
+        """Before it has begun: its step, or the number that it would have."""
+        turns, sequence = self.session.turns, self.step
+        if sequence is None:
+            sequence = 0 if turns is None else turns.next_sequence(self.name)
+        return BrokenBarrierError(self.name, sequence, rank, reason, prefix=self.session.prefix)
 
     def accept(self, phase: Phase) -> Released:
         """The release; else the error that the verdict means."""
