@@ -35,6 +35,7 @@ from async_barriers import (
     BarrierResult,
     BarrierTimeoutError,
     BrokenBarrierError,
+    DistBarrier,
     StoreBarrier,
 )
 from async_barriers._portal import Portal
@@ -85,6 +86,52 @@ def test_deadlines(start_world: StartWorld) -> None:
         assert (caught.value.timeout_secs, caught.value.missing_ranks) == (timeout, (1,))
     with pytest.raises(ValueError, match="timeout_secs is -1"):
         world.ranks[0].execute_barrier(-1)
+
+
+def test_who_makes_no_progress(start_world: StartWorld) -> None:
+    """A call gives its own bound for that, or has the one configured."""
+    world = start_world(2, timeout_secs=None, stalled_after_secs=0.6)
+    world.ranks[1].connect()
+    first = world.ranks[0]
+
+    def publish(payloads: Mapping[int, bytes]) -> None: ...
+
+    calls: list[Callable[..., object]] = [
+        first.execute_barrier,
+        functools.partial(first.commit, publish),
+        functools.partial(first.all_gather, b""),
+    ]
+    for given, secs in (({}, 0.6), ({"stalled_after_secs": 0.2}, 0.2)):
+        for call in calls:
+            with pytest.raises(BarrierTimeoutError, match="no progress") as caught:
+                call(**given)
+            assert caught.value.timeout_secs == secs
+    with pytest.raises(ValueError, match="stalled_after_secs is -1"):
+        first.execute_barrier(stalled_after_secs=-1)
+
+
+def test_what_became_of_it(start_world: StartWorld) -> None:
+    """Statistics, also of a closed one, and the record of a commit; a barrier that has neither
+    says so."""
+    world = start_world()
+    assert world.cross() == {0}
+    with ThreadPoolExecutor(2) as threads:
+        for rank in world.ranks:
+            threads.submit(rank.commit, lambda _: b"there", name="saved", step=7)
+    record = world.ranks[1].outcome("saved", 7)
+    assert record is not None
+    assert (record.result, record.leader) == (b"there", 0)
+    assert world.ranks[0].outcome("saved", 8) is None
+    world.ranks[0].close()
+    assert world.ranks[0].statistics().released == 2
+    with pytest.raises(BarrierClosedError):
+        world.ranks[0].outcome("saved", 7)
+    without = BlockingBarrier(DistBarrier())
+    with pytest.raises(NotImplementedError, match="DistBarrier keeps no statistics"):
+        without.statistics()
+    with pytest.raises(NotImplementedError, match="DistBarrier keeps no records of commits"):
+        without.outcome("saved", 7)
+    without.close()
 
 
 def test_what_is_decided_now_in_a_world_of_one() -> None:

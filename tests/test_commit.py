@@ -23,7 +23,7 @@ from async_barriers import (
     BarrierTimeoutError,
     BrokenBarrierError,
 )
-from async_barriers._barrier import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
+from async_barriers._checks import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
 from async_barriers._client import barrier as barriers
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import COMMIT, Count
@@ -1045,7 +1045,8 @@ class Alone(Barrier):
     def __init__(self) -> None:
         self.crossed: list[tuple[str, Timeout]] = []
 
-    async def execute_barrier(
+    # It knows no stalled_after_secs, and need not.
+    async def execute_barrier(  # type: ignore[override]
         self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
     ) -> BarrierResult:
         self.crossed.append((name, timeout_secs))

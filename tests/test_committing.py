@@ -11,7 +11,7 @@ import pytest
 from worlds import AnyBarrier, Tasks, World, gather
 
 from async_barriers import BrokenBarrierError, Committing, DistBarrier
-from async_barriers._barrier import MAX_PAYLOAD_BYTES
+from async_barriers._checks import MAX_PAYLOAD_BYTES
 from async_barriers.recording import Recorder
 
 pytestmark = pytest.mark.anyio

@@ -216,6 +216,26 @@ async def test_no_time_at_all_is_enough_where_all_are_in() -> None:
 
 
 @pytest.mark.usefixtures("world_of_one")
+async def test_no_rank_can_be_asked_for_progress() -> None:
+    """What a call cannot heed is refused before anything is entered; that there is none is true."""
+
+    def publish(payloads: Mapping[int, bytes]) -> None: ...
+
+    async with DistBarrier() as barrier:
+        calls: list[Any] = [
+            barrier.execute_barrier,
+            barrier.phase,
+            partial(barrier.commit, publish),
+            partial(barrier.committing, publish),
+            partial(barrier.all_gather, b""),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match="cannot ask its peers for progress"):
+                await call(stalled_after_secs=5)
+        assert (await barrier.execute_barrier(stalled_after_secs=None)).sequence == 0
+
+
+@pytest.mark.usefixtures("world_of_one")
 async def test_publish_is_checked_before_anything_is_entered() -> None:
     """What cannot be called is refused; a plain function runs in a thread, and may raise."""
     threads: list[threading.Thread] = []

@@ -184,6 +184,13 @@ def test_one_rank_reads_its_environment(
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     assert main(["doctor"]) == 1
     assert "PROBLEM: MASTER_ADDR is not set" in capsys.readouterr().out
+    # torchrun would end the other ranks; who wants that says so.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    assert main(["doctor", "--strict"]) == 1
+    assert "PROBLEM: MASTER_ADDR is not set" in capsys.readouterr().out
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert main(["doctor", "--crossings", "5"]) == 0
     assert "All is well" in capsys.readouterr().out

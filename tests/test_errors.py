@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import socket
+from collections.abc import Awaitable
 from functools import partial
 
 import anyio
@@ -14,6 +18,8 @@ from async_barriers import (
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
+    StepSignal,
+    TCPStoreBarrier,
 )
 from async_barriers._errors import describe, seconds
 
@@ -88,3 +94,56 @@ async def test_errors_name_their_barrier(memory: World) -> None:
     with pytest.raises(BarrierClosedError, match="barrier 'tests' is closed"):
         await first.execute_barrier("x")
     await anyio.sleep(0)
+
+
+async def failed(call: Awaitable[object]) -> BarrierError:
+    with pytest.raises(BarrierError) as got:
+        await call
+    return got.value
+
+
+@pytest.mark.anyio
+async def test_errors_outside_a_phase_name_what_was_called(memory: World) -> None:
+    """A store that is not there, a rank that is refused, and one that left: by every call."""
+    said: dict[str, BarrierError] = {}
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        for rank, host in ((0, "127.0.0.1"), (1, "127.0.0.1"), (1, "127.0.0.2")):
+            # One cannot host it, one has no answer, one is refused.
+            options = {"tcpstore_port": port, "master_address": host, "timeout_secs": 0.5}
+            barrier = TCPStoreBarrier(rank, 2, "tests", 0.1, **options)
+            said[f"'tests': {host}"] = await failed(barrier.connect())
+            said[f"'tests/x': {host}"] = await failed(barrier.execute_barrier("x"))
+            said[f"'tests/x' #7: {host}"] = await failed(barrier.all_gather(b"", name="x", step=7))
+            said[f"'tests/y' #7: {host}"] = await failed(barrier.abort("why", name="y", step=7))
+            said[f"'tests/z' #7: {host}"] = await failed(barrier.outcome("z", 7))
+            await barrier.aclose()
+    ranks = await memory.barriers(2)
+    signal, other = (StepSignal(rank, "stop") for rank in ranks)
+    assert not await signal.reached(0)
+    assert not await other.reached(0)
+    for size, why in ((2, "held"), (3, "of another size")):
+        refused = memory.barrier(1, size)
+        said[f"'tests' {why}"] = await failed(refused.execute_barrier("x"))
+    await ranks[1].aclose()
+    await memory.exists(memory.membership().own.closed)
+    said["'tests/x' #0 left"] = await failed(ranks[0].execute_barrier("x"))
+    said["'tests/x' #3 left"] = await failed(ranks[0].commit(len, name="x", step=3))  # type: ignore[arg-type]
+    said["'tests/y' #3 left"] = await failed(ranks[0].abort("why", name="y", step=3))
+    signal.send("why")
+    said["'tests/stop' left"] = await failed(reached(signal))
+    for named, error in said.items():
+        what = named.partition(": ")[0].partition(" left")[0].partition(" held")[0]
+        what = what.partition(" of ")[0]
+        assert f"barrier {what}" in str(error), (named, str(error))
+        assert str(error).isprintable()
+        assert not re.search(r"\d\.\d{4}", str(error)), str(error)
+
+
+async def reached(signal: StepSignal) -> None:
+    """Call until it is told; when the signal is heard of is not this test's."""
+    for step in itertools.count(1):
+        await signal.reached(step)
+        await anyio.sleep(0.01)

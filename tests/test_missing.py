@@ -6,6 +6,7 @@ import pickle
 import re
 import socket
 import time
+from collections.abc import Mapping
 from functools import partial
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import anyio
 import pytest
 from processes import StartJob
-from worlds import Tasks, World, gather
+from worlds import Tasks, World, crash
 
 from async_barriers import BarrierProgress, BarrierTimeoutError, MissingRank
 from async_barriers._missing import had_not_entered
+from async_barriers._protocol.store import Append, Read
+from async_barriers._store.connection import SocketConnection
 
 pytestmark = pytest.mark.anyio
 
@@ -165,6 +168,52 @@ async def test_the_deadline_may_come_first(tcp: World) -> None:
     assert str(again) == str(got.value)
 
 
+async def test_a_call_gives_its_own(tcp: World) -> None:
+    """Every kind of call takes it, in the place of what the barrier was built with; None is any
+    time; and what is no number of seconds is refused before anything is entered."""
+    ranks = await tcp.barriers(2, lanes=5, timeout_secs=None)
+    await tcp.barriers(2, prefix="built with", stalled_after_secs=0.3, timeout_secs=None)
+    first, built_with = ranks[0], tcp.made[2]
+
+    async def in_phase(**given: Any) -> None:
+        async with first.phase(**given):
+            pass
+
+    def publish(payloads: Mapping[int, bytes]) -> None: ...
+
+    async def committing(**given: Any) -> None:
+        async with first.committing(publish, **given):
+            pass
+
+    calls: list[Any] = [
+        first.execute_barrier,
+        in_phase,
+        partial(first.commit, publish),
+        committing,
+        partial(first.all_gather, b""),
+    ]
+    wrong: list[tuple[Any, type[Exception]]] = [(0, ValueError), ("1", TypeError)]
+    for call in calls:
+        for value, refused in wrong:
+            with pytest.raises(refused, match="stalled_after_secs"):
+                await call(name="wrong", stalled_after_secs=value)
+    assert first._session.turns is not None
+    assert first._session.turns.next_sequence("wrong") == 0
+    async with Tasks() as tasks:
+        under_way = [
+            tasks.start(partial(call, name=f"{number}", stalled_after_secs=0.5))
+            for number, call in enumerate(calls)
+        ]
+        any_time = tasks.start(
+            partial(built_with.execute_barrier, stalled_after_secs=None, timeout_secs=1.5)
+        )
+        for each in under_way:
+            error = await each.raised(BarrierTimeoutError)
+            assert (error.timeout_secs, error.missing_ranks) == (0.5, (1,))
+            assert 0.5 <= each.secs < 1.5
+        assert (await any_time.raised(BarrierTimeoutError)).timeout_secs == 1.5
+
+
 async def test_no_deadline_is_too_short_to_tell(tcp: World) -> None:
     """Not even one of no time."""
     ranks = await tcp.barriers(2)
@@ -175,30 +224,57 @@ async def test_no_deadline_is_too_short_to_tell(tcp: World) -> None:
     assert (missing.state, missing.doing) == ("alive", "saving")
 
 
-async def test_one_asks_for_all(tcp: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many wait, each missing rank is asked once in a period; nothing is left of that."""
-    asked: list[int] = []
+async def test_one_asks_for_all(
+    tcp: World, monkeypatch: pytest.MonkeyPatch, anyio_backend_name: str
+) -> None:
+    """However many wait, and begin to in one instant, each missing rank is asked once, and none of
+    the others sends more than a few reads; also where one does not answer."""
+    size = 1024 if anyio_backend_name == "asyncio" else 64
+    waiting, missing = size - 4, tuple(range(size - 4, size))
+    sent: list[Any] = []
+    call = SocketConnection.call
+
+    def counted(self: SocketConnection, *requests: Any, wait: str | None = None) -> Any:
+        sent.extend(requests)
+        # The last one answers where nobody looks.
+        mute = f"[{size - 1},".encode()
+        requests = tuple(
+            each._replace(key="nowhere")
+            if isinstance(each, Append) and "/answer/" in each.key and each.value.startswith(mute)
+            else each
+            for each in requests
+        )
+        return call(self, *requests, wait=wait)
+
     reported: list[BarrierProgress] = []
-    ranks = await tcp.barriers(20, warn_after_secs=0.6, on_progress=reported.append)
-    answers = type(ranks[19]._session.said).answer.fget  # type: ignore[attr-defined]
-
-    def answer(said: Any) -> Any:
-        asked.extend(rank._session.rank for rank in ranks if rank._session.said is said)
-        return answers(said)
-
-    monkeypatch.setattr(type(ranks[19]._session.said), "answer", property(answer))
-    async with Tasks() as tasks:
-        calls = [tasks.start(partial(rank.execute_barrier, "x")) for rank in ranks[:18]]
-        with anyio.fail_after(10):
-            while len(reported) < 18:
-                await anyio.sleep(0.01)
-        assert 2 <= len(asked) <= 6, asked
-        assert set(asked) == {18, 19}
-        await gather(partial(rank.execute_barrier, "x") for rank in ranks[18:])
-        for call in calls:
-            await call.returned()
-    assert {each.missing_ranks for each in reported[:18]} == {(18, 19)}
-    assert all([m.state for m in each.missing] == ["alive", "alive"] for each in reported[:18])
+    warn_secs = 1.5 if size > 64 else 0.6
+    ranks = await tcp.barriers(
+        size, warn_after_secs=warn_secs, on_progress=reported.append, timeout_secs=60
+    )
+    try:
+        async with Tasks() as tasks:
+            for rank in ranks[:waiting]:
+                tasks.start(partial(rank.execute_barrier, "x"))
+            await tcp.entered(*range(waiting), name="x")
+            own = tcp.membership().own
+            due = anyio.current_time() + warn_secs
+            with monkeypatch.context() as patched, anyio.fail_after(20):
+                patched.setattr(SocketConnection, "call", counted)
+                while anyio.current_time() < due:
+                    pass  # So that all find at once that they are to report.
+                while len(reported) < waiting:
+                    await anyio.sleep(0.01)
+    finally:
+        # To close so many takes longer than a test may.
+        for rank in ranks:
+            crash(rank)
+    asked = [each.key for each in sent if isinstance(each, Append) and "/asked/" in each.key]
+    assert sorted(asked) == sorted(own.asked(rank) for rank in missing)
+    assert sum(isinstance(each, Read) for each in sent) < 9 * waiting
+    states = ["alive", "alive", "alive", "silent"]
+    for each in reported[:waiting]:
+        assert each.missing_ranks == missing
+        assert [rank.state for rank in each.missing] == states
 
 
 async def test_report_costs_nothing(tcp: World) -> None:

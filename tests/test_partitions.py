@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections import defaultdict
@@ -216,6 +217,31 @@ def test_two_ranks_are_cut_off(
     until(lambda: not any(still_sending(job.ranks[rank]) for rank in FAR))
     no_key_stays(job)
     job.ends(quietly=False)
+
+
+def test_those_who_wait_are_told_that_a_rank_is_cut_off(
+    start_far: StartJob, network: Network
+) -> None:
+    """It is silent, as its last word and for how long say; it counts as one that makes no progress,
+    whatever it says where nobody hears it."""
+    job = start_far(3, own_store=False, given={"warn_after_secs": 0.5, "timeout_secs": None})
+    far = job.ranks[2]
+    far.do("report", doing="uploaded 3 of 8 GB")
+    waiting = job.starts(NEAR, name="save", timeout_secs=LONGER_SECS)
+    until(lambda: "alive, 'uploaded 3 of 8 GB'" in job.ranks[0].stderr)
+    network.spokes[0].cut("both")
+    far.do("report", doing="uploaded all")
+    for call in waiting:
+        error = call.error("BarrierTimeoutError")
+        ((rank, _, pid, state, doing, silent_secs),) = error["missing"]
+        assert (rank, pid, state, doing) == (2, far.pid, "silent", "uploaded 3 of 8 GB"), error
+        assert 1.0 < silent_secs < LONGER_SECS
+        assert re.search(r"silent for [\d.]+ s, before that 'uploaded 3 of 8 GB'\)", error["text"])
+    for call in job.starts(NEAR, name="hung", stalled_after_secs=1.0):
+        error = call.error("BarrierTimeoutError")
+        assert 1.0 <= error["ended"] - error["began"] < 2.5, error
+        assert "rank 2 made no progress" in error["text"]
+        assert [each[3] for each in error["missing"]] == ["silent"]
 
 
 @pytest.mark.parametrize("own_store", [True, False], ids=["own store", "user's store"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,34 @@ async def test_what_happened_is_on_the_ranks_tracks() -> None:
     # The leader's publish is within its commit, on another row.
     assert events[2]["tid"] != events[3]["tid"]
     assert events[3]["ts"] <= events[2]["ts"]
+
+
+async def inside(body: AbstractAsyncContextManager[object]) -> None:
+    async with body:
+        pass
+
+
+async def test_what_is_given_and_asked_goes_through() -> None:
+    """A call's own bound for ranks without progress, statistics, and what became of a commit."""
+    async with local_barriers(2, timeout_secs=None) as barriers:
+        first, second = (Recorder().watch(barrier) for barrier in barriers)
+        bound: Any = {"stalled_after_secs": 0.2}
+        calls: list[Any] = [
+            partial(first.execute_barrier, **bound),
+            partial(inside, first.phase(**bound)),
+            partial(first.commit, publish, **bound),
+            partial(inside, first.committing(publish, **bound)),
+            partial(first.all_gather, b"", **bound),
+        ]
+        for call in calls:
+            with pytest.raises(BarrierTimeoutError, match="no progress"):
+                await call()
+        commits = [partial(rank.commit, publish, name="c", step=5) for rank in (first, second)]
+        await gather(commits)
+        record = await second.outcome("c", 5)
+        assert record is not None
+        assert record.result == b"published"
+        assert (first.statistics().released, first.statistics().broken) == (1, 5)
 
 
 async def test_calls_at_once_are_on_rows_of_their_own() -> None:

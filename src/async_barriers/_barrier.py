@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from enum import Enum
 from types import TracebackType
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ._bodies import Body, Committing, tell
+from ._checks import CONFIGURED, Timeout, check_publish, checked_blob
 from ._reasons import reason_of
-from ._values import BarrierResult
+from ._values import BarrierResult, BarrierStatistics, CommitRecord
 
 T = TypeVar("T")
 BarrierT = TypeVar("BarrierT", bound="Barrier")
 Publish = Callable[[Mapping[int, bytes]], Awaitable[bytes | None] | bytes | None]
-
-# c10d drops a connection that brings more than 8 MiB; half of it is a round figure.
-MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
-
-
-class Configured(Enum):
-    """Stands for "the timeout the barrier was built with", since None means "no deadline"."""
-
-    TIMEOUT = "as configured"
-
-    def __repr__(self) -> str:
-        return "..."  # what a signature shows
-
-
-CONFIGURED: Final = Configured.TIMEOUT
-Timeout = float | None | Configured
 
 
 class Barrier(abc.ABC):
@@ -48,7 +31,12 @@ class Barrier(abc.ABC):
 
     @abc.abstractmethod
     async def execute_barrier(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+        self,
+        name: str = "",
+        *,
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> BarrierResult:
         """Enter the next phase of ``name`` and wait until every rank has entered.
 
@@ -59,6 +47,8 @@ class Barrier(abc.ABC):
             call of a name meets the n-th of the other ranks. That is enough only where all ranks
             call, fail and restart together.
         :param timeout_secs: the deadline in seconds from now; None for no deadline
+        :param stalled_after_secs: how many seconds a missing rank may show no progress, as for
+            `StoreBarrier`; None for any time. Without it, what the barrier was built with holds
         :raises BarrierTimeoutError: a deadline, of this rank or another, broke the phase
         :raises BrokenBarrierError: another rank gave up, or this barrier can no longer be used
         :raises BarrierConnectionError: the store was lost or never reached
@@ -84,6 +74,7 @@ class Barrier(abc.ABC):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
         """Publish a checkpoint once every rank has finished its part, or not at all.
@@ -119,6 +110,7 @@ class Barrier(abc.ABC):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         """Enter with a payload, and get the payloads of all ranks, in rank order, on every rank.
 
@@ -159,6 +151,33 @@ class Barrier(abc.ABC):
         :raises TypeError: it is no string
         """
 
+    async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
+        """The record of a commit, for a rank that could not learn the verdict (``in_doubt``).
+
+        The store keeps the records of the last 64 released commits of a prefix. None means that no
+        leader has said that it published: the commit broke, goes on, or its leader was lost before
+        it could say so. It may also be too old. The logger says which, at INFO.
+
+        :param name: the name given at the call
+        :param sequence: the step that was given, or else the error's ``sequence``. A count means
+            something only to a barrier that took part; a step means the same in any process.
+        :raises BarrierConnectionError: no answer within ``timeout_barrier_init_secs``
+        :raises BarrierClosedError: the barrier is closed
+        :raises NotImplementedError: the barrier is not over a store
+
+        **Cancellation:** nothing is entered and nothing breaks. Asking again is safe.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no records of commits")
+
+    def statistics(self) -> BarrierStatistics:
+        """How this rank's phases ended so far, in numbers. It costs nothing, also when closed.
+
+        You may ask from any thread.
+
+        :raises NotImplementedError: the barrier is not over a store
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no statistics")
+
     async def aclose(self) -> None:  # noqa: B027  (nor anything to close)
         """Break the phases this rank still awaits, tell the peers that it leaves, and disconnect.
 
@@ -167,7 +186,12 @@ class Barrier(abc.ABC):
         """
 
     def phase(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+        self,
+        name: str = "",
+        *,
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> AbstractAsyncContextManager[None]:
         """Enter the next phase of ``name`` when the body of ``async with`` has succeeded.
 
@@ -176,11 +200,15 @@ class Barrier(abc.ABC):
         goes on.
 
         :param step: as in `execute_barrier`
-        :param timeout_secs: limits the wait after the body; the body itself has no deadline
+        :param timeout_secs: limits the wait after the body, and so does ``stalled_after_secs``; the
+            body itself has no deadline
         """
 
+        self._check_body(name, step, timeout_secs, stalled_after_secs)
+
         async def cross() -> None:
-            await self.execute_barrier(name, **_given(step), timeout_secs=timeout_secs)
+            given = _given(step, stalled_after_secs)
+            await self.execute_barrier(name, **given, timeout_secs=timeout_secs)
 
         return self._body(None, cross, name, step)
 
@@ -191,6 +219,7 @@ class Barrier(abc.ABC):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> AbstractAsyncContextManager[Committing]:
         """Do this rank's part in the body of ``async with``, then `commit` it: one crossing. ::
@@ -208,9 +237,11 @@ class Barrier(abc.ABC):
         :param publish: as in `commit`, and so are ``name``, ``step`` and ``leader``
         :param timeout_secs: limits the wait after the body, and publishing; the body itself has no
             deadline
+        :param stalled_after_secs: limits the wait after the body
 
         **Cancellation:** in the body, it breaks the commit for all ranks; after it, as `commit`.
         """
+        self._check_body(name, step, timeout_secs, stalled_after_secs, leader)
         check_publish(publish)
         part = Committing()
 
@@ -220,16 +251,26 @@ class Barrier(abc.ABC):
                 publish,
                 payload=brought,
                 name=name,
-                **_given(step),
+                **_given(step, stalled_after_secs),
                 timeout_secs=timeout_secs,
                 leader=leader,
             )
 
         return self._body(part, cross, name, step)
 
+    def _check_body(  # noqa: B027  (a barrier may find it out when it is called)
+        self,
+        name: str,
+        step: int | None,
+        timeout_secs: Timeout,
+        stalled_after_secs: Timeout,
+        leader: int | None = None,
+    ) -> None:
+        """Refuse what is wrong with a call before its body runs, not after."""
+
     def _body(
         self, value: T, cross: Callable[[], Awaitable[None]], name: str, step: int | None
-    ) -> Body[T]:
+    ) -> AbstractAsyncContextManager[T]:
         return Body(
             value,
             cross,
@@ -285,70 +326,9 @@ class Barrier(abc.ABC):
             await self._leave(f"it closed its barrier: {reason_of(exc)}")
 
 
-def _given(step: int | None) -> dict[str, Any]:
-    # A barrier that a user wrote need not know of steps.
-    return {} if step is None else {"step": step}
-
-
-def check_timeout(what: str, value: float | None) -> float | None:
-    """Refuse what is no positive, finite number of seconds; None means none."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{what} must be a number of seconds or None, not {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{what} is {value}; it must be positive and finite, or None")
-    return float(value)
-
-
-def check_call_timeout(value: float | None) -> float | None:
-    """As `check_timeout`, for one call: 0 is what is decided now."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
-        return 0.0
-    return check_timeout("timeout_secs", value)
-
-
-def check_step(step: int | None) -> int | None:
-    """Refuse what is no step."""
-    if step is None:
-        return None
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an integer or None, not {step!r}")
-    if not 0 <= step < 1 << 63:
-        raise ValueError(f"step is {step}; it must be 0 or more")
-    return step
-
-
-def check_publish(publish: object) -> None:
-    """Refuse what cannot publish, before anything is entered."""
-    if not callable(publish):
-        raise TypeError(
-            f"publish must be a function or a coroutine function, not {type(publish).__name__}"
-        )
-
-
-def check_world(rank: int, world_size: int) -> None:
-    """Refuse a rank outside its world."""
-    for what, value in (("rank", rank), ("world size", world_size)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{what} must be an integer, not {value!r}")
-    if world_size < 1:
-        raise ValueError(f"world size is {world_size}; it must be at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank {rank} is outside the world; with {world_size} ranks it must be "
-            f"0 to {world_size - 1}"
-        )
-
-
-def checked_blob(what: str, value: bytes | None) -> bytes:
-    """Refuse what is no bytes or too many of them; None stands for none."""
-    if value is None:
-        return b""
-    if not isinstance(value, bytes | bytearray | memoryview):
-        raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
-    # The len() of a memoryview counts its items, which may be wider than a byte.
-    size = memoryview(value).nbytes
-    if size > MAX_PAYLOAD_BYTES:
-        raise ValueError(f"{what} has {size} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")
-    return bytes(value)
+def _given(step: int | None, stalled_after_secs: Timeout = CONFIGURED) -> dict[str, Any]:
+    # A barrier that a user wrote need not know of these.
+    given: dict[str, Any] = {} if step is None else {"step": step}
+    if stalled_after_secs is not CONFIGURED:
+        given["stalled_after_secs"] = stalled_after_secs
+    return given

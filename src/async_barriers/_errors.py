@@ -180,9 +180,13 @@ class BarrierConnectionError(BarrierError, ConnectionError):
     """
 
 
-def another(error: BarrierConnectionError) -> BarrierConnectionError:
-    """The same for another caller; an error that is raised twice grows a traceback of both."""
-    copy = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
+def another(error: BarrierConnectionError, about: str = "") -> BarrierConnectionError:
+    """The same for another caller; an error that is raised twice grows a traceback of both.
+
+    :param about: the barrier or phase that it is of, where it does not say so
+    """
+    text = f"{about}: {error}" if about else str(error)
+    copy = BarrierConnectionError(text, in_doubt=error.in_doubt)
     copy.__cause__ = error.__cause__
     return copy
 

@@ -17,13 +17,15 @@ from ._store.worker import in_own_thread
 class Publishing:
     """One call of ``publish``.
 
+    :param about: which phase it is of, for an error
     :ivar in_thread: it runs in a thread, which cannot be cancelled, and may yet publish
     """
 
-    def __init__(self, publish: Publish, loop: Loop) -> None:
+    def __init__(self, publish: Publish, loop: Loop, about: str) -> None:
         self.in_thread: bool = False
         self._publish = publish
         self._loop = loop
+        self._about = about
 
     async def call(self, payloads: Mapping[int, bytes]) -> Any:
         """What it returns.
@@ -42,8 +44,8 @@ class Publishing:
             called = in_own_thread("publish", functools.partial(self._publish, payloads))
         except RuntimeError as exc:
             raise BarrierError(
-                f"publish needs a thread, and none can be started ({exc}); this process or its "
-                "user has reached a limit of threads (ulimit -u, pids.max)"
+                f"{self._about}: publish needs a thread, and none can be started ({exc}); this "
+                "process or its user has reached a limit of threads (ulimit -u, pids.max)"
             ) from exc
         self.in_thread = True
         await told(self._loop, called)

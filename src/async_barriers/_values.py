@@ -39,9 +39,10 @@ class MissingRank:
     :ivar state: ``"alive"`` (it answered), ``"silent"`` (it joined, and does not answer: it is
         stopped, dead, cut off, or its event loop is blocked), ``"left"`` (it closed its barrier) or
         ``"absent"`` (it never joined)
-    :ivar doing: what it last said by `Barrier.report`, in one line of at most 200 characters
-    :ivar heard_secs_ago: how many seconds ago it said that. If it said nothing, how long ago it was
-        last heard of; None if it never was
+    :ivar doing: what it last said by `Barrier.report`, in one line of at most 200 characters. Of a
+        rank that does not answer, what it said when it last did, if anybody asked then
+    :ivar heard_secs_ago: how many seconds ago it said that, if it is alive. If it said nothing, or
+        does not answer, how long ago it was last heard of; None if it never was
     """
 
     rank: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -14,21 +13,21 @@ from typing import Any, ParamSpec, TypeVar
 
 import anyio
 
-from ._barrier import (
+from ._barrier import Barrier, Publish, _given
+from ._checks import (
     CONFIGURED,
-    Barrier,
-    Publish,
     Timeout,
-    _given,
     check_call_timeout,
     check_publish,
     check_step,
+    check_timeout,
 )
 from ._config import BarrierConfig, create_barrier_from_config
 from ._errors import BarrierError
+from ._guards import Guards
 from ._portal import Portal
 from ._reasons import reason_of
-from ._values import BarrierResult
+from ._values import BarrierResult, BarrierStatistics, CommitRecord
 from .step_signal import BlockingStepSignal
 
 __all__ = ["BlockingBarrier"]
@@ -68,7 +67,8 @@ class BlockingBarrier:
     learn it in the phases that they wait in and in those that they enter later.
 
     In all calls ``name`` and ``step`` are as in `Barrier.execute_barrier`. ``timeout_secs`` is the
-    deadline in seconds from now; None for the configured one, 0 for what is decided now. (For no
+    deadline in seconds from now (0 for what is decided now), and ``stalled_after_secs`` how long a
+    missing rank may show no progress, in seconds; None for the configured value of either. (For no
     deadline at all, configure ``timeout_secs=None``.)
 
     :param config_or_barrier: which barrier to build: a `BarrierConfig`, or torch's class of that
@@ -85,7 +85,7 @@ class BlockingBarrier:
             self._config = _copied(config_or_barrier)
             self._barrier = _built(self._config)
         self._portal = Portal(functools.partial(_described, self._barrier), self._barrier.aclose)
-        self._here = threading.local()
+        self._guards = Guards()
         # One that is dropped unclosed must not leave its thread behind.
         weakref.finalize(self, self._portal.retire).atexit = False
         for module in _ABSTRACT_BARRIERS:
@@ -109,7 +109,12 @@ class BlockingBarrier:
         self._portal.call(self._barrier.connect)
 
     def execute_barrier(
-        self, timeout_secs: float | None = None, *, name: str = "", step: int | None = None
+        self,
+        timeout_secs: float | None = None,
+        *,
+        name: str = "",
+        step: int | None = None,
+        stalled_after_secs: float | None = None,
     ) -> BarrierResult:
         """Enter the next phase of ``name`` and block until every rank has entered.
 
@@ -119,7 +124,7 @@ class BlockingBarrier:
         before, and is raised within 1 s. The turn is used up: the next call enters the next phase.
         """
         call = functools.partial(self._barrier.execute_barrier, name)
-        return self._cross(call, name, step, timeout_secs)
+        return self._cross(call, name, step, timeout_secs, stalled_after_secs)
 
     def commit(
         self,
@@ -129,6 +134,7 @@ class BlockingBarrier:
         name: str = "",
         step: int | None = None,
         timeout_secs: float | None = None,
+        stalled_after_secs: float | None = None,
         leader: int = 0,
     ) -> bytes:
         """Publish a checkpoint once every rank has finished its part; see `Barrier.commit`.
@@ -144,7 +150,7 @@ class BlockingBarrier:
         call = functools.partial(
             self._barrier.commit, publish, payload=payload, name=name, leader=leader
         )
-        return self._cross(call, name, step, timeout_secs)
+        return self._cross(call, name, step, timeout_secs, stalled_after_secs)
 
     def all_gather(
         self,
@@ -153,6 +159,7 @@ class BlockingBarrier:
         name: str = "",
         step: int | None = None,
         timeout_secs: float | None = None,
+        stalled_after_secs: float | None = None,
     ) -> tuple[bytes, ...]:
         """Enter with a payload, and get those of all ranks; see `Barrier.all_gather`.
 
@@ -161,7 +168,7 @@ class BlockingBarrier:
         **Interruption:** as `execute_barrier`.
         """
         call = functools.partial(self._barrier.all_gather, payload, name=name)
-        return self._cross(call, name, step, timeout_secs)
+        return self._cross(call, name, step, timeout_secs, stalled_after_secs)
 
     def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         """Break this rank's current phase of ``name``, or else its next one without entering.
@@ -172,7 +179,7 @@ class BlockingBarrier:
 
         **Interruption:** the break goes on, and reaches the peers if the store can be reached.
         """
-        self._take_turn(name, step)
+        self._guards.take_turn(name, step)
         given = _given(check_step(step))
         return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given))
 
@@ -182,6 +189,22 @@ class BlockingBarrier:
         :raises TypeError: it is no string
         """
         self._barrier.report(doing)
+
+    def outcome(self, name: str, sequence: int) -> CommitRecord | None:
+        """The record of a commit that ended in doubt; see `Barrier.outcome`.
+
+        Raises what `Barrier.outcome` raises.
+
+        **Interruption:** as the cancellation of `Barrier.outcome`.
+        """
+        return self._portal.call(functools.partial(self._barrier.outcome, name, sequence))
+
+    def statistics(self) -> BarrierStatistics:
+        """How this rank's phases ended so far; returns at once. See `Barrier.statistics`.
+
+        Raises what `Barrier.statistics` raises.
+        """
+        return self._barrier.statistics()
 
     def step_signal(self, name: str = "stop") -> BlockingStepSignal:
         """A `StepSignal` of this barrier, whose `reached` blocks. It ends with this barrier.
@@ -225,8 +248,7 @@ class BlockingBarrier:
         The exception of the body goes on. If the body has crossed ``name`` (and ``step``, if given)
         on this thread, or tried to, or has aborted it, `guard` breaks nothing.
         """
-        guarded = _Guarded(name, check_step(step))
-        self._guards.add(guarded)
+        guarded = self._guards.add(name, check_step(step))
         try:
             yield
         except BaseException as exc:
@@ -278,42 +300,22 @@ class BlockingBarrier:
         name: str,
         step: int | None,
         timeout_secs: float | None,
+        stalled_after_secs: float | None,
     ) -> T:
         timeout: Timeout = CONFIGURED if timeout_secs is None else check_call_timeout(timeout_secs)
-        given = _given(check_step(step))
-        self._take_turn(name, step)
+        stalled = check_timeout("stalled_after_secs", stalled_after_secs)
+        given = _given(check_step(step), CONFIGURED if stalled is None else stalled)
+        self._guards.take_turn(name, step)
         call = functools.partial(call, **given, timeout_secs=timeout)
         if timeout == 0:
             call = functools.partial(_connected, self._barrier, call)
         return self._portal.call(call)
-
-    @property
-    def _guards(self) -> weakref.WeakSet[_Guarded]:
-        """Those that this thread is in; gone with them, however they end."""
-        guards: weakref.WeakSet[_Guarded]
-        guards = self._here.__dict__.setdefault("guards", weakref.WeakSet())
-        return guards
-
-    def _take_turn(self, name: str, step: int | None) -> None:
-        for guarded in self._guards:
-            if (guarded.name, guarded.step) == (name, step):
-                guarded.crossed = True
 
     def _fail(self, exc: BaseException, name: str, step: int | None) -> None:
         """Tell the peers that what should have come before the next crossing failed."""
         # The caller's own exception is on its way, and matters more.
         with contextlib.suppress(BarrierError):
             self._portal.call(functools.partial(self._barrier._fail, reason_of(exc), name, step))
-
-
-class _Guarded:
-    """What a body is to cross, and whether it has."""
-
-    crossed = False
-
-    def __init__(self, name: str, step: int | None) -> None:
-        self.name = name
-        self.step = step
 
 
 async def _connected(barrier: Barrier, call: Callable[[], Awaitable[T]]) -> T:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from contextlib import AbstractAsyncContextManager
 from typing import ClassVar, Literal
 
 import anyio
 import torch.distributed as dist
 
-from ._barrier import (
+from ._barrier import Barrier, Publish
+from ._checks import (
     CONFIGURED,
-    Barrier,
     Configured,
-    Publish,
     Timeout,
     check_call_timeout,
     check_publish,
     check_timeout,
     check_world,
 )
-from ._bodies import Committing
 from ._config import register_barrier
 from ._dist.calls import UNDO_SECS, Calls
 from ._dist.collectives import IN_DOUBT, PUBLISHED
@@ -48,7 +45,8 @@ class DistBarrier(Barrier):
     a `StoreBarrier` if you need to go on. All names share one order of calls, and ``name`` appears
     in messages only. Peers learn of an abort, or of a phase whose body failed, when all have
     entered, not before. A rank that waits for one that has closed its barrier, or whose barrier is
-    broken for good, is told within seconds.
+    broken for good, is told within seconds. Its calls refuse ``stalled_after_secs``, since a rank
+    cannot be asked for its progress.
 
     Every rank has to build its barriers in the same order, and to make the same calls in the same
     order, with the same steps. If they do not, all get `BrokenBarrierError`, and nothing is
@@ -101,24 +99,21 @@ class DistBarrier(Barrier):
         await self._calls.connect(self._timeout_secs)
 
     async def execute_barrier(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+        self,
+        name: str = "",
+        *,
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> BarrierResult:
         calls = self._calls
-        timeout = self._checked_timeout(timeout_secs)
+        timeout = self._checked_timeout(timeout_secs, stalled_after_secs)
         loop = calls.use()
         started = loop.now()
         sequence, last_rank = await calls.run(
             name, step, timeout, lambda: calls.collectives.execute(step)
         )
         return BarrierResult(name, sequence, loop.now() - started, last_rank)
-
-    def phase(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
-    ) -> AbstractAsyncContextManager[None]:
-        # What is wrong with the call is said before the body runs, not after.
-        self._calls.check_open(name, step)
-        self._checked_timeout(timeout_secs)
-        return super().phase(name, step=step, timeout_secs=timeout_secs)
 
     async def commit(
         self,
@@ -128,10 +123,11 @@ class DistBarrier(Barrier):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
         calls = self._calls
-        timeout = self._checked_timeout(timeout_secs)
+        timeout = self._checked_timeout(timeout_secs, stalled_after_secs)
         check_publish(publish)
         calls.check(name, step)
         check_world(leader, calls.group.size)
@@ -151,23 +147,6 @@ class DistBarrier(Barrier):
             raise BrokenBarrierError(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
         return word.message
 
-    def committing(
-        self,
-        publish: Publish,
-        *,
-        name: str = "",
-        step: int | None = None,
-        timeout_secs: Timeout = CONFIGURED,
-        leader: int = 0,
-    ) -> AbstractAsyncContextManager[Committing]:
-        self._calls.check_open(name, step)
-        self._checked_timeout(timeout_secs)
-        # How many ranks there are is known when they have connected.
-        check_world(leader, MAX_RANKS)
-        return super().committing(
-            publish, name=name, step=step, timeout_secs=timeout_secs, leader=leader
-        )
-
     async def all_gather(
         self,
         payload: bytes,
@@ -175,10 +154,11 @@ class DistBarrier(Barrier):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         calls = self._calls
         calls.check_open(name, step)
-        timeout = self._checked_timeout(timeout_secs)
+        timeout = self._checked_timeout(timeout_secs, stalled_after_secs)
         brought = await self._checked(payload, name, step, ValueError)
         _, gathered = await calls.run(
             name, step, timeout, lambda: calls.collectives.all_gather(brought, step)
@@ -247,7 +227,26 @@ class DistBarrier(Barrier):
             await until_done(loop, ended, UNDO_SECS)
         calls.abandon()
 
-    def _checked_timeout(self, timeout_secs: Timeout) -> float | None:
+    def _check_body(
+        self,
+        name: str,
+        step: int | None,
+        timeout_secs: Timeout,
+        stalled_after_secs: Timeout,
+        leader: int | None = None,
+    ) -> None:
+        self._calls.check_open(name, step)
+        self._checked_timeout(timeout_secs, stalled_after_secs)
+        if leader is not None:
+            # How many ranks there are is known when they have connected.
+            check_world(leader, MAX_RANKS)
+
+    def _checked_timeout(self, timeout_secs: Timeout, stalled_after_secs: Timeout) -> float | None:
+        if stalled_after_secs is not CONFIGURED and stalled_after_secs is not None:
+            raise ValueError(
+                f"stalled_after_secs is {stalled_after_secs!r}; a DistBarrier cannot ask its peers "
+                "for progress: leave it out, or use a StoreBarrier"
+            )
         if isinstance(timeout_secs, Configured):
             return self._timeout_secs
         return check_call_timeout(timeout_secs)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch.distributed import Store
 
 from . import _launch
-from ._barrier import check_call_timeout
+from ._checks import check_call_timeout
 from ._errors import BarrierError, BarrierTimeoutError, describe
 from ._observer.watch import CONNECT_SECS, Watch
 from ._protocol.keys import Keys, check_name, check_prefix

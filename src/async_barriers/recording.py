@@ -16,23 +16,25 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
-from ._barrier import CONFIGURED, Barrier, Publish, Timeout, _given, check_publish
-from ._bodies import Committing
+from ._barrier import Barrier, Publish, _given
+from ._checks import CONFIGURED, Timeout, check_publish
 from ._client.barrier import CrossingBarrier
 from ._errors import BarrierError
 from ._publish import is_async
 from ._traces import DrawnBody, Event, read_events, write_events
-from ._values import BarrierResult
+from ._values import BarrierResult, BarrierStatistics, CommitRecord
 
 __all__ = ["Recorder", "merge_traces"]
+
+T = TypeVar("T")
 
 
 class Recorder:
@@ -166,11 +168,16 @@ class _Watched(Barrier):
         self._rank = rank
 
     async def execute_barrier(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+        self,
+        name: str = "",
+        *,
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> BarrierResult:
         with self._recorder._call(self._rank, "execute_barrier", name) as facts:
             result = await self._barrier.execute_barrier(
-                name, **_given(step), timeout_secs=timeout_secs
+                name, **_given(step, stalled_after_secs), timeout_secs=timeout_secs
             )
             facts.update(verdict="released", sequence=result.sequence, last_rank=result.last_rank)
             facts["came_last"] = self._came_last(result.last_rank)
@@ -188,6 +195,7 @@ class _Watched(Barrier):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
         check_publish(publish)
@@ -197,7 +205,7 @@ class _Watched(Barrier):
                 self._watched(publish, name),
                 payload=payload,
                 name=name,
-                **_given(step),
+                **_given(step, stalled_after_secs),
                 timeout_secs=timeout_secs,
                 leader=leader,
             )
@@ -233,10 +241,12 @@ class _Watched(Barrier):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         with self._recorder._call(self._rank, "all_gather", name) as facts:
+            given = _given(step, stalled_after_secs)
             gathered = await self._barrier.all_gather(
-                payload, name=name, **_given(step), timeout_secs=timeout_secs
+                payload, name=name, **given, timeout_secs=timeout_secs
             )
             facts.update(verdict="released", came_last=self._came_last())
             return gathered
@@ -249,6 +259,12 @@ class _Watched(Barrier):
     def report(self, doing: str) -> None:
         self._barrier.report(doing)
 
+    async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
+        return await self._barrier.outcome(name, sequence)
+
+    def statistics(self) -> BarrierStatistics:
+        return self._barrier.statistics()
+
     async def aclose(self) -> None:
         with self._recorder._call(self._rank, "aclose", ""):
             await self._barrier.aclose()
@@ -258,27 +274,20 @@ class _Watched(Barrier):
             facts["reason"] = reason
             await self._barrier._leave(reason)
 
-    def phase(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
-    ) -> AbstractAsyncContextManager[None]:
-        # That one may refuse the call; what it returns would not be recorded.
-        self._barrier.phase(name, **_given(step), timeout_secs=timeout_secs)
-        body = super().phase(name, step=step, timeout_secs=timeout_secs)
-        return DrawnBody(body, self._recorder._call(self._rank, "body", name))
-
-    def committing(
+    def _check_body(
         self,
-        publish: Publish,
-        *,
-        name: str = "",
-        step: int | None = None,
-        timeout_secs: Timeout = CONFIGURED,
-        leader: int = 0,
-    ) -> AbstractAsyncContextManager[Committing]:
-        given: Any = {"name": name, "timeout_secs": timeout_secs, "leader": leader}
-        # As for `phase`.
-        self._barrier.committing(publish, **_given(step), **given)
-        body = super().committing(publish, step=step, **given)
+        name: str,
+        step: int | None,
+        timeout_secs: Timeout,
+        stalled_after_secs: Timeout,
+        leader: int | None = None,
+    ) -> None:
+        self._barrier._check_body(name, step, timeout_secs, stalled_after_secs, leader)
+
+    def _body(
+        self, value: T, cross: Callable[[], Awaitable[None]], name: str, step: int | None
+    ) -> AbstractAsyncContextManager[T]:
+        body = super()._body(value, cross, name, step)
         return DrawnBody(body, self._recorder._call(self._rank, "body", name))
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:

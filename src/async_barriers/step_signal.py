@@ -6,7 +6,8 @@ import copy
 import math
 import weakref
 
-from ._barrier import Barrier, check_step
+from ._barrier import Barrier
+from ._checks import check_step
 from ._client.agreeing import Agent
 from ._client.barrier import CrossingBarrier
 from ._client.gate import Round

@@ -14,7 +14,7 @@ from torch_checkpointing.barriers import BarrierConfig
 from torch_checkpointing.types import RankInfo
 
 from . import _launch
-from ._barrier import check_timeout
+from ._checks import check_timeout
 from ._protocol.keys import check_prefix
 from ._store.sources import StoreAt
 from .blocking import BlockingBarrier

@@ -132,7 +132,11 @@ class Agent:
         if self.closed or serving.cancelled():
             self._end(BarrierClosedError(self._about))
         elif (exc := serving.exception()) is not None:
-            self._end(exc if isinstance(exc, BarrierError) else BarrierError(told_by(exc)))
+            self._end(
+                exc
+                if isinstance(exc, BarrierError)
+                else BarrierError(f"{self._about}: {told_by(exc)}")
+            )
 
     def _end(self, error: BarrierError) -> None:
         """No step passes any more."""
@@ -214,7 +218,7 @@ class Agent:
         """
         session = self._barrier._session
         if not session.stands:
-            await self._barrier._crossing("", None, within_secs).ready()
+            await self._barrier._crossing(self._name, None, within_secs).ready()
         membership = session.membership
         if membership is not None and membership.state.identity != self._turn[0]:
             self._turn = (membership.state.identity, 0)
@@ -315,16 +319,12 @@ class Agent:
 
     def _over(self, number: int) -> BrokenBarrierError:
         session = self._barrier._session
-        if (closed := session.closed_by) is not None:
-            return BrokenBarrierError(self._name, number, closed.rank, closed.reason)
         by = None if session.membership is None else session.membership.state.by
         who = "a rank" if by is None else f"rank {by}"
-        return BrokenBarrierError(
-            self._name,
-            number,
-            by,
-            f"{who} joined again: it was restarted, or its barrier was built again",
-        )
+        reason = f"{who} joined again: it was restarted, or its barrier was built again"
+        if (closed := session.closed_by) is not None:
+            by, reason = closed.rank, closed.reason
+        return BrokenBarrierError(self._name, number, by, reason, prefix=session.prefix)
 
 
 _agents: weakref.WeakSet[Agent] = weakref.WeakSet()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._barrier import check_step
+from .._checks import check_step
 from .._errors import BarrierConnectionError, describe, seconds, told_by
 from .._protocol import records
 from .._protocol.keys import Keys
@@ -19,7 +19,7 @@ _SAYS_WHY_SECS = 0.3
 
 
 async def became(session: Session, name: str, sequence: int) -> CommitRecord | None:
-    """As `StoreBarrier.outcome`."""
+    """as `Barrier.outcome`."""
     if check_step(sequence) is None:
         raise TypeError("sequence must be an integer, not None")
     loop = session.use()

@@ -7,16 +7,14 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import anyio
 
-from .._barrier import (
+from .._barrier import Barrier, Publish
+from .._checks import (
     CONFIGURED,
-    Barrier,
     Configured,
-    Publish,
     Timeout,
     check_call_timeout,
     check_publish,
@@ -24,7 +22,6 @@ from .._barrier import (
     check_timeout,
     check_world,
 )
-from .._bodies import Committing
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
@@ -47,7 +44,7 @@ from .publication import Publication
 from .session import Session
 from .state import PEERS_SECS, UNDO_SECS
 from .tally import GAVE_UP
-from .watching import watch
+from .watching import Watch, watching_for
 
 _CLOSED = "it closed its barrier"
 # How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.
@@ -93,7 +90,7 @@ class CrossingBarrier(Barrier):
             source, prefix, rank, world_size, init_secs=init_secs, run_id=run_id
         )
         self._timeout_secs = check_timeout("timeout_secs", timeout_secs)
-        self._watch = watch(
+        self._watch = watching_for(
             check_timeout("warn_after_secs", warn_after_secs),
             check_timeout("stalled_after_secs", stalled_after_secs),
             on_progress,
@@ -128,23 +125,22 @@ class CrossingBarrier(Barrier):
                 raise
 
     async def execute_barrier(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
+        self,
+        name: str = "",
+        *,
+        step: int | None = None,
+        timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> BarrierResult:
         timeout = self._check_call(name, step, timeout_secs)
-        crossing = self._crossing(name, step, timeout)
+        watch = self._watch_of(stalled_after_secs)
+        crossing = self._crossing(name, step, timeout, watch)
         released = await crossing.decided()
         assert released is not None
         assert crossing.phase is not None
         return BarrierResult(
             name, crossing.phase.sequence, crossing.waited_secs, released.last_rank
         )
-
-    def phase(
-        self, name: str = "", *, step: int | None = None, timeout_secs: Timeout = CONFIGURED
-    ) -> AbstractAsyncContextManager[None]:
-        # What is wrong with the call is said before the body runs, not after.
-        self._check_call(name, step, timeout_secs)
-        return super().phase(name, step=step, timeout_secs=timeout_secs)
 
     async def commit(
         self,
@@ -154,13 +150,15 @@ class CrossingBarrier(Barrier):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
         leader: int = 0,
     ) -> bytes:
         timeout = self._check_call(name, step, timeout_secs)
+        watch = self._watch_of(stalled_after_secs)
         check_publish(publish)
         check_world(leader, self._session.world_size)
         brought = await self._checked(payload, name, step, ValueError)
-        crossing = self._crossing(name, step, timeout, COMMIT, leader)
+        crossing = self._crossing(name, step, timeout, watch, COMMIT, leader)
         try:
             released = await crossing.decided(brought)
         finally:
@@ -172,21 +170,6 @@ class CrossingBarrier(Barrier):
         assert phase is not None
         return await self._publish(crossing, phase, publish)
 
-    def committing(
-        self,
-        publish: Publish,
-        *,
-        name: str = "",
-        step: int | None = None,
-        timeout_secs: Timeout = CONFIGURED,
-        leader: int = 0,
-    ) -> AbstractAsyncContextManager[Committing]:
-        self._check_call(name, step, timeout_secs)
-        check_world(leader, self._session.world_size)
-        return super().committing(
-            publish, name=name, step=step, timeout_secs=timeout_secs, leader=leader
-        )
-
     async def all_gather(
         self,
         payload: bytes,
@@ -194,10 +177,12 @@ class CrossingBarrier(Barrier):
         name: str = "",
         step: int | None = None,
         timeout_secs: Timeout = CONFIGURED,
+        stalled_after_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         timeout = self._check_call(name, step, timeout_secs)
+        watch = self._watch_of(stalled_after_secs)
         brought = await self._checked(payload, name, step, ValueError)
-        crossing = self._crossing(name, step, timeout, GATHER)
+        crossing = self._crossing(name, step, timeout, watch, GATHER)
         return await crossing.gathered(brought)
 
     async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
@@ -231,25 +216,10 @@ class CrossingBarrier(Barrier):
         self._session.said.say(doing)
 
     async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
-        """The record of a commit, for a rank that could not learn the verdict (``in_doubt``).
-
-        The store keeps the records of the last 64 released commits of a prefix. None means that no
-        leader has said that it published: the commit broke, goes on, or its leader was lost before
-        it could say so. It may also be too old. The logger says which, at INFO.
-
-        :param name: the name given at the call
-        :param sequence: the step that was given, or else the error's ``sequence``. A count means
-            something only to a barrier that took part; a step means the same in any process.
-        :raises BarrierConnectionError: no answer within ``timeout_barrier_init_secs``
-        :raises BarrierClosedError: the barrier is closed
-
-        **Cancellation:** nothing is entered and nothing breaks. Asking again is safe.
-        """
         self._check_call(name, sequence, CONFIGURED)
         return await became(self._session, name, sequence)
 
     def statistics(self) -> BarrierStatistics:
-        """How this rank's phases ended so far, in numbers. It costs nothing, also when closed."""
         return self._session.tally.statistics()
 
     async def aclose(self) -> None:
@@ -370,10 +340,34 @@ class CrossingBarrier(Barrier):
             return self._timeout_secs
         return check_call_timeout(timeout_secs)
 
+    def _check_body(
+        self,
+        name: str,
+        step: int | None,
+        timeout_secs: Timeout,
+        stalled_after_secs: Timeout,
+        leader: int | None = None,
+    ) -> None:
+        self._check_call(name, step, timeout_secs)
+        self._watch_of(stalled_after_secs)
+        if leader is not None:
+            check_world(leader, self._session.world_size)
+
+    def _watch_of(self, stalled_after_secs: Timeout) -> Watch:
+        if isinstance(stalled_after_secs, Configured):
+            return self._watch
+        return self._watch.with_stalled(check_timeout("stalled_after_secs", stalled_after_secs))
+
     def _crossing(
-        self, name: str, step: int | None, timeout: float | None, kind: int = 0, leader: int = -1
+        self,
+        name: str,
+        step: int | None,
+        timeout: float | None,
+        watch: Watch | None = None,
+        kind: int = 0,
+        leader: int = -1,
     ) -> Crossing:
-        return Crossing(self._session, name, step, timeout, self._watch, kind, leader)
+        return Crossing(self._session, name, step, timeout, watch or self._watch, kind, leader)
 
     async def _break(
         self, crossing: Crossing, phase: Phase, reason: str, within_secs: float

@@ -17,6 +17,7 @@ from .._errors import (
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
+    another,
     describe,
     plural_ranks,
     seconds,
@@ -173,9 +174,7 @@ class Crossing:
             # What fails with the time that there is says why.
             if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, self.deadline)):
                 if (closed := session.closed_by) is not None:
-                    raise BrokenBarrierError(
-                        self.name, self._sequence(), closed.rank, closed.reason
-                    )
+                    raise self._broken(closed.rank, closed.reason)
                 why = session.why_not
                 error = BarrierConnectionError(
                     f"rank {session.rank} did not reach the store of {describe(session.prefix)} "
@@ -192,12 +191,26 @@ class Crossing:
                 begun_before = None
                 continue
             if joining.error is not None:
-                raise _fresh(joining.error, self.name, self._sequence())
+                raise self._fresh(joining.error)
             if loop.now() >= until and not session.stands:
                 raise BarrierConnectionError(
                     f"rank {session.rank} could not join {describe(session.prefix)} within "
                     f"{seconds(within_secs)}: its peers joined again meanwhile"
                 )
+
+    def _fresh(self, error: BaseException) -> BaseException:
+        """The same error for one more caller: a traceback must not grow with each."""
+        if isinstance(error, BrokenBarrierError):
+            return self._broken(error.rank, error.reason)
+        if isinstance(error, BarrierConnectionError):
+            # What kind it is of is ours alone to know.
+            return another(error, describe(self.name, self.step, self.session.prefix))
+        again: BaseException = error
+        if isinstance(error, BarrierError):
+            rebuild, arguments = error.__reduce__()
+            again = rebuild(*arguments)
+        again.__cause__ = error.__cause__
+        return again
 
     async def _after_a_rank_left(self, exc: BrokenBarrierError) -> None:
         """Raise what came of the phase: another rank may have broken it before that one left."""
@@ -210,11 +223,12 @@ class Crossing:
             raise exc
         self.accept(phase)
 
-    def _sequence(self) -> int:
-        turns = self.session.turns
-        if self.step is not None:
-            return self.step
-        return 0 if turns is None else turns.next_sequence(self.name)
+    def _broken(self, rank: int | None, reason: str) -> BrokenBarrierError:
+        """Before it has begun: its step, or the number that it would have."""
+        turns, sequence = self.session.turns, self.step
+        if sequence is None:
+            sequence = 0 if turns is None else turns.next_sequence(self.name)
+        return BrokenBarrierError(self.name, sequence, rank, reason, prefix=self.session.prefix)
 
     def accept(self, phase: Phase) -> Released:
         """The release; else the error that the verdict means."""
@@ -400,21 +414,6 @@ class Crossing:
             return ()
         absent: tuple[int, ...] = asking.result()
         return absent
-
-
-def _fresh(error: BaseException, name: str, sequence: int) -> BaseException:
-    """The same error for one more caller: a traceback must not grow with each."""
-    if isinstance(error, BrokenBarrierError):
-        return BrokenBarrierError(name, sequence, error.rank, error.reason)
-    again: BaseException = error
-    if isinstance(error, BarrierConnectionError):
-        # What kind it is of is ours alone to know.
-        again = BarrierConnectionError(str(error), in_doubt=error.in_doubt)
-    elif isinstance(error, BarrierError):
-        rebuild, arguments = error.__reduce__()
-        again = rebuild(*arguments)
-    again.__cause__ = error.__cause__
-    return again
 
 
 __all__ = ["Crossing"]

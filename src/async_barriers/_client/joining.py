@@ -173,7 +173,7 @@ class Joining(Listening):
             await sleep(self.loop, 0.05)
 
     def _left_error(self, closed_by: Closed) -> BrokenBarrierError:
-        return BrokenBarrierError(self.prefix, 0, closed_by.rank, closed_by.reason)
+        return BrokenBarrierError("", 0, closed_by.rank, closed_by.reason, prefix=self.prefix)
 
     def owe_turn(self, name: str, step: int | None, reason: str) -> None:
         """The store could not be reached: break the next turn of ``name`` when it can."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .._errors import BarrierConnectionError, describe
 from .._protocol import presence
@@ -21,6 +21,9 @@ from .state import SessionState
 _FRESH_SECS = 0.5
 # When to look for answers: soon at first, and then now and then.
 _SOON_SECS, _THEN_SECS = 0.005, 0.1
+# When to look for what another one has found, as shares of the time that answers have. Together
+# less than what is left before a deadline.
+_SHARES = (1.0, 0.1, 0.1, 0.1)
 # What stands in the register: somebody asks, or what was found; each with a number of its own.
 _ASKS, _FOUND = b"?", b"="
 
@@ -32,8 +35,9 @@ class Presence:
         self._session = session
         self._used = b""
         self._count = 0
-        # When ranks were heard of, by the loop's clock.
-        self._heard: dict[int, float] = {}
+        # When ranks of this generation were heard of, by the loop's clock, and what they said.
+        self._heard: dict[int, tuple[float, str | None]] = {}
+        self._heard_in: Membership | None = None
         self._busy: Future[None] | None = None
 
     async def of(self, ranks: Sequence[int], within_secs: float) -> dict[int, Heard]:
@@ -56,28 +60,54 @@ class Presence:
         bell, membership, loop = session._bell, session.membership, session.loop
         if bell is None or membership is None or loop is None:
             raise BarrierConnectionError(f"{describe(session.prefix)} has no connection now")
+        if membership is not self._heard_in:
+            # Whoever has joined anew is another process.
+            self._heard, self._heard_in = {}, membership
         key = membership.own.heard
         (value,) = await bell.call(Read(key))
-        if value is not None and value.startswith(_ASKS):
-            await sleep(loop, within_secs)
-            (value,) = await bell.call(Read(key))
-        if value is not None and value.startswith(_FOUND):
-            number, _, rows = value.partition(b"\n")
-            found = decode_rows(rows)
-            if number != self._used and found.keys() >= set(ranks):
-                self._used = number
-                return {rank: found[rank] for rank in ranks}
-        # A claim's token is nobody else's.
-        self._count += 1
-        number = f"{membership.claim.life.token}.{self._count}".encode()
-        (now,) = await bell.call(CompareSet(key, value or b"", _ASKS + number))
-        mine = now == _ASKS + number
+        while True:
+            value = await self._when_found(bell, key, value or b"", within_secs)
+            if value.startswith(_FOUND):
+                number, _, rows = value.partition(b"\n")
+                found = decode_rows(rows)
+                if number != self._used and found.keys() >= set(ranks):
+                    self._used = number
+                    self._note(each.rank for each in found.values())
+                    return {rank: found[rank] for rank in ranks}
+            # A claim's token is nobody else's.
+            self._count += 1
+            number = f"{membership.claim.life.token}.{self._count}".encode()
+            (now,) = await bell.call(CompareSet(key, value, _ASKS + number))
+            if now == _ASKS + number:
+                break
+            if now == value:
+                # The key is gone, and its generation over.
+                return {}
+            # Another one was quicker: of many that would ask in one instant, one does.
+            value = now
         heard = await self._ask(bell, membership, ranks, within_secs)
-        if mine:
-            self._used = _FOUND + number
-            bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
-            loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, key))
+        self._note(each.rank for each in heard.values())
+        self._used = _FOUND + number
+        bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
+        loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, key))
         return heard
+
+    async def _when_found(
+        self, bell: Connection, key: str, value: bytes, within_secs: float
+    ) -> bytes:
+        """What another rank that asks has found; its question, where it does not come to an end."""
+        loop, asked = self._session.loop, b""
+        assert loop is not None
+        while value.startswith(_ASKS) and value != asked:
+            asked = value
+            # It may wait for answers as long as that, and has asked a little later.
+            for share in _SHARES:
+                await sleep(loop, share * within_secs)
+                (found,) = await bell.call(Read(key))
+                value = found or b""
+                if value != asked:
+                    break
+        return value
 
     def _forget(self, bell: Connection, key: str) -> None:
         if bell is self._session._bell and bell.lost is None:
@@ -118,10 +148,18 @@ class Presence:
             return Heard(MissingRank(rank, None, None, "absent"))
         host, pid = member.life.host, member.life.pid
         if answer is not None:
-            self._heard[rank] = loop.now()
             ago = 0.0 if answer.said_secs is None else answer.said_secs
             return Heard(MissingRank(rank, host, pid, "alive", answer.doing, ago), answer.idle_secs)
-        times = [at for at in (self._heard.get(rank), released_at) if at is not None]
+        at, doing = self._heard.get(rank, (None, None))
+        times = [each for each in (at, released_at) if each is not None]
         since = loop.now() - max(times) if times else None
         state = "left" if member.left else "silent"
-        return Heard(MissingRank(rank, host, pid, state, None, since))
+        return Heard(MissingRank(rank, host, pid, state, doing, since))
+
+    def _note(self, ranks: Iterable[MissingRank]) -> None:
+        """Keep what those said that are alive, in case they fall silent."""
+        assert self._session.loop is not None
+        now = self._session.loop.now()
+        for rank in ranks:
+            if rank.state == "alive":
+                self._heard[rank.rank] = now, rank.doing

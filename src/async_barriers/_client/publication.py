@@ -6,10 +6,13 @@ from typing import Any
 
 import anyio
 
-from .._barrier import Publish, checked_blob
+from .._barrier import Publish
+from .._checks import checked_blob
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
+    BarrierError,
+    another,
     describe,
 )
 from .._protocol.verdict import Broken, Released, Verdict
@@ -53,7 +56,8 @@ class Publication:
         crossing, phase = self._crossing, self._phase
         session, loop = crossing.session, crossing.loop
         rank = session.rank
-        publishing = Publishing(publish, loop)
+        about = describe(phase.name, phase.sequence, session.prefix)
+        publishing = Publishing(publish, loop, about)
         returned: Any = None
         published = False
         verdict: Verdict
@@ -64,6 +68,7 @@ class Publication:
                     fetching = session.start(session.payloads(phase))
                     while not await settled(loop, fetching, crossing.deadline):
                         pass
+                    self._check(fetching)
                     payloads = fetching.result()
                 returned = await publishing.call(payloads)
                 published = True
@@ -118,6 +123,15 @@ class Publication:
         if self._closing and self.verdict == Broken(session.rank, self._stopped_for):
             raise BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
         return crossing.accept(phase).result
+
+    def _check(self, ours: Future[Any]) -> None:
+        """Raise the error that it ended in, as one of this phase: no thread or no payload came."""
+        phase, error = self._phase, ours.error
+        about = describe(phase.name, phase.sequence, self._crossing.session.prefix)
+        if isinstance(error, BarrierConnectionError):
+            raise another(error, about)
+        if type(error) is BarrierError:
+            raise BarrierError(f"{about}: {error}") from error
 
 
 __all__ = ["Publication"]

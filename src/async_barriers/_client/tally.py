@@ -41,10 +41,12 @@ class Tally:
         self.waited_secs_at_most = max(self.waited_secs_at_most, waited_secs)
 
     def statistics(self) -> BarrierStatistics:
+        # Another thread may ask: both are of one moment.
+        broken_by = self._broken.copy()
         return BarrierStatistics(
             self.released,
-            sum(self._broken.values()),
-            dict(self._broken),
+            sum(broken_by.values()),
+            broken_by,
             self.waited_secs,
             self.waited_secs_at_most,
             self.came_last,

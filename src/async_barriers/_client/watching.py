@@ -45,16 +45,21 @@ class Watch(NamedTuple):
     global_ranks: Sequence[int] | None
     first_secs: float
 
+    def with_stalled(self, stalled_secs: float | None) -> Watch:
+        """The same, but for one call that gives its own."""
+        stalled = math.inf if stalled_secs is None else stalled_secs
+        first_secs = min(self.warn_secs, _period(stalled))
+        return self._replace(stalled_secs=stalled, first_secs=first_secs)
 
-def watch(
+
+def watching_for(
     warn_secs: float | None,
     stalled_secs: float | None,
     on_progress: Callable[[BarrierProgress], object] | None,
     global_ranks: Sequence[int] | None,
 ) -> Watch:
     warn = math.inf if warn_secs is None else warn_secs
-    stalled = math.inf if stalled_secs is None else stalled_secs
-    return Watch(warn, stalled, on_progress, global_ranks, min(warn, _period(stalled)))
+    return Watch(warn, math.inf, on_progress, global_ranks, warn).with_stalled(stalled_secs)
 
 
 def _period(stalled_secs: float) -> float:

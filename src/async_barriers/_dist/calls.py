@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .._barrier import check_step
+from .._checks import check_step
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
+    another,
     describe,
     plural_ranks,
     seconds,
@@ -106,7 +107,7 @@ class Calls:
                 return connecting.result()
         except BarrierConnectionError as exc:
             self.break_for_good(str(exc))
-            raise
+            raise another(exc, "this DistBarrier") from exc.__cause__
         assert timeout is not None
         self.break_for_good("its group never came about")
         why, missing = await self.log.explain(CONNECTING, loop, loop.now() + UNDO_SECS)
@@ -252,7 +253,7 @@ class Calls:
             if call.called_off is None:
                 exc.in_doubt = call.entered
                 self.break_for_good(str(exc), serves=False)
-            raise
+            raise another(exc, describe(call.name, call.sequence)) from exc.__cause__
         finally:
             del self._pending[call.number]
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import anyio
 
-from .._barrier import Publish, checked_blob
+from .._barrier import Publish
+from .._checks import checked_blob
 from .._errors import (
     BarrierClosedError,
     BarrierError,
@@ -48,7 +49,9 @@ class Publication:
         self._scope.deadline = anyio.current_time() + self._timeout
         try:
             sequence, payloads = await self._gathered(payload)
-            return await self._publish(Publishing(publish, self._calls.use()), payloads, sequence)
+            about = describe(self._name, sequence)
+            publishing = Publishing(publish, self._calls.use(), about)
+            return await self._publish(publishing, payloads, sequence)
         except BaseException as exc:
             # They have been told, unless a signal handler raised it in between.
             self._tell_failed(f"publish failed: {reason_of(exc)}", self._published)

@@ -1,0 +1,87 @@
+"""What arguments of calls may be: each is refused before anything is entered."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Final
+
+# c10d drops a connection that brings more than 8 MiB; half of it is a round figure.
+MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
+
+
+class Configured(Enum):
+    """Stands for "the timeout the barrier was built with", since None means "no deadline"."""
+
+    TIMEOUT = "as configured"
+
+    def __repr__(self) -> str:
+        return "..."  # what a signature shows
+
+
+CONFIGURED: Final = Configured.TIMEOUT
+Timeout = float | None | Configured
+
+
+def check_timeout(what: str, value: float | None) -> float | None:
+    """Refuse what is no positive, finite number of seconds; None means none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number of seconds or None, not {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{what} is {value}; it must be positive and finite, or None")
+    return float(value)
+
+
+def check_call_timeout(value: float | None) -> float | None:
+    """As `check_timeout`, for one call: 0 is what is decided now."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
+        return 0.0
+    return check_timeout("timeout_secs", value)
+
+
+def check_step(step: int | None) -> int | None:
+    """Refuse what is no step."""
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an integer or None, not {step!r}")
+    if not 0 <= step < 1 << 63:
+        raise ValueError(f"step is {step}; it must be 0 or more")
+    return step
+
+
+def check_publish(publish: object) -> None:
+    """Refuse what cannot publish, before anything is entered."""
+    if not callable(publish):
+        raise TypeError(
+            f"publish must be a function or a coroutine function, not {type(publish).__name__}"
+        )
+
+
+def check_world(rank: int, world_size: int) -> None:
+    """Refuse a rank outside its world."""
+    for what, value in (("rank", rank), ("world size", world_size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{what} must be an integer, not {value!r}")
+    if world_size < 1:
+        raise ValueError(f"world size is {world_size}; it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank {rank} is outside the world; with {world_size} ranks it must be "
+            f"0 to {world_size - 1}"
+        )
+
+
+def checked_blob(what: str, value: bytes | None) -> bytes:
+    """Refuse what is no bytes or too many of them; None stands for none."""
+    if value is None:
+        return b""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
+    # The len() of a memoryview counts its items, which may be wider than a byte.
+    size = memoryview(value).nbytes
+    if size > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"{what} has {size} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")
+    return bytes(value)
