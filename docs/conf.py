@@ -29,7 +29,7 @@ html_js_files = ["tables.js"]
 def shorten(app, what, name, obj, options, signature, returns):
     """Say what a caller may give, and not what the library has for "nothing was given"."""
     for long, short in [
-        (r" \| (~async_checkss\._barrier\.)?Configured\b", ""),
+        (r" \| (~?[\w.]+\.)?Configured\b", ""),
         (r"<anyio\S* object[^>]*>", "..."),
         (r"<function (\w+)[^>]*>", r"\1"),
         (r"<factory>", "{}"),

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -107,10 +107,12 @@ def sweep(trial: Callable[[Strike], None], *files: str) -> None:
     """Strike at one point after another, until a call runs through."""
     for at in itertools.count(1):
         strike = Strike(at, *files)
-        try:
-            trial(strike)
-        except Exception as exc:
-            raise AssertionError(f"struck at {strike.where}") from exc
+        # What is raised where Python ends the handling of an exception leaves its thread in the
+        # midst of that, for good; so each has a thread of its own.
+        with ThreadPoolExecutor(1) as thread:
+            failure = thread.submit(trial, strike).exception()
+        if failure is not None:
+            raise AssertionError(f"struck at {strike.where}") from failure
         if not strike.where:
             assert at > 9
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import socket
@@ -210,7 +211,8 @@ async def test_a_call_gives_its_own(tcp: World) -> None:
         for each in under_way:
             error = await each.raised(BarrierTimeoutError)
             assert (error.timeout_secs, error.missing_ranks) == (0.5, (1,))
-            assert 0.5 <= each.secs < 1.5
+            assert each.secs >= 0.5
+            assert each.own_secs < 1.5
         assert (await any_time.raised(BarrierTimeoutError)).timeout_secs == 1.5
 
 
@@ -229,7 +231,8 @@ async def test_one_asks_for_all(
 ) -> None:
     """However many wait, and begin to in one instant, each missing rank is asked once, and none of
     the others sends more than a few reads; also where one does not answer."""
-    size = 1024 if anyio_backend_name == "asyncio" else 64
+    many = 1024 if "EVERY_CASE" in os.environ else 256
+    size = many if anyio_backend_name == "asyncio" else 64
     waiting, missing = size - 4, tuple(range(size - 4, size))
     sent: list[Any] = []
     call = SocketConnection.call

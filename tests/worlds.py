@@ -241,26 +241,27 @@ async def gather(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
 class Outcome:
     """A call under way in a task of its own, and how it ended.
 
-    :ivar secs: how long it took, without the time in which others had the processor
+    :ivar secs: how long it took
+    :ivar own_secs: without the time in which others had the processor
     """
 
     def __init__(self) -> None:
         self.value: Any = None
         self.error: BaseException | None = None
-        self.secs = 0.0
+        self.secs = self.own_secs = 0.0
         self.scope = anyio.CancelScope()
         self.ended = anyio.Event()
 
     async def run(self, call: Callable[[], Awaitable[Any]]) -> None:
-        started = anyio.current_time() - waited_for_processor("thread-self")
+        started, waited = anyio.current_time(), waited_for_processor("thread-self")
         try:
             with self.scope:
                 self.value = await call()
         except Exception as exc:
             self.error = exc
         finally:
-            now = anyio.current_time() - waited_for_processor("thread-self")
-            self.secs = now - started
+            self.secs = anyio.current_time() - started
+            self.own_secs = self.secs - (waited_for_processor("thread-self") - waited)
             self.ended.set()
 
     async def raised(self, kind: type[T]) -> T:

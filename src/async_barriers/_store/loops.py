@@ -61,7 +61,10 @@ class Loop(Protocol):
     def unwatch_writable(self, sock: socket.socket) -> None: ...
     def unwatch(self, sock: socket.socket) -> None: ...
     def call_at(self, when: float, callback: Callback) -> Timer: ...
-    def post(self, callback: Callback) -> None: ...
+    def post(self, callback: Callback) -> None:
+        """Have ``callback`` called soon; once more, where it raises."""
+        ...
+
     def waiter(self) -> Waiter: ...
     def at_end(self, callback: Callback) -> Callback:
         """Have ``callback`` called when the loop ends; what takes that back."""
@@ -88,6 +91,8 @@ class AsyncioLoop:
         self._timers: tuple[asyncio.TimerHandle, ...] = ()
         self._ends: list[Callback] = []
         self._ending: AsyncGenerator[None, None] | None = None
+        self._posted: deque[Callback] = deque()
+        self._called: Callback | None = None
 
     @property
     def ended(self) -> bool:
@@ -118,9 +123,26 @@ class AsyncioLoop:
         return self.loop.call_at(when, callback)
 
     def post(self, callback: Callback) -> None:
-        # A loop that has ended calls nobody.
+        self._posted.append(callback)
+        # A loop that has ended calls nobody. Twice, since a signal handler may raise as the first
+        # one begins.
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(callback)
+            self.loop.call_soon_threadsafe(self._call_posted)
+            self.loop.call_soon_threadsafe(self._call_posted)
+
+    def _call_posted(self) -> None:
+        """Call what was posted; what was interrupted is called once more."""
+        posted = self._posted
+        while posted:
+            callback = posted[0]
+            if callback is self._called:
+                posted.popleft()
+                callback()
+            else:
+                self._called = callback
+                callback()
+                posted.popleft()
+            self._called = None
 
     def waiter(self) -> AsyncioWaiter:
         return AsyncioWaiter(self)
@@ -289,12 +311,18 @@ class TrioLoop:
             self._token.run_sync_soon(lambda: self._call(callback))
 
     def _call(self, callback: Callback) -> None:
-        """What a signal handler raises would end all of trio here; a task that waits gets it."""
+        """What a signal handler raises would end all of trio here; a task that waits gets it. What
+        it interrupted is called once more."""
         try:
             callback()
         except BaseException as exc:
+            raised = exc
+            try:
+                callback()
+            except BaseException as again:
+                raised = again
             for waiter in self.waiting:
-                waiter.fail(exc)
+                waiter.fail(raised)
                 return
             _logger().exception("a callback failed")
 
@@ -354,12 +382,13 @@ class TrioWaiter:
             return lowlevel.Abort.SUCCEEDED
 
         with self._trio.CancelScope(deadline=until):
-            self._task = lowlevel.current_task()
-            self._loop.waiting[self] = None
             try:
+                self._task = lowlevel.current_task()
+                self._loop.waiting[self] = None
                 await lowlevel.wait_task_rescheduled(abort)
             finally:
-                del self._loop.waiting[self]
+                self._task = None
+                self._loop.waiting.pop(self, None)
 
 
 def _logger() -> Any:

@@ -207,11 +207,14 @@ class ThreadedConnection:
         promise: Promise[tuple[list[list[Any]], list[Any]]] = Promise()
         try:
             self._caller.submit(make, promise)
+            self._due[answered] = None
+            promise.when_settled(lambda: self._loop.post(made))
         except RuntimeError as exc:
             self._lose(_no_thread(exc), answered)
-            return answered
-        self._due[answered] = None
-        promise.when_settled(lambda: self._loop.post(made))
+        except BaseException as exc:
+            # A signal handler's: nobody hears any more what comes of the call.
+            self._lose(_lost(exc), answered)
+            raise
         return answered
 
     def fulfil(self, *requests: Request) -> None:
