@@ -11,7 +11,7 @@ from torch.distributed import Store, TCPStore
 from async_barriers._store import connecting
 from async_barriers._store.connection import SocketConnection
 from async_barriers._store.future import Effort, Future
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection, PassedIn
 
 T = TypeVar("T")

@@ -9,19 +9,36 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from on_a_loop import OnALoop
 from stores import MemoryStore, PlainStore
-from torch.distributed import DistStoreError, Store, TCPStore
+from torch.distributed import DistStoreError, FileStore, Store, TCPStore
 
 from async_barriers import BarrierConnectionError
 from async_barriers._protocol.store import Add, Delete, Read, Set
 from async_barriers._store import threads
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection
 from async_barriers._store.threads import BlockingStore, ThreadedConnection
+
+
+def test_a_key_that_is_deleted_as_it_is_read(tmp_path: Path) -> None:
+    """It is there or it is not; FileStore's get would wait for it to come again."""
+    mine, theirs = (FileStore(str(tmp_path / "store"), 2) for _ in range(2))
+    mine.set_timeout(timedelta(seconds=1))
+    reader = BlockingStore(mine)
+    for number in range(200):
+        key = f"{number}"
+        theirs.set(key, "v")
+        # Somewhere in the midst of many reads.
+        thread = threading.Timer(0.001, theirs.delete_key, args=(key,))
+        thread.start()
+        while reader.do(Read(key)) is not None:
+            pass
+        thread.join()
 
 
 @pytest.fixture

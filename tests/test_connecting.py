@@ -19,7 +19,7 @@ from async_barriers._store import connecting
 from async_barriers._store.connecting import NotUnderstood
 from async_barriers._store.connection import SocketConnection
 from async_barriers._store.future import Effort
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import CannotHost, Connection, StoreAt
 from async_barriers._store.threads import ThreadedConnection
 

@@ -21,7 +21,7 @@ from async_barriers._protocol.store import (
     Set,
     SetMany,
 )
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection
 from async_barriers._store.threads import ThreadedConnection
 

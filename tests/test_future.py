@@ -15,7 +15,7 @@ from test_signals import Strike, Struck
 
 from async_barriers import BarrierError
 from async_barriers._store.future import Effort, Future
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.waiting import sleep, within, writable
 
 

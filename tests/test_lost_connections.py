@@ -15,7 +15,7 @@ import pytest
 from async_barriers import BarrierConnectionError
 from async_barriers._protocol.store import Add, Read, Set
 from async_barriers._store.connection import _LINGER_SECS, SocketConnection
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 
 LARGE = b"z" * (16 << 20)
 

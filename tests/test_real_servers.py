@@ -22,7 +22,7 @@ from async_barriers._protocol.store import (
     SetMany,
 )
 from async_barriers._store import copies
-from async_barriers._store.loops import PrivateLoop
+from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.threads import BlockingStore
 
 

@@ -51,13 +51,13 @@ LARGER_ROOMS = {
     "_protocol.membership": 510,
     "_protocol.phase": 395,
     "_store.connection": 395,
-    "_store.loops": 490,
+    "_store.loops": 430,
     "_store.threads": 410,
     "blocking": 345,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 8_680
+CORE_LINES = 8_710
 
 
 def wing_of(name: str) -> str:

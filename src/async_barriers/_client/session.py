@@ -16,7 +16,8 @@ from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, 
 from .._protocol import membership as members
 from .._protocol.store import Delete, Read
 from .._store.future import Future
-from .._store.loops import Loop, PrivateLoop
+from .._store.loops import Loop
+from .._store.private_loop import PrivateLoop
 from .._store.waiting import within
 from . import process
 from .joining import Joining

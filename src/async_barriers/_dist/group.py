@@ -15,7 +15,7 @@ from .._launch import group_store
 from .._store.connecting import NotUnderstood, connect
 from .._store.copies import copy_of
 from .._store.future import Effort
-from .._store.loops import PrivateLoop
+from .._store.private_loop import PrivateLoop
 from .._store.threads import BlockingStore, innermost
 
 # How often it is seen whether connecting was given up.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, another, told_by
 from .._protocol.store import (
@@ -47,8 +47,11 @@ class BlockingStore:
         # torch's stubs lack half of the stores' methods.
         self._store: Any = store
         self._base = innermost(store)
-        # One operation, and over a TCPStore one round trip, where check and get take three.
-        self._reads_at_once = isinstance(self._base, TCPStore | HashStore)
+        # One operation, and over a TCPStore one round trip, where check and get take three; and get
+        # waits, without end, for a key that is deleted between the two.
+        self._reads_at_once = isinstance(self._base, TCPStore | HashStore | FileStore)
+        # FileStore's own append is a get and a set: two ranks may lose a line to each other.
+        self._appends = isinstance(self._base, TCPStore | HashStore)
         self._socket = _shared_socket(self._base) if isinstance(self._base, TCPStore) else None
         if self._socket is not None:
             store.set_timeout(_FOREVER)
@@ -107,10 +110,9 @@ class BlockingStore:
             self._socket.close()
 
     def _append(self, request: Append) -> None:
-        if self._reads_at_once:
+        if self._appends:
             self._store.append(request.key, request.value)
             return
-        # FileStore's own append is a get and a set: two ranks may lose a line to each other.
         current = self._read(request.key) or b""
         while True:
             wanted = current + request.value
