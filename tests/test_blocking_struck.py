@@ -75,8 +75,8 @@ class Strike:
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
         file = frame.f_code.co_filename
-        # The block's own end is contextlib's.
-        if not file.startswith(self._files) or file.endswith("contextlib.py"):
+        # The block's own end is contextlib's, and what calls back as threads end raises nowhere.
+        if not file.startswith(self._files) or file.endswith(("contextlib.py", "_weakrefset.py")):
             return None
         ours = file.startswith(OURS)
         frame.f_trace_opcodes = not ours or INSTRUCTIONS

@@ -158,16 +158,17 @@ async def left(world: World) -> Left:
     async def quiet() -> bool:
         # Connections of many phases at once are kept for a moment, for the next ones.
         spare = any(len(barrier._session._idle) > 1 for barrier in world.made)
-        # What one rank found of those it waits for is kept for a moment, too.
-        passing = re.compile("/phase/|/heard$|/answer/|/asked/")
-        return not spare and not any(map(passing.search, await world.call(keys_of, store)))
+        return not spare and not any("/phase/" in k for k in await world.call(keys_of, store))
 
     await until(quiet)
     gc.collect()
     descriptors = Path("/proc/self/fd")
     return Left(
-        # Of the numbered keys that wake observers there are 16 at most.
-        keys=sum("/commits/news/" not in key for key in await world.call(keys_of, store)),
+        # Of the numbered keys that wake observers there are 16 at most; and one for each rank that
+        # was ever asked whether it is alive.
+        keys=sum(
+            not re.search("/commits/news/|/asked/", k) for k in await world.call(keys_of, store)
+        ),
         threads=threading.active_count(),
         sockets=sum(
             os.readlink(fd).startswith("socket:") for fd in descriptors.iterdir() if fd.is_symlink()
