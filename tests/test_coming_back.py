@@ -171,7 +171,9 @@ def test_a_connection_that_is_reset_early(forge: Forge, index: int, secs: float)
         met = False
         for _ in range(3):
             calls = [rank.start("cross", timeout_secs=2) for rank in (waiting, peer)]
-            met = met or all("error" not in call.answer() for call in calls)
+            # Of both, before they cross again: once per round.
+            answers = [call.answer() for call in calls]
+            met = met or not any("error" in answer for answer in answers)
         assert met
 
 
