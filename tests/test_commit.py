@@ -79,14 +79,22 @@ async def commits_again(ranks: list[AnyBarrier], name: str = "x") -> None:
 
 
 async def nothing_is_left(world: World) -> None:
-    """Wait until no phase has a key in the store any more (law 10)."""
+    """Wait until no phase has a key in the store any more (law 10).
+
+    A rank on a busy machine may take the store for lost. What it had to say as it departed may be
+    lost with its connection then, and the keys stay until the generation ends.
+    """
 
     async def none() -> bool:
         keys: list[str] = await world.call(keys_of, world.innermost)
         return not any("/phase/" in key for key in keys)
 
     if LISTS_KEYS:
-        await until(none)
+        try:
+            await until(none)
+        except TimeoutError:
+            if not any(barrier.statistics().reconnections for barrier in world.made):
+                raise
 
 
 async def happens(event: threading.Event) -> None:
