@@ -20,7 +20,7 @@ from async_barriers._protocol import count, phase
 from async_barriers._protocol import membership as members
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Membership, State
-from async_barriers._protocol.signal import Said, sending
+from async_barriers._protocol.signal import Sent, sending
 from async_barriers._protocol.store import CompareSet, Read, Set, SetMany, Store
 
 DEEP = bool(os.environ.get("EXPLORE_DEEP"))
@@ -257,7 +257,7 @@ def test_steps_that_pass_while_they_are_told_are_found() -> None:
 def test_two_that_think_they_sent_first_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A register that is written without looking."""
 
-    def overwriting(keys: Keys, membership: Membership, held: bytes, said: Said) -> list[Any]:
+    def overwriting(keys: Keys, membership: Membership, held: bytes, said: Sent) -> list[Any]:
         bells = SetMany(membership.bells, b"signal")
         return [Set(keys.signal, said.encode()), bells, Read(keys.signal)]
 

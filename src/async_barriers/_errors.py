@@ -47,6 +47,11 @@ def seconds(value: float) -> str:
     return f"{round(value, 2 if value < 10 else 1):.10g} s"
 
 
+def out_of_threads(exc: BaseException) -> str:
+    """What follows where no thread could be started: why, and what to look at."""
+    return f"({exc}); this process or its user has reached a limit of threads (ulimit -u, pids.max)"
+
+
 def describe(name: str, sequence: int | None = None, prefix: str = "") -> str:
     """How messages speak of a phase, ``barrier 'ckpt/step-100' #3``, or of a barrier."""
     shown = in_one_line(f"{prefix}/{name}" if prefix and name else prefix or name, _MOST_NAMED)

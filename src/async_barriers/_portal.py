@@ -30,7 +30,13 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from ._errors import BarrierClosedError, BarrierConnectionError, BarrierError, told_by
+from ._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    out_of_threads,
+    told_by,
+)
 from ._store.loops import Loop, Waiter, loop_here
 from ._store.worker import Living, Promise, end_at_exit, in_own_thread
 
@@ -191,8 +197,7 @@ class Portal:
             in_own_thread("loop", self._run)
         except RuntimeError as exc:
             raise BarrierConnectionError(
-                f"no thread can be started for {self._name()} ({exc}); this process or its user "
-                "has reached a limit of threads (ulimit -u, pids.max)"
+                f"no thread can be started for {self._name()} {out_of_threads(exc)}"
             ) from exc
 
     def _cancel(self, call: _Call[Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._barrier import Publish
-from ._errors import BarrierError
+from ._errors import BarrierError, out_of_threads
 from ._store.loops import Loop
 from ._store.promises import told
 from ._store.worker import in_own_thread
@@ -44,8 +44,8 @@ class Publishing:
             called = in_own_thread("publish", functools.partial(self._publish, payloads))
         except RuntimeError as exc:
             raise BarrierError(
-                f"{self._about}: publish needs a thread, and none can be started ({exc}); this "
-                "process or its user has reached a limit of threads (ulimit -u, pids.max)"
+                f"{self._about}: publish needs a thread, and none can be started "
+                + out_of_threads(exc)
             ) from exc
         self.in_thread = True
         await told(self._loop, called)

@@ -29,7 +29,7 @@ from .._errors import (
 )
 from .._portal import Portal
 from .._protocol.keys import check_name
-from .._protocol.signal import Said, decoded, sending
+from .._protocol.signal import Sent, decoded, sending
 from .._protocol.store import Read, Request
 from .._store.loops import Loop, Waiter, loop_here
 from .._store.waiting import settled
@@ -223,7 +223,7 @@ class Agent:
         if membership is not None and membership.state.identity != self._turn[0]:
             self._turn = (membership.state.identity, 0)
 
-    async def _agree(self, loop: Loop, said: Said | str) -> None:
+    async def _agree(self, loop: Loop, said: Sent | str) -> None:
         """Stop this rank's steps, and agree with the others on the first one that none has passed.
 
         :param said: the reason, where this rank sends
@@ -279,13 +279,13 @@ class Agent:
         self._rounds += 1
         stopped.settle(error=exc)
 
-    async def _publish(self, loop: Loop, reason: str, deadline: float) -> Said:
+    async def _publish(self, loop: Loop, reason: str, deadline: float) -> Sent:
         """Have all know that this rank sends; who did so first, which need not be this rank."""
         session = self._barrier._session
         membership, turn = session.membership, self._turn
         if membership is None:
             raise self._over(turn[1])
-        mine = Said(*turn, session.rank, in_one_line(reason))
+        mine = Sent(*turn, session.rank, in_one_line(reason))
         deadline = min(deadline, loop.now() + session.init_secs)
         held = b""
         while True:

@@ -46,6 +46,7 @@ class Crossing:
     _ask_at = math.inf
     _watching: Watching | None = None
     _lost_until = math.inf
+    _lead_secs = 0.0
     _publishes = False
     brought: tuple[bytes, ...] = ()
 
@@ -72,9 +73,8 @@ class Crossing:
         self.deadline, self._watch_at = math.inf, self.started + watch.first_secs
         if timeout_secs is not None:
             self.deadline = self.started + timeout_secs
-            # Before the deadline, so that what was found can be told with it.
-            lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
-            self._watch_at = min(self._watch_at, self.deadline - lead_secs)
+            self._lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
+            self._watch_at = min(self._watch_at, self.deadline - self._lead_secs)
         self._rejoined = False
 
     @property
@@ -305,8 +305,9 @@ class Crossing:
     def _watches(self, phase: Phase) -> Watching:
         if self._watching is None:
             self._watching = Watching(
-                self.session, self.loop, phase, self.watch, self.started, self.timeout_secs
-            )
+                self.session, self.loop, phase, self.watch, self.started, self.deadline,
+                self._lead_secs,
+            )  # fmt: skip
         return self._watching
 
     async def _stall(self, phase: Phase, watching: Watching) -> None:

@@ -35,6 +35,7 @@ class Publication:
         self._crossing = crossing
         self._phase = phase
         self._scope = anyio.CancelScope(deadline=crossing.deadline)
+        self._about = describe(phase.name, phase.sequence, crossing.session.prefix)
         self._stopped_for = ""
         self._closing = False
         self.verdict: Verdict | None = None
@@ -56,8 +57,7 @@ class Publication:
         crossing, phase = self._crossing, self._phase
         session, loop = crossing.session, crossing.loop
         rank = session.rank
-        about = describe(phase.name, phase.sequence, session.prefix)
-        publishing = Publishing(publish, loop, about)
+        publishing = Publishing(publish, loop, self._about)
         returned: Any = None
         published = False
         verdict: Verdict
@@ -113,7 +113,7 @@ class Publication:
             if not done:
                 session.worry(phase)
             raise BarrierConnectionError(
-                f"{describe(phase.name, phase.sequence, session.prefix)}: rank {session.rank} "
+                f"{self._about}: rank {session.rank} "
                 f"{'published' if published else 'did not publish'}, but "
                 f"{'this barrier was closed' if self._closing else 'the store was lost'} before "
                 "its peers could be told",
@@ -121,17 +121,16 @@ class Publication:
             )
         self.verdict = settling.result()
         if self._closing and self.verdict == Broken(session.rank, self._stopped_for):
-            raise BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
+            raise BarrierClosedError(self._about)
         return crossing.accept(phase).result
 
     def _check(self, ours: Future[Any]) -> None:
         """Raise the error that it ended in, as one of this phase: no thread or no payload came."""
-        phase, error = self._phase, ours.error
-        about = describe(phase.name, phase.sequence, self._crossing.session.prefix)
+        error = ours.error
         if isinstance(error, BarrierConnectionError):
-            raise another(error, about)
+            raise another(error, self._about)
         if type(error) is BarrierError:
-            raise BarrierError(f"{about}: {error}") from error
+            raise BarrierError(f"{self._about}: {error}") from error
 
 
 __all__ = ["Publication"]

@@ -83,6 +83,7 @@ class Found(NamedTuple):
 class Watching:
     """Asks, while a phase is waited for; nothing of it holds up a release.
 
+    :param lead_secs: how long before ``deadline`` missing ranks are asked a last time
     :ivar stalled: the ranks that have shown no progress for too long
     """
 
@@ -93,7 +94,8 @@ class Watching:
         phase: Phase,
         watch: Watch,
         started: float,
-        timeout_secs: float | None,
+        deadline: float,
+        lead_secs: float,
     ) -> None:
         self.stalled: tuple[int, ...] = ()
         self.found: Found | None = None
@@ -104,11 +106,8 @@ class Watching:
         self._started = started
         self._report_at = started + watch.warn_secs
         self._stall_at = started + _period(watch.stalled_secs)
-        self._lead_secs, self._last_at = 0.0, math.inf
-        if timeout_secs is not None:
-            self._lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
-            if self._lead_secs > _AFTER_SECS:
-                self._last_at = started + timeout_secs - self._lead_secs
+        self._lead_secs = lead_secs
+        self._last_at = deadline - lead_secs if lead_secs > _AFTER_SECS else math.inf
         self._asking: Effort[Found | None] | None = None
         self._given_up_at = math.inf
         self._to_report = False

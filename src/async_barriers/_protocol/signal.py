@@ -16,7 +16,7 @@ from .verdict import RUBBISH
 
 
 @dataclass(frozen=True)
-class Said:
+class Sent:
     """That a rank has sent the signal, in the agreement with this number of a generation."""
 
     generation: str
@@ -31,19 +31,19 @@ class Said:
         return (self.generation, self.number) == turn
 
 
-def decoded(value: bytes | None) -> Said | None:
+def decoded(value: bytes | None) -> Sent | None:
     if not value:
         return None
     try:
         said = json.loads(value)
-        return Said(
+        return Sent(
             str(said["generation"]), int(said["number"]), int(said["rank"]), str(said["reason"])
         )
     except RUBBISH:
         return None
 
 
-def sending(keys: Keys, membership: Membership, held: bytes, said: Said) -> list[Request]:
+def sending(keys: Keys, membership: Membership, held: bytes, said: Sent) -> list[Request]:
     """Take the place of what is ``held`` there, and wake all: in one message, so that all hear of
     it where it is known."""
     return [

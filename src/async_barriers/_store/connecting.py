@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import Store, TCPStore
 
-from .._errors import BarrierConnectionError, seconds, told_by
+from .._errors import BarrierConnectionError, out_of_threads, seconds, told_by
 from .._system import hosted_here
 from . import wire
 from .connection import SocketConnection
@@ -48,10 +48,7 @@ async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
     try:
         promise = in_own_thread(name, call)
     except RuntimeError as exc:
-        raise BarrierConnectionError(
-            f"no thread can be started ({exc}); this process or its user has reached a limit of "
-            "threads (ulimit -u, pids.max)"
-        ) from exc
+        raise BarrierConnectionError(f"no thread can be started {out_of_threads(exc)}") from exc
     promise.when_settled(lambda: loop.post(told))
     return await came
 

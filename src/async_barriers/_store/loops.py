@@ -310,15 +310,14 @@ class TrioLoop:
         """What a signal handler raises would end all of trio here; a task that waits gets it. What
         it interrupted is called once more."""
         try:
-            callback()
-        except BaseException as exc:
-            raised = exc
             try:
                 callback()
-            except BaseException as again:
-                raised = again
+            except BaseException:
+                callback()
+                raise
+        except BaseException as exc:
             for waiter in self.waiting:
-                waiter.fail(raised)
+                waiter.fail(exc)
                 return
             _logger().exception("a callback failed")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from .._errors import BarrierConnectionError, another, told_by
+from .._errors import BarrierConnectionError, another, out_of_threads, told_by
 from .._protocol.store import (
     SILENT,
     Add,
@@ -392,8 +392,7 @@ def _lost(exc: BaseException) -> BarrierConnectionError:
 
 def _no_thread(exc: BaseException) -> BarrierConnectionError:
     error = BarrierConnectionError(
-        f"no thread can be started for a call to the store ({exc}); this process or its user has "
-        "reached a limit of threads (ulimit -u, pids.max)"
+        f"no thread can be started for a call to the store {out_of_threads(exc)}"
     )
     error.__cause__ = exc
     return error

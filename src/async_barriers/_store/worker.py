@@ -99,7 +99,7 @@ class Worker:
 
     def __init__(self, name: str = "worker") -> None:
         self.ended: Promise[None] = Promise()
-        self._name = f"async_barriers-{name}-{next(_numbers)}"
+        self._name = _name(name)
         self._calls: _Calls = deque()
         self._arrived = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
@@ -154,34 +154,29 @@ class Worker:
             self._thread.start()
 
 
-def in_own_thread(
-    name: str, call: Callable[[], T], promise: Promise[T] | None = None
-) -> Promise[T]:
+def in_own_thread(name: str, call: Callable[[], T]) -> Promise[T]:
     """Make one call in a thread of its own, which ends after it, come what may here.
 
-    :param promise: the one to settle; a new one if none is given
     :raises RuntimeError: the thread cannot be started
     """
-    told: Promise[T] = promise or Promise()
+    told: Promise[T] = Promise()
     calls: _Calls = deque([(call, told), None])
-    _thread(f"async_barriers-{name}-{next(_numbers)}", calls, threading.Semaphore(2)).start()
+    _thread(_name(name), calls, threading.Semaphore(2), Promise()).start()
     return told
 
 
+def _name(what: str) -> str:
+    return f"async_barriers-{what}-{next(_numbers)}"
+
+
 def _thread(
-    name: str, calls: _Calls, arrived: threading.Semaphore, ended: Promise[None] | None = None
+    name: str, calls: _Calls, arrived: threading.Semaphore, ended: Promise[None]
 ) -> threading.Thread:
     """One that goes through ``calls``, and has not been started."""
-    return threading.Thread(
-        target=_work, args=(calls, arrived, ended or Promise()), name=name, daemon=True
-    )
+    return threading.Thread(target=_work, args=(calls, arrived, ended), name=name, daemon=True)
 
 
-def _work(
-    calls: _Calls,
-    arrived: threading.Semaphore,
-    ended: Promise[None],
-) -> None:
+def _work(calls: _Calls, arrived: threading.Semaphore, ended: Promise[None]) -> None:
     _threads.add(threading.current_thread())
     while True:
         arrived.acquire()
