@@ -13,9 +13,10 @@ import functools
 import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -109,13 +110,23 @@ def sweep(trial: Callable[[Strike], None], *files: str) -> None:
         strike = Strike(at, *files)
         # What is raised where Python ends the handling of an exception leaves its thread in the
         # midst of that, for good; so each has a thread of its own.
-        with ThreadPoolExecutor(1) as thread:
-            failure = thread.submit(trial, strike).exception()
-        if failure is not None:
-            raise AssertionError(f"struck at {strike.where}") from failure
+        failures: list[Exception] = []
+        thread = threading.Thread(target=tried, args=(trial, strike, failures))
+        thread.start()
+        thread.join()
+        if failures:
+            raise AssertionError(f"struck at {strike.where}") from failures[0]
         if not strike.where:
             assert at > 9
             return
+
+
+def tried(trial: Callable[[Strike], None], strike: Strike, failures: list[Exception]) -> None:
+    """Run a trial, and note how it failed."""
+    try:
+        trial(strike)
+    except Exception as exc:
+        failures.append(exc)
 
 
 class Pair:

@@ -113,6 +113,32 @@ async def test_cancelled_while_the_store_is_out_of_reach(times: int) -> None:
 
 
 @asyncio_only
+async def test_closing_that_is_cancelled_while_it_waits_for_a_publish() -> None:
+    """Its rank leaves all the same, and its peers are told so."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        publishing, go_on = anyio.Event(), anyio.Event()
+
+        async def stubborn(payloads: object) -> bytes:
+            publishing.set()
+            with anyio.CancelScope(shield=True):
+                await go_on.wait()
+            return b"published"
+
+        tasks.start(partial(ranks[0].commit, stubborn, name="save"))
+        tasks.start(partial(ranks[1].commit, publish, name="save"))
+        await publishing.wait()
+        closing: asyncio.Task[object] = asyncio.create_task(ranks[0].aclose())
+        await asyncio.sleep(0)
+        await cancel(closing, 1)
+        began = time.monotonic()
+        error = await attempt(ranks[1].execute_barrier("y", timeout_secs=5))
+        assert isinstance(error, BrokenBarrierError), error
+        assert error.rank == 0
+        assert time.monotonic() < began + TOLD_SECS
+        go_on.set()
+
+
+@asyncio_only
 @pytest.mark.parametrize("when", ["publishing", "published"])
 @pytest.mark.parametrize("rounds", [0, 1, 2, 3, 5])
 async def test_a_leader_that_is_cancelled_twice(when: str, rounds: int) -> None:

@@ -127,7 +127,7 @@ def test_moments_come_in_order(run: Callable[[Test], Any]) -> None:
 
     async def wait() -> None:
         loop = loop_here(None)
-        for secs, name in ((0.08, "last"), (0.02, "first"), (0.05, "second"), (0.03, "never")):
+        for secs, name in ((0.5, "last"), (0.2, "first"), (0.35, "second"), (0.25, "never")):
             timer = loop.call_at(loop.now() + secs, partial(came.append, name))
             if name == "never":
                 timer.cancel()
@@ -297,3 +297,23 @@ def test_undoing_that_is_not_cancelled(run: Callable[[Test], Any]) -> None:
         assert await until_done(loop, undone, 0.02)
 
     run(wait)
+
+
+def test_what_is_posted_and_interrupted(run: Callable[[Test], Any]) -> None:
+    """By a signal handler's exception: it is called once more, and what was posted after it too."""
+
+    async def test() -> None:
+        loop = loop_here(None)
+        called: list[str] = []
+
+        def interrupted() -> None:
+            called.append("first")
+            if len(called) == 1:
+                raise KeyError("a signal handler's")
+
+        loop.post(interrupted)
+        loop.post(lambda: called.append("second"))
+        await a_while(loop, lambda: len(called) == 3)
+        assert called == ["first", "first", "second"]
+
+    run(test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
+from test_signals import Strike, Struck
 
 from async_barriers import BarrierConnectionError
 from async_barriers._protocol.store import Add, Read, Set
@@ -70,6 +72,25 @@ def hang_up(pair: Pair) -> None:
 def reset(pair: Pair) -> None:
     pair.there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     pair.there.close()
+
+
+def test_struck_at_any_line_as_an_answer_comes() -> None:
+    """By a signal handler's exception: the answer is there then, or its call has failed."""
+    for at in itertools.count(1):
+        pair = Pair()
+        answered = pair.connection.call(Add("n", 1))
+        pair.there.sendall(struct.pack("=q", 5))
+        select.select([pair.connection._socket], [], [], 5)
+        strike = Strike(at)
+        with suppress(Struck), strike():
+            pair.connection.read()
+        # What was not read yet is read the next time.
+        pair.work(lambda: answered.done or pair.heard())  # noqa: B023  (called in this round)
+        assert answered.done, strike.where
+        pair.end()
+        if not strike.where:
+            break
+    assert at > 20
 
 
 WAYS: dict[str, tuple[Callable[[Pair], object], str]] = {

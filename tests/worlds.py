@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -347,4 +349,11 @@ async def library_threads_gone(within_secs: float = 8.0) -> None:
     async def none() -> bool:
         return not library_threads()
 
-    await until(none, within_secs)
+    try:
+        await until(none, within_secs)
+    except TimeoutError:
+        frames = sys._current_frames()
+        stacks = {t.name: traceback.format_stack(frames[t.ident]) for t in library_threads()}  # type: ignore[index]
+        raise AssertionError(
+            "\n".join(f"{name}:\n{''.join(stack[-4:])}" for name, stack in stacks.items())
+        ) from None
