@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio
 import pytest
-import uvloop
 from worlds import Tasks
 
 from async_barriers._store.future import Future
@@ -25,6 +24,8 @@ Test = Callable[[], Awaitable[None]]
 
 
 def on_uvloop(test: Test) -> None:
+    # It is not built for every Python.
+    uvloop = pytest.importorskip("uvloop")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(test())  # type: ignore[arg-type]
 
