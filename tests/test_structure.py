@@ -49,7 +49,7 @@ LARGER_ROOMS = {
     "_dist.calls": 310,
     "_portal": 410,
     "_protocol.membership": 510,
-    "_protocol.phase": 395,
+    "_protocol.phase": 375,
     "_store.connection": 395,
     "_store.loops": 430,
     "_store.threads": 410,

@@ -15,8 +15,8 @@ from async_barriers._protocol import count as counts
 from async_barriers._protocol import verdict as verdicts
 from async_barriers._protocol.count import COMMIT, EXECUTE, GATHER, MAX_RANKS, Count
 from async_barriers._protocol.keys import Keys
-from async_barriers._protocol.phase import Entry, differing, entered
-from async_barriers._protocol.verdict import Broken, Released
+from async_barriers._protocol.phase import Entry, entered
+from async_barriers._protocol.verdict import Broken, Released, differing
 
 WORLD = 5
 KINDS = (EXECUTE, COMMIT, GATHER)

@@ -62,6 +62,8 @@ def check_publish(publish: object) -> None:
 
 def check_world(rank: int, world_size: int) -> None:
     """Refuse a rank outside its world."""
+    if type(rank) is type(world_size) is int and 0 <= rank < world_size:
+        return  # Most often.
     for what, value in (("rank", rank), ("world size", world_size)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{what} must be an integer, not {value!r}")
@@ -76,6 +78,8 @@ def check_world(rank: int, world_size: int) -> None:
 
 def checked_blob(what: str, value: bytes | None) -> bytes:
     """Refuse what is no bytes or too many of them; None stands for none."""
+    if type(value) is bytes and len(value) <= MAX_PAYLOAD_BYTES:
+        return value  # Most often.
     if value is None:
         return b""
     if not isinstance(value, bytes | bytearray | memoryview):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._barrier import Publish
@@ -17,11 +17,11 @@ from ._store.worker import in_own_thread
 class Publishing:
     """One call of ``publish``.
 
-    :param about: which phase it is of, for an error
+    :param about: says which phase it is of, for an error
     :ivar in_thread: it runs in a thread, which cannot be cancelled, and may yet publish
     """
 
-    def __init__(self, publish: Publish, loop: Loop, about: str) -> None:
+    def __init__(self, publish: Publish, loop: Loop, about: Callable[[], str]) -> None:
         self.in_thread: bool = False
         self._publish = publish
         self._loop = loop
@@ -44,7 +44,7 @@ class Publishing:
             called = in_own_thread("publish", functools.partial(self._publish, payloads))
         except RuntimeError as exc:
             raise BarrierError(
-                f"{self._about}: publish needs a thread, and none can be started "
+                f"{self._about()}: publish needs a thread, and none can be started "
                 + out_of_threads(exc)
             ) from exc
         self.in_thread = True

@@ -242,7 +242,7 @@ class Breaking(Hearing):
                     connection, phase.entry, verdict, membership.own.threaded, noting
                 )
                 if noted:
-                    outcomes.noted(connection, phase, verdict, noted[0], self.start)
+                    outcomes.noted(connection, phase, noted[0], self.start)
                 if rings:
                     await connection.call(SetMany(membership.bells, b"settled"))
                 self.settle(phase, verdict)

@@ -139,8 +139,10 @@ class Entering(Pool):
                 self.settle(phase, Released(self.rank))
             elif entry.leads and not stopping:
                 self.start(self._collect(phase, connection))
-            else:
+            elif self._rings:
                 self._announce(phase, connection, Set(entry.keys.released, me))
+            else:
+                connection.call(Set(entry.keys.released, me))
 
     def _seen(self, phase: Phase, found: list[Any]) -> None:
         if (later := number(found[0])) is not None:

@@ -35,10 +35,10 @@ class Outcomes:
         """What the leader says before its word; nothing where that is no release."""
         if not isinstance(verdict, Released):
             return []
-        keys, record = phase.membership.keys, _record_of(phase, verdict.result)
-        again, phase.noted = phase.noted, True
-        noted = False
-        if again:
+        keys, record, noted = phase.membership.keys, phase.record, False
+        if record is None:
+            record = phase.record = _record_of(phase, verdict.result)
+        else:
             # It may have come, though the connection was lost before that was said.
             (log,) = await store.call(Read(keys.commits))
             noted = _holds(records.decode(log), record)
@@ -49,13 +49,12 @@ class Outcomes:
         self,
         connection: Connection,
         phase: Phase,
-        verdict: Verdict,
         count: int,
         start: Callable[[Any], object],
     ) -> None:
         """The store has the record, as one of so many: wake who waits, and clear up behind it."""
-        assert isinstance(verdict, Released)
-        keys, record = phase.membership.keys, _record_of(phase, verdict.result)
+        keys, record = phase.membership.keys, phase.record
+        assert record is not None
         expected = None if self.counted is None else self.counted + 1
         self.counted = count
         requests = records.announcing(keys, count, expected)

@@ -10,6 +10,7 @@ from .._protocol.count import COMMIT
 from .._protocol.keys import PhaseKeys
 from .._protocol.membership import Membership
 from .._protocol.phase import Entry
+from .._protocol.records import Record
 from .._protocol.verdict import Verdict
 from .._store.future import Effort
 from .._store.loops import Waiter
@@ -36,7 +37,7 @@ class Phase:
     :ivar users: how many calls on other connections than its own may still write to its keys
     :ivar since: when its call began, by the loop's clock
     :ivar last: this rank was the last one to enter
-    :ivar noted: its leader may have written the record
+    :ivar record: what its leader writes in the log of commits, once it may have come there
     :ivar lost: the connection was, on which this rank had entered
     """
 
@@ -56,11 +57,11 @@ class Phase:
     differs = False
     worried = False
     last = False
-    noted = False
     large = False
     users = 0
     verdict: Verdict | None = None
     word: Verdict | None = None
+    record: Record | None = None
     error: BarrierError | None = None
     lost: BarrierError | None = None
     payload = b""

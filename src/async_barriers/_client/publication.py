@@ -35,11 +35,15 @@ class Publication:
         self._crossing = crossing
         self._phase = phase
         self._scope = anyio.CancelScope(deadline=crossing.deadline)
-        self._about = describe(phase.name, phase.sequence, crossing.session.prefix)
         self._stopped_for = ""
         self._closing = False
         self.verdict: Verdict | None = None
         self.settled: Future[None] = Future()
+
+    @property
+    def _about(self) -> str:
+        phase = self._phase
+        return describe(phase.name, phase.sequence, self._crossing.session.prefix)
 
     @property
     def stopped(self) -> bool:
@@ -57,7 +61,7 @@ class Publication:
         crossing, phase = self._crossing, self._phase
         session, loop = crossing.session, crossing.loop
         rank = session.rank
-        publishing = Publishing(publish, loop, self._about)
+        publishing = Publishing(publish, loop, lambda: self._about)
         returned: Any = None
         published = False
         verdict: Verdict

@@ -139,7 +139,7 @@ class SessionState:
         effort: Effort[Any] = Effort(coroutine)
         if not effort.done:
             self._efforts.add(effort)
-            effort.when_done(lambda: self._efforts.discard(effort))
+            effort.when_done(partial(self._efforts.discard, effort))
         return effort
 
     def owe(self, begin: Callable[[], Coroutine[Any, Any, T]], *, last: bool = False) -> Future[T]:

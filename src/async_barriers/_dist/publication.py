@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import anyio
 
@@ -49,7 +50,7 @@ class Publication:
         self._scope.deadline = anyio.current_time() + self._timeout
         try:
             sequence, payloads = await self._gathered(payload)
-            about = describe(self._name, sequence)
+            about = partial(describe, self._name, sequence)
             publishing = Publishing(publish, self._calls.use(), about)
             return await self._publish(publishing, payloads, sequence)
         except BaseException as exc:

@@ -7,7 +7,6 @@ a bell. The coroutines here await nothing but a store, and keep nothing in betwe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,8 @@ from .verdict import (
     Verdict,
     decode_reason,
     decode_word,
+    different_call,
+    differing,
     encode_reason,
     encode_word,
     missing,
@@ -33,7 +34,6 @@ from .verdict import (
     unranged,
 )
 
-_ARRIVAL = re.compile(rb"([0-9]{1,5})(?: c([0-9]{1,5}))?")
 # So few that each rank may read all arrivals to learn who is missing.
 _FEW = 256
 
@@ -116,13 +116,13 @@ def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
         return count
     if entry.kind == COMMIT and not answers[0].startswith(b"%d by " % entry.leader):
         leader, _, rank = answers[0].decode(errors="replace").partition(" by ")
-        return _different(entry.rank, entry.call, f"rank {rank}", f"commit(leader={leader})")
+        return different_call(entry.rank, entry.call, f"rank {rank}", f"commit(leader={leader})")
     if count.differs(entry.kind):
         others = [kind for kind in range(len(CALLS)) if kind != entry.kind]
         other = next(
             (CALLS[k] for k in others if _other_call(count, entry.kind, k)), "another call"
         )
-        return _different(entry.rank, entry.call, "others", other)
+        return different_call(entry.rank, entry.call, "others", other)
     if count.arrived >= entry.world_size and count.foul(entry.world_size):
         return Broken(
             None,
@@ -133,30 +133,9 @@ def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
     return count
 
 
-def differing(log: bytes | None) -> Broken | None:
-    """Why a commit is broken whose ranks do not name one leader; None if they do."""
-    first: tuple[str, str] | None = None
-    for line in (log or b"").splitlines():
-        if (match := _ARRIVAL.fullmatch(line)) is None:
-            continue
-        rank, leader = match[1].decode(), match[2]
-        call = "another call" if leader is None else f"commit(leader={leader.decode()})"
-        if first is None:
-            first = rank, call
-        elif call != first[1]:
-            return _different(int(rank), call, f"rank {first[0]}", first[1])
-    return None
-
-
 def _other_call(count: Count, kind: int, other: int) -> bool:
     """Whether all but the last one may have made the ``other`` call."""
     return count.kinds - kind == other * (count.arrived - 1)
-
-
-def _different(rank: int, call: str, others: str, other: str) -> Broken:
-    return Broken(
-        rank, f"it called {call} where {others} called {other}; all ranks must make the same call"
-    )
 
 
 async def look(store: Store, entry: Entry, *, entered: bool = True) -> Verdict | Count:

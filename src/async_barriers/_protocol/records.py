@@ -16,6 +16,7 @@ import json
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .._values import CommitRecord
 from .keys import Keys, PhaseKeys
@@ -30,10 +31,10 @@ _TRIES = 3
 SMALL_RESULT_BYTES = 1024
 # How many keys there are to wake by, and how many of them exist at a time.
 _SLOTS, NEWS = 16, 8
+_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A commit that was released.
 
     :ivar label: its sequence or step, as the keys of its phase have it
@@ -82,8 +83,7 @@ class Log:
 def encode(record: Record) -> bytes:
     """One line."""
     result = None if record.result is None else b64encode(record.result).decode()
-    line = [*record.identity, record.leader, record.world_size, result]
-    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+    return _json([*record[:-1], result]).encode() + b"\n"
 
 
 def _decode(line: bytes) -> Record | None:

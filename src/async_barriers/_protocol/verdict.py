@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from .heard import Heard, decode_rows, encode_rows
 
 # What a leader's word begins with; rubbish does not.
 _PUBLISHED, _NOT_PUBLISHED = b"published\n", b"broken\n"
+# What a line of a phase's log says: a rank, and the leader that it names in a commit.
+_ARRIVAL = re.compile(rb"([0-9]{1,5})(?: c([0-9]{1,5}))?")
 # What reading a value raises that something else wrote.
 RUBBISH = (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError)
 
@@ -108,6 +111,32 @@ def missing(log: bytes | None, world_size: int) -> tuple[int, ...]:
     """The ranks without a line in a phase's log, sorted. Lines that are none are passed over."""
     entered = {number(line) for line in (log or b"").split()}
     return tuple(rank for rank in range(world_size) if rank not in entered)
+
+
+def differing(log: bytes | None) -> Broken | None:
+    """Why a commit is broken whose ranks do not name one leader; None if they do."""
+    log = log or b""
+    end = log.find(b"\n") + 1
+    begin = log.find(b" c", 0, end)
+    if begin > 0 and log.count(log[begin:end]) == log.count(b"\n"):
+        return None  # Most often all lines end as the first one does.
+    first: tuple[str, str] | None = None
+    for line in log.splitlines():
+        if (match := _ARRIVAL.fullmatch(line)) is None:
+            continue
+        rank, leader = match[1].decode(), match[2]
+        call = "another call" if leader is None else f"commit(leader={leader.decode()})"
+        if first is None:
+            first = rank, call
+        elif call != first[1]:
+            return different_call(int(rank), call, f"rank {first[0]}", first[1])
+    return None
+
+
+def different_call(rank: int, call: str, others: str, other: str) -> Broken:
+    return Broken(
+        rank, f"it called {call} where {others} called {other}; all ranks must make the same call"
+    )
 
 
 def ranges(ranks: Iterable[int]) -> str:

@@ -66,8 +66,8 @@ class SocketConnection:
     """Speaks to the server of a TCPStore over a non-blocking socket, on any loop.
 
     Answers are told apart by their order alone. At most one key is waited for; requests that are
-    sent meanwhile cancel the wait and ask for it anew, so that its one byte, which may come at any
-    time, is never taken for the beginning of another answer.
+    sent meanwhile and answered cancel the wait and ask for it anew, so that its one byte, which may
+    come at any time, is never taken for the beginning of another answer.
 
     :ivar on_wake: called when the awaited key was written
     :ivar on_lost: called once, when the connection is of no more use
@@ -108,9 +108,6 @@ class SocketConnection:
         due, kinds = self._due, message.kinds
         said: list[bytes] = []
         try:
-            if due and due[-1] is _WAKE:
-                due[-1] = _CANCELLATION
-                said.append(wire.CANCEL_WAIT)
             if self.outbox:
                 end = 0
                 for late, heard in self.outbox:
@@ -118,13 +115,18 @@ class SocketConnection:
                     message.late.append((end, heard))
                 self.outbox.clear()
             self._say(requests, said, kinds)
-            if kinds:
-                due.append(message)
-            if wait is not None:
-                self._awaited = wait
-            if self._awaited is not None:
-                said.append(wire.wait(self._awaited))
-                due.append(_WAKE)
+            # A wait goes on beside what is not answered.
+            if kinds or wait is not None:
+                if due and due[-1] is _WAKE:
+                    due[-1] = _CANCELLATION
+                    said.insert(0, wire.CANCEL_WAIT)
+                if kinds:
+                    due.append(message)
+                if wait is not None:
+                    self._awaited = wait
+                if self._awaited is not None:
+                    said.append(wire.wait(self._awaited))
+                    due.append(_WAKE)
             self._send(b"".join(said))
         except BaseException as exc:
             # Raised by a signal handler: what is due need not be what was said any more.

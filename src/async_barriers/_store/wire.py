@@ -32,13 +32,14 @@ MOST_BYTES = 8 * 1024 * 1024
 NUMBER, VALUE, READ, ECHO, SILENT = range(5)
 UNWANTED = -1
 _SIZES = tuple(_SIZE.pack(size) for size in range(1024))
+# c10d's client puts a slash before each key.
+_KEYS = tuple(_SIZE.pack(size + 1) + b"/" for size in range(1024))
 
 
 def _key(key: str) -> bytes:
-    # c10d's client puts a slash before each.
-    raw = b"/" + key.encode()
+    raw = key.encode()
     size = len(raw)
-    return (_SIZES[size] if size < 1024 else _SIZE.pack(size)) + raw
+    return (_KEYS[size] if size < 1024 else _SIZE.pack(size + 1) + b"/") + raw
 
 
 def _text(value: bytes) -> bytes:
