@@ -1,11 +1,15 @@
-"""On a system that tells less than Linux does, barriers are imported and cross all the same."""
+"""What the system is asked, and barriers where it tells less than Linux does."""
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from async_barriers._system import holder_of, hosted_here
 
 PATIENCE_SECS = 40.0
 # What macOS has not, and what it has in its place, as far as another system can pretend.
@@ -83,3 +87,19 @@ def test_where_there_is_no_proc() -> None:
         timeout=PATIENCE_SECS,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_who_listens_at_a_port(address: str) -> None:
+    """This process does as long as it listens; one that is connected, or only bound, does not."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        server.bind((address, 0))
+        port = server.getsockname()[1]
+        assert not hosted_here(port)
+        server.listen()
+        assert hosted_here(port)
+        assert holder_of(port)[1]
+        with socket.create_connection((address, port)) as client:
+            assert not hosted_here(client.getsockname()[1])
+    assert not hosted_here(port)

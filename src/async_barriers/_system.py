@@ -7,9 +7,11 @@ that it does not know, and what that costs stands in docs/versions.md.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import sys
+from collections.abc import Iterator
 
 if sys.platform not in ("darwin", "win32"):
     import fcntl
@@ -39,16 +41,35 @@ def unsent(sock: socket.socket) -> bool:
 
 
 def hosted_here(port: int) -> bool:
-    """Whether this process listens at ``port``; False where the system cannot tell."""
-    inodes = _listening(port)
-    return bool(inodes and inodes & _opened_by("self"))
+    """Whether this process listens at ``port``; False where the system cannot tell.
+
+    Asks each of its own sockets, since the table of all connections of a machine may be long.
+    """
+    libc = ctypes.CDLL(None)
+    for descriptor, leads_to in _descriptors("self"):
+        if leads_to.startswith("socket:") and _listens(libc, int(descriptor), port):
+            return True
+    return False
+
+
+def _listens(libc: ctypes.CDLL, descriptor: int, port: int) -> bool:
+    # Not through a Python socket, which would close what is not ours, and may change its mode.
+    listens, size = ctypes.c_int(), ctypes.c_uint(ctypes.sizeof(ctypes.c_int))
+    name, length = ctypes.create_string_buffer(128), ctypes.c_uint(128)
+    asked = ctypes.byref(listens), ctypes.byref(size)
+    if libc.getsockopt(descriptor, socket.SOL_SOCKET, socket.SO_ACCEPTCONN, *asked):
+        return False  # It was closed meanwhile.
+    if not listens.value or libc.getsockname(descriptor, name, ctypes.byref(length)):
+        return False
+    family, at = int.from_bytes(name.raw[:2], sys.byteorder), int.from_bytes(name.raw[2:4], "big")
+    return family in (socket.AF_INET, socket.AF_INET6) and at == port
 
 
 def holder_of(port: int) -> tuple[str, bool]:
     """In words, which process listens at ``port``, if this one may know; whether it is this one."""
     inodes = _listening(port)
     for process in os.listdir("/proc") if inodes else ():
-        if process.isdigit() and inodes & _opened_by(process):
+        if process.isdigit() and any(at in inodes for _, at in _descriptors(process)):
             name = _read(f"/proc/{process}/comm").strip()
             return f"process {process} ({name})", process == str(os.getpid())
     return "another process", False
@@ -98,12 +119,10 @@ def _listening(port: int) -> set[str]:
     return inodes
 
 
-def _opened_by(process: str) -> set[str]:
-    """What the descriptors of a process lead to, as far as this one may know."""
-    found = set()
+def _descriptors(process: str) -> Iterator[tuple[str, str]]:
+    """The descriptors of a process and what they lead to, as far as this one may know."""
     with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{process}/fd"):
+        for descriptor in os.listdir(f"/proc/{process}/fd"):
             # It may close it meanwhile.
             with contextlib.suppress(OSError):
-                found.add(os.readlink(f"/proc/{process}/fd/{fd}"))
-    return found
+                yield descriptor, os.readlink(f"/proc/{process}/fd/{descriptor}")
