@@ -226,7 +226,7 @@ class Barrier(abc.ABC):
 
             async with barrier.committing(publish, name="saved", step=step) as part:
                 part.payload = await upload()
-            part.result  # what publish returned, on every rank
+            part.result  # what publish returned
 
         Nothing is published unless every rank's body has succeeded. The commit breaks if a body
         raises, is cancelled, or is left by a generator that is closed. Peers get that as the

@@ -219,7 +219,7 @@ class BlockingBarrier:
         """Begin a call on the barrier's own event loop, and return while it runs. ::
 
             saving = blocking.start(blocking.barrier.commit, publish, payload=manifest, step=step)
-            ...  # train; ask saving.done() at each step
+            ...  # train, and ask saving.done()
             saving.result()
 
         A Ctrl-C in ``result()`` leaves the call running. ``cancel()`` cancels it as a cancelled
@@ -243,7 +243,8 @@ class BlockingBarrier:
         rank's next write as the one that failed. ::
 
             with barrier.guard():
-                writer.write(path, state_dict)  # saves, then calls barrier.execute_barrier()
+                # saves, then crosses the barrier
+                writer.write(path, state_dict)
 
         The exception of the body goes on. If the body has crossed ``name`` (and ``step``, if given)
         on this thread, or tried to, or has aborted it, `guard` breaks nothing.

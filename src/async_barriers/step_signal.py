@@ -107,7 +107,7 @@ class StepSignal(_Signal):
         signal.signal(signal.SIGTERM, lambda *_: stop.send("SIGTERM"))
         for step in range(first, last):
             if await stop.reached(step):
-                save_and_exit()  # on all ranks, at this step
+                save_and_exit()  # on all ranks
             train(step)
 
     Every rank calls `reached` with the same rising numbers. The first call starts a thread of the
