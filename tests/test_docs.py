@@ -117,7 +117,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     for promised in ("Barrier.execute_barrier", "testing.FaultyStore.hang"):
         assert f'id="async_barriers.{promised}"' in reference
     # What stands for "nothing was given" is no part of a signature.
-    for inner in ("Configured", "BarrierT", "ObserverT", "&lt;function", " object at ", "~"):
+    for inner in ("Configured", "StoreBarrierT", "ObserverT", "&lt;function", " object at ", "~"):
         assert inner not in reference, inner
 
 
