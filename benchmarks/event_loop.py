@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(ranks: Fleet, kind: str, phases: int, secs: float) -> list[float]:
-    """How late each tick was on rank 0, for which rank 1 keeps the phases pending."""
+    """How late each tick was on rank 0, while rank 1 keeps the phases pending."""
     ranks.start("lags", kind, phases, secs, ranks=[0])
     ranks.ask("enter", kind, phases, secs, ranks=[1])
     late: list[float] = ranks.answer(0)

@@ -92,7 +92,7 @@ HEADLESS = re.compile(r"(?:^|[.:;|*] )(?:Who|Whoever|Whatever|What is|What was)\
 
 def test_sentences_have_a_subject() -> None:
     """Pages say "A rank that enters ...", not "Who enters ...", save where the rule is given."""
-    for name in (*PAGES, "CONTRIBUTING.md"):
+    for name in (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"):
         prose = re.sub(r"^```.*?^```$|^#.*?$", "", (ROOT / name).read_text(), flags=re.M | re.S)
         found = [each for each in HEADLESS.findall(prose) if 'not "Who' not in each]
         assert not found, f"{name}: {found}"
