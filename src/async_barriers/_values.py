@@ -23,7 +23,7 @@ class BarrierResult:
     last_rank: int | None
 
     def __init__(self, name: str, sequence: int, waited_secs: float, last_rank: int | None) -> None:
-        # What dataclass makes for a frozen class takes four times as long.
+        # The constructor that dataclass makes for a frozen class takes four times as long.
         self.__dict__.update(
             name=name, sequence=sequence, waited_secs=waited_secs, last_rank=last_rank
         )
