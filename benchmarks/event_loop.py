@@ -1,4 +1,4 @@
-"""What an awaited phase does to the event loop: lag of a 1 ms ticker, against an idle loop.
+"""How an awaited phase delays the event loop: lag of a 1 ms ticker, against an idle loop.
 
 python benchmarks/event_loop.py --phases 1,16,64 --secs 10
 """

@@ -61,7 +61,7 @@ class Server:
 
 
 class Traffic:
-    """What went through the proxies of ``size`` ranks so far, in memory that processes share.
+    """The traffic through the proxies of ``size`` ranks so far, in memory that processes share.
 
     A round trip is counted when the reply to at least one request comes back to the rank.
     """

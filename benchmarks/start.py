@@ -1,4 +1,4 @@
-"""What it costs to begin: importing, connecting, closing.
+"""The cost of starting: importing, connecting, closing.
 
     python benchmarks/start.py --rounds 7
 

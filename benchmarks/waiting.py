@@ -1,4 +1,4 @@
-"""What waiting costs: CPU and store traffic of a rank-minute; threads, sockets and memory.
+"""The cost of waiting: CPU and store traffic of a rank-minute; threads, sockets and memory.
 
     python benchmarks/waiting.py --ranks 16 --secs 60
 

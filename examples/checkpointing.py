@@ -157,7 +157,7 @@ class CheckpointWriter:
         except BarrierError as exc:
             return Verdict(None if exc.in_doubt else False, reason=str(exc))
         except Exception as exc:
-            # What `_publish` raised. Only the leader sees it as it is.
+            # The exception of `_publish`. Only the leader sees it as it is.
             return Verdict(False, (self.rank,), repr(exc))
         return Verdict(True)
 

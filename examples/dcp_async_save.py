@@ -12,7 +12,7 @@ publishes the checkpoint. That adds to DCP:
   each rank also saved the position of its data loader. ``latest`` moves when every rank has said
   what it wrote, and not before.
 - If a rank fails, the others learn it at once, with the reason. A rank that does not come is named
-  at this checkpoint's own deadline. DCP waits in collectives of a process group, whose timeout takes
+  at this checkpoint's own deadline. DCP waits in collectives of a process group, whose timeout is
   minutes and names no rank.
 - Nothing blocks: no thread of a pool waits for the other ranks, the process group is not touched,
   and the next checkpoint may begin while this one commits. The step keeps them apart.

@@ -29,7 +29,7 @@ def draw(logs: Sequence[RankLog], timeout_secs: float, path: Path) -> None:
         pad=12,
     )
 
-    # DDP keeps the ranks in step, so rank 0's steps are everyone's.
+    # DDP keeps the ranks in step, so rank 0's steps are those of all.
     axes.eventplot(
         [step - zero for step in logs[0].steps],
         lineoffsets=-1,

@@ -393,7 +393,7 @@ _portals: Living[Portal] = Living()
 
 def _end_first_at_exit(portal: Portal) -> None:
     if not _portals:
-        # What multiprocessing forks ends without `atexit`.
+        # A process that multiprocessing forks ends without `atexit`.
         multiprocessing_util.Finalize(None, _end_first, exitpriority=101)
     _portals.add(portal)
 

@@ -28,7 +28,7 @@ class Publishing:
         self._about = about
 
     async def call(self, payloads: Mapping[int, bytes]) -> Any:
-        """What it returns.
+        """Run it, and return its result.
 
         **Cancellation:** reaches a coroutine; a thread goes on by itself.
         """

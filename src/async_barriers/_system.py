@@ -55,8 +55,8 @@ def holder_of(port: int) -> tuple[str, bool]:
 
 
 def this_machine() -> str:
-    """The id of this machine since it started, and of its process ids' namespace; empty if unknown,
-    so that no living process is taken for dead."""
+    """The id of this machine since its start and of its process namespace; empty if unknown, so
+    that no living process is taken for dead."""
     try:
         return _read("/proc/sys/kernel/random/boot_id").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -84,7 +84,7 @@ def _read(path: str) -> str:
 
 
 def _listening(port: int) -> set[str]:
-    """The sockets that listen at ``port`` on this machine, as /proc names them; empty if unknown."""
+    """The sockets that listen at ``port`` on this machine, as in /proc; empty if unknown."""
     inodes = set()
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
         try:

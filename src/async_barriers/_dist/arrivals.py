@@ -70,9 +70,9 @@ class ArrivalLog:
         return max(CONNECTING, self.latest)
 
     async def explain(self, call: int, loop: Loop, until: float) -> tuple[str, tuple[int, ...]]:
-        """Who is missing in ``call``: in words where an error finds none itself, and the ranks.
+        """The missing ranks of ``call``, and a text for an error without words of its own.
 
-        Until the clock of the loop that runs here says ``until``.
+        It takes until the running loop's clock says ``until``, at most.
         """
         begun = min(call, self.begun)
         why, missing = "the group's store does not answer", None

@@ -20,7 +20,7 @@ from .gloo import make_group
 from .group import Group
 
 # Nothing wakes a thread that waits for gloo, so it looks this often whether it may end. It learns
-# of the collective's own end at once.
+# of the collective's end at once.
 _LOOK_UP = timedelta(milliseconds=250)
 # gloo's operations must outlast every deadline: one that times out kills the group.
 _FOREVER = timedelta(days=365)
@@ -85,7 +85,7 @@ class Backend:
         return [int(value) for value in tensor.tolist()]
 
     def all_gather(self, payload: bytes, hopeless: Hopeless) -> tuple[bytes, ...]:
-        """What all bring."""
+        """The payloads of all ranks."""
         brought = self._padded(payload, hopeless)
         found = [torch.empty_like(brought) for _ in range(self._group.size)]
         options = AllgatherOptions()

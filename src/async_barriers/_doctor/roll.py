@@ -24,7 +24,7 @@ from .._store.waiting import sleep
 _ROOT = "async_barriers/doctor/"
 _ROLL, _CAME, _OVER, _LEFT = (_ROOT + what for what in ("roll", "came", "over", "left"))
 _PAUSE_SECS = 0.1
-# If something is odd already and no process has come for so long, the waiting ends.
+# If something is odd and no process has come for so long, the waiting ends.
 _QUIET_SECS = 2.0
 # How long the process that hosts the store waits for the others to read the roll.
 _PEERS_SECS = 3.0
@@ -102,8 +102,7 @@ class Roll:
             await sleep(self._loop, 5 * _PAUSE_SECS)
 
     async def leave(self, *, hosts: bool) -> None:
-        """Need the roll no more. The last process deletes it, and the host of the store waits for
-        that."""
+        """Need the roll no more. The last process deletes it; the store's host waits for that."""
         deadline = self._loop.now() + _PEERS_SECS
         left, came = await self._connection.call(Add(_LEFT, 1), Read(_CAME))
         if left >= int(came or 0):
