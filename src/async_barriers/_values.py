@@ -40,7 +40,7 @@ class MissingRank:
         stopped, dead, cut off, or its event loop is blocked), ``"left"`` (it closed its barrier) or
         ``"absent"`` (it never joined)
     :ivar doing: what it last said by `Barrier.report`, in one line of at most 200 characters. Of a
-        rank that does not answer, what it said when it last did, if anybody asked then
+        rank that does not answer, its last text from when it did, if a rank asked then
     :ivar heard_secs_ago: how many seconds ago it said that, if it is alive. If it said nothing, or
         does not answer, how long ago it was last heard of; None if it never was
     """
