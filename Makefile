@@ -37,7 +37,7 @@ check: $(STAMP) types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
-	$(BIN)/proselint check --config .proselint.json README.md CONTRIBUTING.md docs
+	$(BIN)/proselint check --config .proselint.json README.md CONTRIBUTING.md CHANGELOG.md docs
 
 # What users' type checkers see; fails below 100 %. It looks for torch where `python` on the PATH does.
 types: $(STAMP)

@@ -1,10 +1,11 @@
-"""How long until everybody knows that a rank gave up: abort, cancellation, exception.
+"""How long until all ranks know that a rank gave up: abort, cancellation, exception.
 
     python benchmarks/break_latency.py --sizes 2,8,32 --rounds 15
 
-All ranks but one wait in a phase; the last breaks it. Measured on the machine's one monotonic
-clock, from just before it does to the error on each of the others. Of the alternatives only
-torchsnapshot's LinearBarrier can say that it failed; the others' peers wait for their timeouts.
+All ranks but one wait in a phase, and the last one breaks it. The time runs on the machine's one
+monotonic clock, from just before the break to the error on each of the other ranks. Of the
+alternatives only torchsnapshot's LinearBarrier can tell its peers that a rank failed. With the
+others, peers wait for their timeouts.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from async_barriers import BrokenBarrierError, StoreBarrier
 
 WAYS = ("abort", "cancel", "exception", "linear")
 LATE = "(comes late)"
-# By then all others wait.
+# After so long all others wait.
 SETTLE_SECS = 0.25
 _TIMEOUT = timedelta(seconds=TIMEOUT_SECS)
 
 
 class Breakable:
-    """One rank of ``size``, of which the last breaks, and a world of one more, who is missing.
+    """One rank of ``size``, the last of which breaks the phase; and of a world that lacks one.
 
     See `fleet.Fleet`.
     """
@@ -57,14 +58,14 @@ class Breakable:
         self._runner.run(self._barrier.execute_barrier(name))
 
     def take_part(self, way: str, name: str) -> float:
-        """When the last rank began to break it; on the others, when they knew."""
+        """The time at which the last rank began to break it; on the others, at which they knew."""
         if way == "linear":
             return self._linear(name)
         breaks: Callable[[str], Coroutine[Any, Any, float]] = getattr(self, f"_{way}")
         return self._runner.run(breaks(name) if self._breaks else self._wait(name))
 
     def come_late(self, name: str) -> float:
-        """As the missing rank: how long it took to hear that it is broken."""
+        """As the missing rank: how long it took to learn that the phase is broken."""
         began = time.monotonic()
         return self._runner.run(self._wait(name)) - began
 

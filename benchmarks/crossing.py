@@ -22,12 +22,12 @@ from proxy import Server
 from results import shown, spread, table
 from variants import LOOPS, STORES, USES, Burst, Crossers, Variant
 
-# Of the time that the best alternative takes, at most so much: (of a barrier, of a commit).
+# The goal, as a share of the best alternative's time: (of a barrier, of a commit).
 GOALS = {"asyncio": (0.8, 0.7), "uvloop": (0.85, 0.75), "trio": (0.95, 0.85)}
-# To look at; the floor is not safe (see docs/design.md), so nothing that a user would pick.
+# For comparison only: the floor is not safe (see docs/design.md).
 REFERENCES = [Variant("torch", "barrier"), Variant("floor", "barrier")]
 OTHERS = ["tc", "linear", "gloo"]
-# For what the burst before left to be cleaned up.
+# Time to clean up after the burst before.
 PAUSE_SECS = 0.005
 
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def chosen(args: argparse.Namespace) -> list[list[Variant]]:
-    """What is measured, in groups of what is compared."""
+    """The variants to measure, in groups to compare."""
     groups = [REFERENCES]
     kinds = {"commit" if use == "commit" else "barrier" for use in args.only}
     for store in args.stores:
@@ -106,7 +106,7 @@ def chosen(args: argparse.Namespace) -> list[list[Variant]]:
 def measure(
     size: int, groups: list[list[Variant]], rounds: int, count: int
 ) -> tuple[dict[Variant, Measured], dict[str, str]]:
-    """All variants at one size; and which cannot be had, and why."""
+    """Measure all variants at one size; also return which are not available, and why."""
     measured: dict[Variant, Measured] = {}
     skipped: dict[str, str] = {}
     with Fleet(1, Server) as server:
@@ -118,7 +118,7 @@ def measure(
                 else:
                     skipped[str(variant)] = why
             for number in range(rounds):
-                # What is compared with each other runs close together: the machine changes.
+                # Variants to compare run close together, since the machine's speed changes.
                 for group in random.sample(groups, len(groups)):
                     for variant in random.sample(group, len(group)):
                         if variant in measured:

@@ -1,4 +1,4 @@
-"""What an awaited phase does to the event loop: lag of a 1 ms ticker, against an idle loop.
+"""How an awaited phase delays the event loop: lag of a 1 ms ticker, against an idle loop.
 
 python benchmarks/event_loop.py --phases 1,16,64 --secs 10
 """
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(ranks: Fleet, kind: str, phases: int, secs: float) -> list[float]:
-    """How late each tick was on rank 0, for which rank 1 keeps the phases pending."""
+    """How late each tick was on rank 0, while rank 1 keeps the phases pending."""
     ranks.start("lags", kind, phases, secs, ranks=[0])
     ranks.ask("enter", kind, phases, secs, ranks=[1])
     late: list[float] = ranks.answer(0)

@@ -24,13 +24,13 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 class Fleet:
-    """``size`` processes; ``program(number)`` makes in each the object whose methods are asked."""
+    """``size`` processes; ``program(number)`` makes an object in each, whose methods you call."""
 
     def __init__(self, size: int, program: Callable[[int], Any]) -> None:
         self.size = size
         self._channels: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        # What torch left is not for the ranks' collectors.
+        # Keep torch's objects out of the ranks' garbage collections.
         gc.freeze()
         for number in range(size):
             ours, theirs = _context.Pipe()
@@ -47,19 +47,19 @@ class Fleet:
         return [process.pid or 0 for process in self._processes]
 
     def ask(self, what: str, *args: Any, ranks: Iterable[int] | None = None) -> list[Any]:
-        """Have ``ranks`` (all of them) call one method at once; what each returned."""
+        """Have ``ranks`` (by default all) call one method at once; return each result."""
         asked = self.start(what, *args, ranks=ranks)
         return [self.answer(number) for number in asked]
 
     def start(self, what: str, *args: Any, ranks: Iterable[int] | None = None) -> list[int]:
-        """Only ask; `answer` has to be called for each of the ranks returned."""
+        """Only ask; call `answer` for each of the ranks returned."""
         asked = list(range(self.size) if ranks is None else ranks)
         for number in asked:
             self._channels[number].send((what, args))
         return asked
 
     def answer(self, number: int) -> Any:
-        """What one rank returned."""
+        """The result of one rank."""
         if not self._channels[number].poll(_PATIENCE_SECS):
             raise TimeoutError(f"rank {number} did not answer within {_PATIENCE_SECS:g} s")
         error, value = self._channels[number].recv()
@@ -87,7 +87,7 @@ class Fleet:
 
 
 def _serve(number: int, program: Callable[[int], Any], channel: Connection, driver: int) -> None:
-    # The driver alone hears of Ctrl-C.
+    # Only the driver reacts to Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     target: Any = None
     while (asked := _next(channel, driver)) is not None:
@@ -113,7 +113,7 @@ def _next(channel: Connection, driver: int) -> Any:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A port at which no process listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

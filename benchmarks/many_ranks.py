@@ -26,8 +26,8 @@ KINDS = ["ours", "torch", "tc", "linear", "floor"]
 class ManyRanks:
     """A part of a world, in one process; see `fleet.Fleet`.
 
-    :param ports: of the ranks in this process, and where each finds the store
-    :param options: what our barriers are given besides
+    :param ports: of the ranks in this process, and the port of the store for each
+    :param options: further arguments of our barriers
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ManyRanks:
             self._make_blocking(kind, ports)
 
     def _make_ours(self, ports: Mapping[int, int], options: dict[str, Any]) -> None:
-        # What the barriers open their own connections from; never used else.
+        # The barriers open their own connections from these; nothing else uses them.
         stores = {
             port: TCPStore(
                 HOST, port, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_SECS)
@@ -84,7 +84,7 @@ class ManyRanks:
         await asyncio.gather(*(barrier.connect() for barrier in self._barriers))
 
     def cross(self, crossings: int) -> float:
-        """Have each rank cross so often, one after the other; the seconds it took."""
+        """Have each rank cross so often, one crossing after the other; return the seconds."""
 
         async def burst() -> None:
             await asyncio.gather(*(several(cross) for cross in self._crosses.values()))
@@ -102,7 +102,7 @@ class ManyRanks:
         return time.process_time()
 
     def traffic_of_crossing(self) -> dict[int, dict[str, int]]:
-        """Cross once; what had gone through each rank's proxy when its crossing returned."""
+        """Cross once; return each rank's traffic up to the return of its crossing."""
         traffic = self._traffic
         assert traffic is not None
         found: dict[int, dict[str, int]] = {}

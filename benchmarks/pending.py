@@ -23,7 +23,7 @@ CHUNKS, CHUNK_BYTES = 16, 64 * 1024 * 1024
 
 
 class Pending:
-    """Rank ``number``; rank 1 is the one that everybody waits for. See `fleet.Fleet`."""
+    """Rank ``number``; the others wait for rank 1. See `fleet.Fleet`."""
 
     def __init__(self, number: int, port: int) -> None:
         logging.disable(logging.WARNING)
@@ -38,14 +38,14 @@ class Pending:
         self._torch: list[Callable[[], object]] = []
 
     def connect(self, phases: int) -> None:
-        """Once, so that nothing but waiting is measured."""
+        """Connect before, so that only waiting is measured."""
         self._runner.run(self._ours.connect())
         self._torch = [
             make_torch(self._rank, 2, self._port, f"benchmark{number}-") for number in range(phases)
         ]
 
     def enter(self, kind: str, phases: int, after_secs: float) -> None:
-        """As the rank that is late."""
+        """Enter as the rank that is late."""
 
         async def enter() -> None:
             await asyncio.sleep(after_secs)
@@ -55,12 +55,12 @@ class Pending:
         self._runner.run(enter())
 
     def lags(self, kind: str, phases: int, secs: float) -> list[float]:
-        """By how much a ticker was late, tick by tick, while so many phases were awaited."""
+        """How late a ticker was, tick by tick, while so many phases were awaited."""
 
         async def measure() -> list[float]:
             late: list[float] = []
             ticker = asyncio.create_task(tick(late, secs))
-            # Ticking before anything is entered, so that entering counts.
+            # Ticks begin before any phase is entered, so that entering counts.
             await asyncio.sleep(0.05)
             async with self._awaited(kind, phases):
                 await ticker
@@ -111,7 +111,7 @@ class Pending:
 
 
 async def tick(late: list[float], secs: float) -> None:
-    """Sleep for a tick again and again; how much longer each took."""
+    """Sleep for a tick again and again; return how late each was."""
     began = now = time.perf_counter()
     while now - began < secs:
         await asyncio.sleep(TICK_SECS)

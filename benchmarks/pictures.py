@@ -1,4 +1,4 @@
-"""Pictures and a page of all results, from the JSON and the texts that the benchmarks kept."""
+"""Makes pictures and a page of all results, from the files that the benchmarks saved."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def draw_break_latency(data: dict[str, Any]) -> Figure:
 
 
 def bars(axes: Axes, names: list[str], spreads: list[dict[str, float]], unit: float) -> None:
-    """One bar for each, with its quartiles."""
+    """Draw one bar for each, with its quartiles."""
     middle = [of["median"] / unit for of in spreads]
     low = [(of["median"] - of["q1"]) / unit for of in spreads]
     high = [(of["q3"] - of["median"]) / unit for of in spreads]

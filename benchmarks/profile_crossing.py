@@ -1,4 +1,4 @@
-"""Two ranks in one process that do nothing but cross: something to put a profiler on.
+"""Two ranks in one process that only cross, for a profiler.
 
 pyinstrument benchmarks/profile_crossing.py                          # the event loop's side
 py-spy record -f raw -o stacks.txt -- python benchmarks/profile_crossing.py   # all threads

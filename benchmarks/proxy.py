@@ -61,7 +61,7 @@ class Server:
 
 
 class Traffic:
-    """What went through the proxies of ``size`` ranks so far, in memory that processes share.
+    """The traffic through the proxies of ``size`` ranks so far, in memory that processes share.
 
     A round trip is counted when the reply to at least one request comes back to the rank.
     """
@@ -85,7 +85,7 @@ class Traffic:
         return [self.of(rank) for rank in range(self.size)]
 
     def settled(self, still_secs: float) -> list[dict[str, int]]:
-        """Block until nothing has gone through for so long; the counts."""
+        """Block until there was no traffic for so long; return the counts."""
         before, since = self.all(), time.monotonic()
         while time.monotonic() - since < still_secs:
             time.sleep(still_secs / 10)
@@ -115,11 +115,11 @@ class Proxy:
         return self._ports
 
     def requests(self) -> dict[str, int]:
-        """How many of each kind so far."""
+        """The number of requests of each kind so far."""
         return dict(self.kinds)
 
     def hold_back(self, delay_secs: float) -> None:
-        """Hand each reply on only so much later, from now on."""
+        """From now on, delay each reply by so much."""
         self.delay_secs = delay_secs
 
     async def _serve(self) -> None:
@@ -147,7 +147,7 @@ class Proxy:
 
 
 class _Client(asyncio.Protocol):
-    """The side of a connection where the rank is."""
+    """The rank's side of a connection."""
 
     def __init__(self, proxy: Proxy, rank: int) -> None:
         self._proxy = proxy
@@ -193,7 +193,7 @@ class _Client(asyncio.Protocol):
 
 
 class _Upstream(asyncio.Protocol):
-    """The side of a connection where the server is."""
+    """The server's side of a connection."""
 
     def __init__(self, client: _Client, proxy: Proxy) -> None:
         self._client = client
@@ -213,7 +213,7 @@ class _Upstream(asyncio.Protocol):
 
 
 def requests() -> Generator[list[str], bytes, None]:
-    """A coroutine that is sent what a client sent, and yields the kinds of whole requests."""
+    """A coroutine that gets a client's bytes by ``send`` and yields the kinds of whole requests."""
     data = bytearray()
     kinds: list[str] = []
     while True:

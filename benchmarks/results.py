@@ -1,4 +1,4 @@
-"""What every benchmark does with its numbers: summarise them, print them, keep them as JSON."""
+"""Summarises, prints and saves the numbers of every benchmark."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what a benchmark ran."""
+    """The machine and the versions that a benchmark ran on."""
     return {
         "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "commit": _commit(),
@@ -74,7 +74,7 @@ def machine() -> dict[str, Any]:
 
 
 class Report:
-    """What one benchmark has to say: printed, and kept as ``results/<name>.json`` and ``.txt``."""
+    """The report of one benchmark: printed, and saved as ``results/<name>.json`` and ``.txt``."""
 
     def __init__(self, title: str) -> None:
         self._machine = machine()
@@ -92,7 +92,7 @@ class Report:
         self._said.append(text)
 
     def save(self, name: str, data: dict[str, Any]) -> None:
-        """Keep it, with the numbers behind it."""
+        """Save it, with the numbers behind it."""
         RESULTS.mkdir(exist_ok=True)
         whole = json.dumps({"machine": self._machine, **data}, indent=1)
         (RESULTS / f"{name}.json").write_text(whole + "\n")
@@ -111,7 +111,7 @@ def progress(what: str) -> None:
 
 
 def load(name: str) -> dict[str, Any] | None:
-    """The numbers that `Report.save` kept, if it did."""
+    """The numbers that `Report.save` wrote, if there are any."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return None

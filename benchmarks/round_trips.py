@@ -2,9 +2,9 @@
 
     python benchmarks/round_trips.py --sizes 2,8,64 --only ours,torch
 
-Each rank talks to a real TCPStore through a proxy of its own that counts. The proxy holds each
-reply back for a while, so that when a crossing returns on a rank, the replies that came until
-then are those of its critical path: what it still does for the clean-up has not been answered.
+Each rank talks to a real TCPStore through its own proxy, which counts. The proxy delays each reply.
+So when a crossing returns on a rank, the replies until then are those of its critical path: the
+requests of the clean-up have no reply yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GOALS = {"critical": 3, "all": 6}
 CROSSINGS = 3
 # Ranks of the alternatives; theirs are constant, or grow in an obvious way.
 MOST = 64
-# So slow a store is no reason to report, nor to give up.
+# The store is slow on purpose: no rank is to report, or to give up.
 PATIENT: dict[str, Any] = {
     "timeout_secs": None,
     "warn_after_secs": None,
@@ -98,7 +98,7 @@ def count(kind: str, size: int) -> dict[str, Any]:
 
 
 def summary(counts: list[dict[str, int]]) -> dict[str, Any]:
-    """Of every field the mean over ranks and crossings, and the most that one rank ever had."""
+    """For each field, the mean over ranks and crossings, and the highest value of one rank."""
     return {
         field: {
             "mean": sum(of[field] for of in counts) / len(counts),

@@ -3,9 +3,8 @@
     python benchmarks/scale.py --sizes 256,1024 --only ours,torch
 
 The server has a process of its own, the ranks share some processes. Each crossing has a new
-name. On one machine all ranks share its cores, so the crossing time says little about a
-cluster; what the server spends on each rank is what a cluster has to wait for, too, as one
-server serves all.
+name. All ranks share the cores of one machine, so the crossing time says little about a cluster.
+The server's time for each rank says more: in a cluster, too, one server serves all ranks.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from results import shown, spread, table
 
 PROCESSES = 8
 PREDICTED = (1024, 10_000, 100_000)
-# Of a data centre's network, from a rank to the server and back.
+# The round trip of a data centre's network, from a rank to the server.
 NETWORK_SECS = 200e-6
 ROUND_TRIPS = 3
-# Of torch's, in the same round.
+# The goal, as a share of torch's time in the same round.
 GOALS = {"wall_secs": 1.0, "server_cpu_secs_per_rank": 1.1}
 TITLES = {
     "wall_secs": "ms per crossing",
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def allow_sockets() -> None:
-    """As many as may be had: all of the ranks are at one server."""
+    """Allow as many as possible: all ranks connect to one server."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -138,7 +137,7 @@ class World:
         }
 
     def _spent(self) -> tuple[float, float, float]:
-        # What is left for the clean-up belongs to the burst that left it.
+        # The clean-up counts for the burst that left it.
         time.sleep(0.2)
         server = self._server
         ranks = sum(self._ranks.ask("cpu_secs"))
@@ -154,7 +153,7 @@ def growth(ours: list[dict[str, Any]]) -> str:
     received = [row["bytes_received_per_rank"]["median"] for row in ours]
     if len(received) < 2:
         return ""
-    # A message more or less for all ranks together is no growth.
+    # One message more or less, for all ranks together, is no growth.
     verdict = "constant" if max(received) <= 1.1 * min(received) else "MISSED"
     return (
         f"bytes received per rank: {min(received):.1f} to {max(received):.1f} over worlds of "
@@ -163,7 +162,7 @@ def growth(ours: list[dict[str, Any]]) -> str:
 
 
 def fit(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The server's time for a crossing as a straight line; and what follows from it on paper."""
+    """Fit a straight line to the server's time for a crossing; return what follows on paper."""
     sizes = [row["size"] for row in rows]
     secs = [row["size"] * row["server_cpu_secs_per_rank"]["median"] for row in rows]
     if len(sizes) > 1:

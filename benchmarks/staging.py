@@ -1,4 +1,4 @@
-"""What pending barriers do to staging and uploading: 1 GiB copied and written meanwhile.
+"""How pending barriers slow down staging and uploading: 1 GiB copied and written meanwhile.
 
     python benchmarks/staging.py --rounds 5
 
@@ -23,7 +23,7 @@ CONDITIONS = (
     *(("ours", 1), ("ours", 16), ("ours", 64)),
     *(("torch-thread", 1), ("torch-thread", 16)),
 )
-# For so long the other rank is late.
+# The other rank is late by so many seconds.
 LATE_SECS = 3.0
 
 

@@ -1,4 +1,4 @@
-"""What it costs to begin: importing, connecting, closing.
+"""The cost of starting: importing, connecting, closing.
 
     python benchmarks/start.py --rounds 7
 
@@ -79,8 +79,8 @@ def main() -> None:
     args = parse_arguments()
     report = results.Report("Importing and connecting")
     taken: dict[str, list[float]] = {}
-    # As an installed package is, and as what it is compared with is; also where Python is told
-    # to write no bytecode.
+    # Compile it, as an installed package and the alternatives are, even if Python is to write no
+    # bytecode.
     compileall.compile_dir(async_barriers.__path__[0], quiet=1)
     with Fleet(1, Server) as server:
         port = server.ask("port")[0]

@@ -1,8 +1,8 @@
-"""What a step costs that asks whether all should stop, next to an all_reduce of a flag on gloo.
+"""The cost per step of asking whether to stop, next to an all_reduce of a flag on gloo.
 
     python benchmarks/step_signal.py --sizes 2,8 --rounds 15
 
-Nobody has sent anything, as in all steps but one of a job. Each round runs a burst of steps of
+No rank has sent the signal, as in all steps of a job but one. Each round runs a burst of steps of
 each way, in a random order, in the same processes; a rank's agent is connected and listens.
 """
 
@@ -30,7 +30,7 @@ from async_barriers.step_signal import BlockingStepSignal
 
 OURS = ("await reached", "reached, blocking")
 FLAG = "all_reduce"
-# The contract allows so much for one step on asyncio.
+# The goal for one step on asyncio.
 GOAL_SECS = 2e-6
 
 
@@ -54,7 +54,7 @@ class Steps:
         self._flag = torch.tensor(0)
 
     def connect(self) -> None:
-        """Have the agents listen, and all ranks be there."""
+        """Have the agents listen, and wait for all ranks."""
         self._runner.run(self._connected())
 
     def measure(self, kind: str) -> float:
@@ -122,7 +122,7 @@ def main() -> None:
                 ranks.ask("connect")
                 for number in range(args.rounds + 1):
                     for kind in random.sample(kinds, len(kinds)):
-                        # What a job waits for is its slowest rank.
+                        # A job waits for its slowest rank.
                         slowest = max(ranks.ask("measure", kind))
                         # The first round is to warm up.
                         if number:

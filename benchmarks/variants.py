@@ -1,6 +1,6 @@
-"""Everything that is measured: our barriers, and what a user would write instead.
+"""All variants that are measured: our barriers, and what a user would write instead.
 
-All of one world talk to one server, which is in a process of its own.
+All ranks of one world talk to one server, which has its own process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ async def _phase(barrier: Barrier, number: int) -> None:
         pass
 
 
-# What a program does with a barrier, each time it comes to it.
+# The ways in which a program uses a barrier.
 USES: dict[str, Callable[[Barrier, int], Awaitable[object]]] = {
     "same name": lambda barrier, number: barrier.execute_barrier("checkpoint"),
     "new name": lambda barrier, number: barrier.execute_barrier(f"step-{number}"),
@@ -83,7 +83,7 @@ class Burst:
 
 def make_torch(rank: int, size: int, port: int, prefix: str = "benchmark") -> Cross:
     """torch's own TCPStoreBarrier."""
-    # Its rank makes its key, and rank 0 would host.
+    # It makes its key from its rank, and rank 0 would host.
     return TorchBarrier(
         rank + 1, size, prefix, TIMEOUT_SECS, True, port, HOST, TIMEOUT_SECS
     ).execute_barrier
@@ -125,7 +125,7 @@ def make_gloo(rank: int, size: int, port: int) -> Cross:
 
 
 def make_floor(rank: int, size: int, port: int) -> Cross:
-    """One server-side round trip, and no safety: the least that a store can do."""
+    """One round trip and no safety: the least that a store can do."""
     # torch's stubs lack half of the stores' methods.
     store: Any = make_store(port)
     sequence = itertools.count()
@@ -133,7 +133,7 @@ def make_floor(rank: int, size: int, port: int) -> Cross:
 
 
 def make_elastic(size: int, store: Any) -> Cross:
-    """torch's barrier over a store that it is given: a process group's, say."""
+    """torch's barrier over a given store, such as a process group's."""
     sequence = itertools.count()
     return lambda: store_util.barrier(store, size, f"elastic{next(sequence)}")
 
@@ -172,7 +172,7 @@ def make_store(port: int) -> TCPStore:
 
 
 class Loops:
-    """The event loops of one process, which outlive the bursts, as what is connected does."""
+    """The event loops of one process. They outlive the bursts, as connections do."""
 
     def __init__(self) -> None:
         self._runners: dict[str, asyncio.Runner] = {}
@@ -220,7 +220,7 @@ class Crossers:
         self._numbers: dict[Variant, Iterator[int]] = defaultdict(itertools.count)
 
     def make(self, variant: Variant) -> str | None:
-        """Connect; why not, if it cannot be had."""
+        """Connect; return the reason if that is not possible."""
         try:
             self.burst(variant, 1)
         except ImportError as exc:
@@ -228,14 +228,14 @@ class Crossers:
         return None
 
     def burst(self, variant: Variant, crossings: int) -> Burst:
-        """Cross so often, after a few crossings that do not count."""
+        """Cross so often, after some crossings that do not count."""
         if variant.who == "ours":
             cross = self._cross_ours(variant)
         else:
             alternative = self._alternative(variant.who, variant.use, variant.store)
             if variant.loop == "blocking":
                 return _burst_of_blocking(alternative, crossings)
-            # As one would on that loop.
+            # As a user would on that loop.
             to_thread = anyio.to_thread.run_sync if variant.loop == "trio" else asyncio.to_thread
 
             def cross() -> Awaitable[object]:

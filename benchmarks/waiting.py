@@ -1,4 +1,4 @@
-"""What waiting costs: CPU and store traffic of a rank-minute; threads, sockets and memory.
+"""The cost of waiting: CPU and store traffic of a rank-minute; threads, sockets and memory.
 
     python benchmarks/waiting.py --ranks 16 --secs 60
 
@@ -26,7 +26,7 @@ from results import table
 KINDS = ("ours", "torch")
 MANY = 16
 SETTLE_SECS = 2.0
-# What is told, from which step to which, and for how many phases.
+# The rows of the report: from which step to which, and for how many phases.
 STEPS = (
     ("idle", "empty", "connected", 1),
     ("with one phase awaited", "empty", "one", 1),
@@ -59,7 +59,7 @@ class Waiters(ManyRanks):
                 tasks += self._enter(str(number))
             await asyncio.sleep(SETTLE_SECS)
             found["many"] = resources()
-        # The process ends now; nobody will release them.
+        # The process ends now; no rank will release them.
         for task in tasks:
             task.cancel()
         return found
@@ -71,7 +71,7 @@ class Waiters(ManyRanks):
 
 
 def resources() -> dict[str, float]:
-    """Of this process."""
+    """The resources of this process."""
     gc.collect()
     # A socket may have two descriptors.
     links = {os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def measure(kind: str, ranks: int, secs: float) -> dict[str, Any]:
-    """One kind, waiting through counting proxies."""
+    """Measure one kind, waiting through counting proxies."""
     traffic = Traffic(ranks)
     with Fleet(1, Server) as server:
         port = server.ask("port")[0]

@@ -12,6 +12,7 @@ html_theme = "furo"
 html_title = "async_barriers"
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
 # Docstrings say `commit` where they mean the method.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
@@ -33,7 +34,8 @@ def shorten(app, what, name, obj, options, signature, returns):
         (r"<anyio\S* object[^>]*>", "..."),
         (r"<function (\w+)[^>]*>", r"\1"),
         (r"<factory>", "{}"),
-        (r"\bStoreBarrierT\b", "StoreBarrier"),
+        (r"\b(StoreBarrier|CommitObserver)T\b", r"\1"),
+        (r"~(\w+\.)*", ""),
     ]:
         signature = signature and re.sub(long, short, signature)
         returns = returns and re.sub(long, short, returns)

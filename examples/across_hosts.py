@@ -7,12 +7,12 @@ The server of a store is one thread, and all ranks ask it. Here it sees the rank
 and the one between hosts sees one rank of each, the host's *leader*. This is for thousands of
 ranks; below that, one barrier is simpler, and names all missing ranks at once.
 
-What makes one verdict of several is `commit`: what a leader publishes on its host is that the
-leaders have crossed. So a rank is released when, and only when, the leaders were; and these enter
-only when all ranks of their hosts have. Where a host's ranks do not come together, its leader
-breaks the phase of the leaders, with the reason. A leader that dies after that leaves its own
-host's ranks in doubt, as any commit's leader does. One that is cancelled in the very instant in
-which the leaders are released may tell its host that it was; only there two hosts may differ.
+`commit` makes one verdict of several: a leader publishes on its host that the leaders have crossed.
+So a rank is released exactly if the leaders are, and a leader enters only when all ranks of its
+host have entered. If they do not, the leader breaks the phase of the leaders, with the reason. If a
+leader dies after that, the ranks of its host are in doubt, as after the death of any commit's
+leader. In one case two hosts may differ: a leader that is cancelled in the instant in which the
+leaders are released may tell its host that the commit broke.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import anyio
 from async_barriers import Barrier, BarrierError, TCPStoreBarrier
 from async_barriers.torchrun import record
 
-# How much longer than for its own ranks a leader waits for the others, who may have to tell it who
-# is missing; and its ranks for what it has to tell.
+# A leader waits so much longer for the other leaders than for its own ranks, since they may have to
+# tell it which rank is missing. Its ranks wait so much longer for its answer.
 TELLS_SECS = 1.0
 
 
@@ -50,8 +50,8 @@ async def cross_hosts(
     :param local: of the ranks of this host; its rank 0 is the leader
     :param between: of the leaders, who have their hosts' numbers there; None on all other ranks
     :param step: as for `Barrier.execute_barrier`
-    :param timeout_secs: for the ranks of this host; it may take three seconds more to be told
-    :raises BarrierError: nobody is released, and who is to blame stands in it
+    :param timeout_secs: for the ranks of this host; the verdict may take three seconds more
+    :raises BarrierError: no rank is released; the error says which rank is to blame
     """
     here = f"{name} on host {host}"
     # The ranks of a host cross twice, and no step of a name is crossed twice.
@@ -68,8 +68,8 @@ async def cross_hosts(
         return b""
 
     try:
-        # First without the other hosts, whose leaders must not give up before this one can say
-        # who is missing here.
+        # First without the other hosts: their leaders must not give up before this one can say
+        # which rank is missing here.
         await local.execute_barrier(here, step=twice[0], timeout_secs=timeout_secs)
         secs = deadline + 2 * TELLS_SECS - anyio.current_time()
         await local.commit(cross_between, name=here, step=twice[1], timeout_secs=secs)
@@ -93,7 +93,7 @@ async def main() -> None:
     hosts = world_size // args.ranks_per_host
 
     def barrier(number: int, size: int, port: int) -> TCPStoreBarrier:
-        # On a cluster: 127.0.0.1 on each host, and between them an address that all can reach.
+        # On a cluster, use 127.0.0.1 on each host, and between hosts an address that all can reach.
         return TCPStoreBarrier(
             number, size, "across hosts", tcpstore_port=port, master_address="127.0.0.1"
         )

@@ -165,12 +165,12 @@ def train(
             optimizer.step()
             log.steps.append(time.time())
             if stop.reached(len(log.steps)):
-                # On all ranks alike; what is saved below is this step.
+                # All ranks stop here, and save this step below.
                 log.stopped = report.Stop(len(log.steps), stop.rank, stop.reason)
                 logger.info("stops at step %d: rank %s got %s", stop.step, stop.rank, stop.reason)
                 break
-            # One checkpoint is in flight at a time. One that comes due meanwhile is put off, on
-            # all ranks alike: they vote, so that none saves a step that another one skips.
+            # One checkpoint is in flight at a time. All ranks put off one that is due meanwhile:
+            # they vote, so that no rank saves a step that another one skips.
             due = len(log.steps) - saved_at >= args.every
             if due and not any_rank(saver.busy):
                 saved_at = len(log.steps)
@@ -205,7 +205,7 @@ def shard_of(model: nn.Module, optimizer: Optimizer) -> Shard:
 
 
 def restore(root: Path, digits: Digits, log: report.RankLog) -> None:
-    """Load the newest checkpoint into a new model, and see whether that one can read."""
+    """Load the newest checkpoint into a new model, and test that model."""
     try:
         log.restored_step, state = load_newest(root)
     except ValueError as exc:
@@ -298,7 +298,7 @@ class SlowStorage:
 
 
 def faults(args: argparse.Namespace) -> dict[int, int]:
-    """Which checkpoint, counted from 1, is to be broken by which rank."""
+    """The checkpoints that are to break, counted from 1, and the rank that breaks each."""
     wanted = {args.fail_at: args.fail_rank, args.hang_at: args.hang_rank}
     return {at: rank for at, rank in wanted.items() if rank is not None}
 

@@ -85,8 +85,8 @@ class CheckpointWriter:
     """One rank's part in saving checkpoints; `root` is a directory that all ranks share.
 
     `put` stores bytes under a path. It gets `upload_timeout_secs`, which should be longer than the
-    barrier's own timeout: a rank whose storage hangs then learns the same verdict as its peers, who
-    have stopped waiting for it when it comes.
+    barrier's own timeout: a rank whose storage hangs then learns the same verdict as its peers,
+    which have stopped waiting for it when it comes.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class CheckpointWriter:
     async def save(self, step: int, staging: Future[Shard]) -> Saving:
         """Upload what `staging` yields, and publish it together with all other ranks.
 
-        A checkpoint that fails raises nothing: the verdict is in what is returned. Cancelling
-        breaks the checkpoint for all ranks.
+        A checkpoint that fails raises nothing: the result has the verdict. Cancelling breaks the
+        checkpoint for all ranks.
         """
         saving = Saving(step, self.rank, started=time.time())
         try:
@@ -111,8 +111,8 @@ class CheckpointWriter:
             saving.failed = time.time()
             reason = f"upload failed: {exc!r}"
             saving.verdict = Verdict(False, (self.rank,), reason)
-            # Tell the peers now: they would wait for a shard that will not come. If even that
-            # fails, their own deadlines tell them.
+            # Tell the peers now, so that they do not wait for a shard that will not come. If even
+            # that fails, their own deadlines end the wait.
             with anyio.move_on_after(1, shield=True), contextlib.suppress(BarrierError):
                 await self.barrier.abort(reason, COMMIT, step=step)
             if not isinstance(exc, Exception):
@@ -157,7 +157,7 @@ class CheckpointWriter:
         except BarrierError as exc:
             return Verdict(None if exc.in_doubt else False, reason=str(exc))
         except Exception as exc:
-            # What `_publish` raised. Only the leader sees it as it is.
+            # The exception of `_publish`. Only the leader sees it as it is.
             return Verdict(False, (self.rank,), repr(exc))
         return Verdict(True)
 
@@ -170,10 +170,10 @@ class CheckpointWriter:
         manifest = json.dumps({"step": step, "shards": shards}, indent=2).encode()
         await anyio.to_thread.run_sync(write_durably, self._partial(step) / MANIFEST, manifest)
         await anyio.to_thread.run_sync(_sync_directory, self._partial(step))
-        # Until here nobody can see it. The rename is all or nothing, takes microseconds, and is the
-        # last that happens: with no await behind it, no deadline and no cancellation comes between
-        # it and the verdict. A thread would go on when this is cancelled, and could rename after
-        # the peers were told that the checkpoint is broken.
+        # Until here no reader sees the checkpoint. The rename is atomic, takes microseconds, and is
+        # the last step: with no await after it, no deadline and no cancellation comes between it
+        # and the verdict. A thread would go on when this is cancelled, and could rename after the
+        # peers have learned that the checkpoint broke.
         self._partial(step).rename(self.root / f"step-{step}")
         return b""
 
@@ -186,7 +186,7 @@ class CheckpointWriter:
             self._discard(step)
 
     def _discard(self, step: int) -> None:
-        """Remove this rank's part of a broken checkpoint; whoever is last removes the directory."""
+        """Remove this rank's part of a broken checkpoint; the last rank removes the directory."""
         directory = self._partial(step)
         (directory / f"rank-{self.rank}.pt").unlink(missing_ok=True)
         if self.rank == LEADER:
@@ -235,7 +235,7 @@ class Saver:
 
     def wait_staged(self) -> None:
         if self._staging is not None:
-            # If staging failed, that is the writer's to say; training goes on.
+            # If staging failed, the writer says so; training goes on.
             futures.wait([self._staging])
             self._staging = None
 

@@ -5,17 +5,17 @@
         --fail-rank 1 --fail-at 2
 
 `async_save` returns futures: one for when the state has been copied and training may go on, one
-for when DCP has written its shards and metadata. Here both are awaited, and then `commit` publishes
-the checkpoint. What that adds to DCP:
+for when DCP has written its shards and metadata. This program awaits both, and then `commit`
+publishes the checkpoint. That adds to DCP:
 
-- One verdict on all that belongs to a checkpoint. DCP knows its own files; that each rank also
-  saved where its data loader stands, it cannot know. ``latest`` moves when every rank has said that
-  it is done, with what it wrote, and not before.
-- A rank that fails is known to the others at once, with its reason, and a rank that does not come
-  is named when this checkpoint's own deadline is over. DCP waits in collectives of a process group,
-  whose timeout is minutes and names nobody.
+- One verdict on all that belongs to a checkpoint. DCP knows only its own files. It cannot know that
+  each rank also saved the position of its data loader. ``latest`` moves when every rank has said
+  what it wrote, and not before.
+- If a rank fails, the others learn it at once, with the reason. A rank that does not come is named
+  at this checkpoint's own deadline. DCP waits in collectives of a process group, whose timeout is
+  minutes and names no rank.
 - Nothing blocks: no thread of a pool waits for the other ranks, the process group is not touched,
-  and the next checkpoint may begin while this one is being committed. The step keeps them apart.
+  and the next checkpoint may begin while this one commits. The step keeps them apart.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ async def train(args: argparse.Namespace) -> None:
     """A few steps, each followed by a checkpoint that is committed while the next ones run."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weights: Tensor = distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)])
-    # DCP's collectives run in a thread of its own and must not meet those of the training.
+    # DCP's collectives run in a thread. They need a group of their own, apart from the training's.
     group = dist.new_group(backend="gloo")
     # On CPU: no pinned memory, no shared memory, in a thread, no streams.
     stager = DefaultStager(StagingOptions(False, False, True, False))
@@ -62,8 +62,8 @@ async def train(args: argparse.Namespace) -> None:
         uploaded: Future[Any] | None = None
         for step in range(1, args.steps + 1):
             if uploaded is not None:
-                # Two saves at once on one group would take each other's collectives, and hang. How
-                # it ended, `finish` tells.
+                # Two saves at once on one group would take each other's collectives, and hang.
+                # `finish` logs how this one ended.
                 await asyncio.gather(asyncio.wrap_future(uploaded), return_exceptions=True)
             weights = weights + step
             directory = args.out / f"step-{step}"
@@ -87,7 +87,7 @@ async def train(args: argparse.Namespace) -> None:
 async def finish(
     barrier: StoreBarrier, step: int, directory: Path, uploaded: Future[Any], reader_state: Any
 ) -> None:
-    """See one checkpoint through, on this rank; how it ended is in the log."""
+    """Finish one checkpoint on this rank, and log how it ended."""
     rank = dist.get_rank()
     side = directory / f"reader-{rank}.json"
     try:
@@ -97,11 +97,11 @@ async def finish(
             pointer = directory / "latest"
             await asyncio.to_thread(write_json, directory / "commit.json", files)
             await asyncio.to_thread(pointer.write_text, directory.name)
-            # Atomic, and the last that happens. With no await behind it, nothing comes between it
-            # and the verdict; a thread would go on if this were cancelled.
+            # Atomic, and the last step. With no await after it, nothing comes between it and the
+            # verdict. A thread would go on if this were cancelled.
             os.replace(pointer, directory.with_name("latest"))
 
-        # The others shall not wait for a rank that will not come.
+        # Without this, the others wait for a rank that will not come.
         async with barrier.committing(publish, name="saved", step=step, timeout_secs=60) as part:
             await asyncio.wrap_future(uploaded)
             await asyncio.to_thread(write_json, side, reader_of(reader_state))
@@ -118,7 +118,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def reader_of(reader_state: Any) -> Any:
-    """Where this rank's data loader stands."""
+    """The file with the position of this rank's data loader."""
     if reader_state is None:
         raise OSError("the data loader's state is lost (as --fail-rank asked)")
     return reader_state

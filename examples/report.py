@@ -1,4 +1,4 @@
-"""What the demo prints at its end, and its check that all went as it should."""
+"""Prints the demo's report, and checks that each checkpoint ended as it should."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from checkpointing import Saving, Verdict
 
 @dataclass(frozen=True)
 class Stop:
-    """What one rank was told when the signal to stop was reached: at which step, by whom, why."""
+    """The signal to stop, as one rank learned it: at which step, from which rank, and why."""
 
     step: int
     rank: int | None
@@ -19,7 +19,7 @@ class Stop:
 
 @dataclass
 class RankLog:
-    """What one rank saw. All times are `time.time()`, which the ranks of one host share."""
+    """One rank's log. All times are `time.time()`, which the ranks of one host share."""
 
     rank: int
     steps: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def verdict(self) -> Verdict:
-        """What the ranks say, the first one that is not in doubt."""
+        """The verdict of the first rank that is not in doubt."""
         known = (s.verdict for s in self.savings if s.verdict.published is not None)
         return next(known, Verdict(None))
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
     @property
     def doomed(self) -> tuple[str, float]:
-        """What decided that it would not be published, and when."""
+        """The reason why it is not published, and when that was decided."""
         for s in self.savings:
             if s.failed is not None and s.entered is None:
                 return f"the upload of rank {s.rank} failed", s.failed
@@ -146,7 +146,7 @@ def _failures(saved: Sequence[Checkpoint], zero: float) -> Iterator[str]:
 
 
 def check(logs: Sequence[RankLog], timeout_secs: float, faults: Mapping[int, int]) -> list[str]:
-    """What is not as it should be, when the n-th upload of rank r was to fail for `faults` n: r."""
+    """All differences from the plan, in which the n-th upload of rank r fails for `faults` n: r."""
     saved = checkpoints(logs, timeout_secs)
     problems = []
     for number in faults.keys() - set(range(1, len(saved) + 1)):
@@ -168,14 +168,14 @@ def check(logs: Sequence[RankLog], timeout_secs: float, faults: Mapping[int, int
             problems.append(f"rank {log.rank}: {log.problem}")
         elif [log.restored_step] != newest:
             problems.append(f"rank {log.rank} loaded step {log.restored_step}, not {newest}")
-        # Who was stopped early has learned less.
+        # A rank that stopped early has learned less.
         elif log.accuracy < (0.95 if log.stopped is None else log.trained_accuracy):
             problems.append(f"rank {log.rank}: only {log.accuracy:.1%} of the test set is right")
     return problems
 
 
 def check_stop(logs: Sequence[RankLog], preempted: int) -> list[str]:
-    """What is not as it should be, when rank ``preempted`` was to get a SIGTERM."""
+    """All differences from the plan, in which rank ``preempted`` gets a SIGTERM."""
     problems = []
     stops = {log.stopped for log in logs}
     (stopped, *others) = stops

@@ -2,8 +2,8 @@
 
     pytest examples/test_saving.py
 
-anyio brings the pytest plugin that runs ``async`` tests, once on asyncio and once on trio if
-that is installed. `save` stands for code of yours.
+anyio has a pytest plugin that runs ``async`` tests, once on asyncio and once on trio if that is
+installed. `save` stands for your code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def save(barrier: Barrier, step: int, shard: bytes | None) -> str:
-    """What is tested: write a shard, or fail at it; then publish the checkpoint with all others."""
+    """The code under test: write a shard, or fail; then publish the checkpoint with all others."""
 
     async def publish(shards: Mapping[int, bytes]) -> bytes:
         return b"+".join(shards[rank] for rank in sorted(shards))
@@ -36,7 +36,7 @@ async def save(barrier: Barrier, step: int, shard: bytes | None) -> str:
 async def save_on_all(
     barriers: list[Barrier], step: int, *, full: int | None = None
 ) -> dict[int, str | Exception]:
-    """Run it on every rank; what came of each."""
+    """Run it on every rank; the result or the error of each."""
     ended: dict[int, str | Exception] = {}
 
     async def run(rank: int, barrier: Barrier) -> None:
@@ -71,7 +71,7 @@ async def test_a_store_that_hangs_is_survived() -> None:
     store = FaultyStore(HashStore())
     async with local_barriers(2, store=store, timeout_secs=0.2) as barriers:
         store.hang("add")
-        with anyio.fail_after(2):  # a deadline is kept, whatever the store does
+        with anyio.fail_after(2):  # the deadline holds, whatever the store does
             ended = await save_on_all(list(barriers), step=1)
         assert all(isinstance(error, BarrierError) for error in ended.values())
         store.heal()

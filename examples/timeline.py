@@ -1,4 +1,4 @@
-"""Draws what every rank did, and when."""
+"""Draws a timeline of what every rank did."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED, BROKEN, STEP = "#2a9d5c", "#d1495b", "#555555"
 
 
 def draw(logs: Sequence[RankLog], timeout_secs: float, path: Path) -> None:
-    """A row of bars for every rank, the training steps above them, as a picture in `path`."""
+    """Draw a row of bars for every rank, below the training steps, as a picture in `path`."""
     zero = min(log.steps[0] for log in logs)
     ranks = len(logs)
     figure = Figure(figsize=(14, 1.9 + 0.75 * ranks), layout="constrained")
@@ -29,7 +29,7 @@ def draw(logs: Sequence[RankLog], timeout_secs: float, path: Path) -> None:
         pad=12,
     )
 
-    # DDP keeps the ranks in step, so rank 0's steps are everyone's.
+    # DDP keeps the ranks in step, so rank 0's steps are those of all.
     axes.eventplot(
         [step - zero for step in logs[0].steps],
         lineoffsets=-1,

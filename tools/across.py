@@ -13,12 +13,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-# For all that one world does.
+# The deadline, in seconds, for all calls of one world.
 PATIENCE_SECS = 60.0
 
 
 async def be_rank(rank: int, size: int, port: int, worker_threads: bool) -> dict[str, object]:
-    """Do one of everything with the others, and tell what came of it."""
+    """Make one call of each kind with the others, and report the results."""
     import torch
 
     from async_barriers import BarrierTimeoutError, BrokenBarrierError, TCPStoreBarrier
@@ -57,7 +57,7 @@ async def be_rank(rank: int, size: int, port: int, worker_threads: bool) -> dict
 
 
 def expected(rank: int, versions: list[str]) -> dict[str, object]:
-    """What a rank should tell."""
+    """The results that a rank should report."""
     size = len(versions)
     told: dict[str, object] = {"versions": versions}
     told["published"] = "+".join(str(each) for each in range(size))
@@ -69,10 +69,10 @@ def expected(rank: int, versions: list[str]) -> dict[str, object]:
 def cross(
     pythons: list[Path], backend: str, worker_threads: bool, env: dict[str, str]
 ) -> list[str]:
-    """A rank on each interpreter, the first one hosting the store; their versions of torch.
+    """Run a rank on each interpreter, the first one as host; return their versions of torch.
 
     :param env: the ranks' environment variables
-    :raises AssertionError: something else came of it than should
+    :raises AssertionError: the results are not those expected
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ def cross(
         for rank in ranks:
             rank.kill()
     for number, (out, err) in enumerate(said):
-        # A thread that waits as the host leaves may have c10d say so.
+        # If a thread waits as the host leaves, c10d may print that.
         silent = worker_threads or not err
         assert (ranks[number].returncode, silent) == (0, True), f"rank {number}: {out}{err}"
     told = [json.loads(out) for out, _ in said]

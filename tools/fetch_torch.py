@@ -1,8 +1,8 @@
 """Fetches a build of torch for any Python, with pip alone, and makes it import here.
 
 `python tools/fetch_torch.py VERSION PYTHON FOLDER`, PYTHON being "3.12", or "3.13t" without a GIL.
-What torch needs for a GPU is left out, 3 GB or so; see `stand_in`. What else it needs is not there,
-and named in its metadata.
+It leaves out the packages that torch needs for a GPU, about 3 GB; see `stand_in`. It does not
+install torch's other requirements, which its metadata names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stand_in import read, stand_in
 
-# The section of a library that has the code for GPUs, most of its size: it is never loaded here.
+# The section of a library with the code for GPUs, most of its size. It is never loaded here.
 _FOR_GPUS = ".nv_fatbin"
 _NEEDS_GPUS = ("Requires-Dist: nvidia-", "Requires-Dist: cuda-", "Requires-Dist: triton")
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_28_aarch64")
@@ -25,22 +25,22 @@ _UNUSED = ("torch/include/", "torch/bin/protoc")
 
 
 def download(what: list[str], python: str, folder: Path) -> None:
-    """Have pip fetch wheels for some Python, and nothing that they require.
+    """Have pip fetch wheels for some Python, without their requirements.
 
-    :raises subprocess.CalledProcessError: there are none, or they do not come
+    :raises subprocess.CalledProcessError: there are none, or the download fails
     """
     platform = _PLATFORMS[os.uname().machine == "aarch64"]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "--platform", platform]
     command += ["--python-version", python.rstrip("t"), "--abi", "cp" + python.replace(".", "")]
-    # What this machine's pip is told about the torch to take is for another one.
+    # The constraints of this machine's pip are about another torch.
     env = {**os.environ, "PIP_CONSTRAINT": os.devnull, "TMPDIR": str(folder)}
     command += ["-d", str(folder), *what]
     subprocess.run(command, check=True, env=env, capture_output=True, text=True)
 
 
 def drop_gpu_code(library: Path) -> None:
-    """Make a hole in the file where code for GPUs is; what is there reads as zeros."""
+    """Make a hole in the file in place of the code for GPUs, which then reads as zeros."""
     for line in read("readelf", "-SW", library).splitlines():
         fields = line.partition("] ")[2].split()
         if fields and fields[0] == _FOR_GPUS:
@@ -57,7 +57,7 @@ def need_no_gpu(folder: Path) -> None:
 
 
 def fetch(version: str, python: str, folder: Path) -> None:
-    """Have a torch in ``folder``, if it is not there yet; the newest, if ``version`` is empty."""
+    """Put a torch into ``folder`` if there is none; the newest if ``version`` is empty."""
     if (folder / "torch").is_dir():
         return
     wheels = folder.with_name(folder.name + ".wheels")

@@ -1,9 +1,8 @@
 """Empty CUDA libraries, so that a CUDA build of torch imports on a machine that has none.
 
-`python tools/stand_in.py FOLDER`, which has torch/ in it. Each library that torch's own need and
-that cannot be loaded here gets a stand-in beside them, with the symbols that are asked of it. Every
-function there says "no device" (100), which is all that importing torch asks. Needs gcc and
-binutils.
+`python tools/stand_in.py FOLDER`, which has torch/ in it. If torch's own libraries need one that
+cannot be loaded here, a stand-in is put beside them, with the symbols that they need. Each of its
+functions returns "no device" (100), which is enough to import torch. Needs gcc and binutils.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-# What is asked of these at import is written through a pointer.
+# torch calls these at import, and reads what they write.
 _SAID = {
     "cudaGetDeviceCount": "int cudaGetDeviceCount(int *n) { *n = 0; return 100; }",
     "cudaDriverGetVersion": "int cudaDriverGetVersion(int *n) { *n = 0; return 0; }",
@@ -29,12 +28,12 @@ _SAID = {
 
 
 def read(*command: str | Path) -> str:
-    """What a command of binutils prints."""
+    """The output of a command of binutils."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def loads(library: str) -> bool:
-    """Whether this machine has it."""
+    """Whether this machine can load it."""
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -43,7 +42,7 @@ def loads(library: str) -> bool:
 
 
 class Wanted:
-    """What torch's libraries ask of libraries that are not here.
+    """The symbols that torch's libraries need of libraries that are not here.
 
     :ivar symbols: of each such library, by the version of the symbol ("" for none)
     """
@@ -80,7 +79,8 @@ class Wanted:
             if (library := home.get(version, "")) in self.symbols:
                 self.symbols[library][version] |= names
         if self.symbols:
-            # Who has one without a version is all the same to the loader. Python's are Python's.
+            # The loader takes a symbol without a version from any library, so the first one gets
+            # all of them. Python has those that begin with Py.
             first = min(self.symbols)
             self.symbols[first][""] |= {name for name in plain - defined if "Py" not in name[:4]}
 
@@ -114,7 +114,7 @@ def build(library: Path, symbols: dict[str, set[str]]) -> None:
 
 
 def stand_in(folder: Path) -> list[str]:
-    """Make what is missing for the torch in ``folder``; the names of the libraries."""
+    """Make all missing libraries for the torch in ``folder``; return their names."""
     torch = folder / "torch"
     libraries = [path for path in torch.glob("lib/*.so*") if not path.is_symlink()]
     wanted = Wanted([*libraries, *torch.glob("_C*.so")])

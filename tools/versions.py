@@ -2,10 +2,10 @@
 
 `python tools/versions.py [ROW ...]`, by default the usual rows. Each has an environment of its own,
 made with pip alone: the built wheel, the versions that the row names, and a torch from
-`fetch_torch`. It is deleted before the next one, so that 2 GB are enough. A row whose Python is not
-on this machine, or that there is no time for, is not run, and that is said.
+`fetch_torch`. It is deleted before the next one, so that 2 GB are enough. If a row's Python is not
+on this machine, or the time is over, the row is not run, and the output says so.
 
-Pythons are looked for in the folders that PYTHONS names, on the PATH, and among pyenv's.
+It looks for Pythons in the folders that PYTHONS names, on the PATH, and among pyenv's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from across import cross
 from fetch_torch import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of each capability, what does not start processes; those differ by version no more than these.
+# Tests of each capability that start no processes; the others would find no more differences.
 TESTED = [
     f"tests/test_{name}.py"
     for name in (
@@ -40,11 +40,11 @@ TOOLS = ("pytest>=8", "pytest-xdist", "blockbuster", "hypothesis", "packaging", 
 
 
 class NotRun(Exception):
-    """A row cannot be run here, and why."""
+    """A row cannot be run here; the message says why."""
 
 
 class Row(NamedTuple):
-    """What to run with; "" is the newest there is.
+    """The versions to run with; "" is the newest.
 
     :ivar pythons: the first of them that this machine has
     :ivar types: whether type checkers are run, too
@@ -68,13 +68,13 @@ ROWS = {
     "no-gil": Row("", "3.14t"),
     "no-gil-3.13": Row("2.12.0", "3.13t"),
 }
-# Beside the rows of one torch: ranks on three.
+# In addition to the rows with one torch: ranks on three.
 ACROSS = "across"
 USUAL = ("oldest", "2.11", "newest", "no-gil-3.13", ACROSS)
 
 
 def pythons() -> Iterator[Path]:
-    """Folders where interpreters may be."""
+    """The folders in which to look for interpreters."""
     named = [*os.environ.get("PYTHONS", "").split(os.pathsep), *os.get_exec_path()]
     yield from map(Path, filter(None, named))
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -90,7 +90,7 @@ def find(python: str) -> Path | None:
     for folder in pythons():
         path = folder / f"python{python}"
         if os.access(path, os.X_OK):
-            # pyenv's shims are there for versions that are not active, too.
+            # pyenv has shims for versions that are not active, too.
             said = subprocess.run([path, "-c", ask], capture_output=True, text=True)
             if said.stdout.strip() == python:
                 return path
@@ -98,7 +98,7 @@ def find(python: str) -> Path | None:
 
 
 def clean() -> dict[str, str]:
-    """The environment variables, without those that lead Python elsewhere."""
+    """The environment variables, without those that change where Python imports from."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return {**env, "RES_OPTIONS": "timeout:1 attempts:1", "OMP_NUM_THREADS": "1"}
 
@@ -106,7 +106,7 @@ def clean() -> dict[str, str]:
 class Environment:
     """An interpreter with one torch, the wheel, and what tests need.
 
-    :raises NotRun: there is no such interpreter, or it cannot have that
+    :raises NotRun: there is no such interpreter, or an install failed
     """
 
     def __init__(self, folder: Path, torch: str, python: str, *requirements: str | Path) -> None:
@@ -146,9 +146,9 @@ class Environment:
             raise NotRun(f"pip cannot install it: {installed.stderr.strip()[-600:]}")
 
     def check_types(self) -> None:
-        """What type checkers say of the library's source, and of what users write, with its torch.
+        """Run type checkers on the library's source and on a user's program, with this torch.
 
-        :raises AssertionError: something
+        :raises AssertionError: one of them found an error
         """
         tools = Path(sys.executable).parent
         sources = [ROOT / "src", ROOT / "tests" / "typed_uses.py"]
@@ -163,7 +163,7 @@ class Environment:
 
 
 def describe(python: str | Path) -> str:
-    """What an environment has, in words."""
+    """The versions in an environment, in words."""
     ask = (
         "import platform as p, sysconfig as s, torch; from importlib.metadata import version;"
         "gil = '' if not s.get_config_var('Py_GIL_DISABLED') else ' without a GIL';"
@@ -193,16 +193,16 @@ def check(command: list[str | Path], within_secs: float) -> str:
 def run(
     row: Row, folder: Path, wheel: Path, tested: list[str], until: float, *, types: bool
 ) -> str:
-    """Run the tests; what passed, in words.
+    """Run the tests; return what passed, in words.
 
-    :raises NotRun: it could not be tried
+    :raises NotRun: they could not be started
     :raises AssertionError: a test failed
     """
     known = row.pythons.split()
     python = next((each for each in known if find(each)), known[0])
     chosen = (("anyio", row.anyio), ("trio", row.trio))
     named = [f"{name}=={version}" if version else name for name, version in chosen]
-    # What type checkers have to see of it; the tests do without.
+    # Type checkers need this package, and the tests do not.
     named += ["torch_checkpointing"] if row.types and types else []
     environment = Environment(folder, row.torch, python, wheel, *named, *TOOLS)
     what = describe(environment.python)
@@ -217,7 +217,7 @@ def run(
 
 
 def run_across(folder: Path) -> str:
-    """Have ranks on three torches cross; what passed, in words."""
+    """Have ranks on three torches cross; return what passed, in words."""
     python = "{}.{}".format(*sys.version_info)
     older = Environment(folder / "older", "2.11.0", python, "anyio", "trio", "numpy")
     newest = Environment(folder / "newest", "", python, "anyio", "trio", "numpy")
@@ -230,7 +230,7 @@ def run_across(folder: Path) -> str:
 
 
 def outcome(name: str, run_it: Callable[[], str]) -> bool | None:
-    """Run a row and say what came of it; True, False or, where it was not run, None."""
+    """Run a row and print its result; True, False, or None if it was not run."""
     began = time.monotonic()
     try:
         said, passed = run_it(), True
@@ -244,7 +244,7 @@ def outcome(name: str, run_it: Callable[[], str]) -> bool | None:
 
 
 def main() -> int:
-    """Run rows; 1 if one failed, 2 if one that was asked for by name was not run."""
+    """Run rows; return 1 if one failed, 2 if one that was given by name was not run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [*ROWS, ACROSS]
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(names)}")

@@ -27,7 +27,7 @@ from .store_barrier import StoreBarrier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command; return its exit status."""
     args = parser().parse_args(argv)
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return anyio.run(check, args)
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def check(args: argparse.Namespace) -> int:
-    """This rank's part in examining the job; the exit status."""
+    """Do this rank's part in examining the job; return the exit status."""
     try:
         launched = _launch.from_environment()
     except ValueError as exc:
@@ -44,18 +44,18 @@ async def check(args: argparse.Namespace) -> int:
         report = await _Examination(launched, args).report()
         report.rank = launched.rank
     if report.ranks or not report.ok:
-        # In one piece, since all ranks may write to one pipe.
+        # Written in one piece, since all ranks may write to one pipe.
         said = report.as_json() if args.json else report.as_text()
         sys.stdout.write(said + "\n")
         sys.stdout.flush()
-    # torchrun kills the other ranks where one exits with an error, before they have said what they
-    # see, and writes a trace of its own.
+    # If one rank exits with an error, torchrun kills the others before they have printed, and
+    # writes a trace of its own.
     launcher_heeds = "TORCHELASTIC_RUN_ID" in os.environ and not args.strict
     return 0 if report.ok or launcher_heeds else 1
 
 
 class _Examination:
-    """Of one rank, together with the others."""
+    """One rank's examination, together with the others."""
 
     def __init__(self, launched: _launch.Launched, args: argparse.Namespace) -> None:
         self._launched = launched
@@ -70,7 +70,7 @@ class _Examination:
         connection: Connection | None = None
         try:
             opening = Effort(first_connection(launched.store, loop, deadline))
-            # It ends by itself, and says why; but a look-up of names can take longer.
+            # It ends by itself and says why, but a name look-up can take longer.
             if not await settled(loop, opening, deadline + 1.0):
                 raise BarrierConnectionError(f"no store was reached at {_at(launched)} in time")
             connection = opening.result()
@@ -134,7 +134,7 @@ class _Examination:
                     )
                 except BarrierError as exc:
                     failed = exc
-            # Somebody may have come meanwhile, with a rank that is taken.
+            # A process may have come meanwhile with a rank that is taken.
             reading = Effort(roll.read())
             await settled(self._loop, reading, self._loop.now() + 1.0)
             tasks.cancel_scope.cancel()
@@ -161,7 +161,7 @@ def _at(launched: _launch.Launched) -> str:
 
 
 def _start_ranks(args: argparse.Namespace) -> int:
-    """Outside any job: examine one of a few ranks on this machine."""
+    """Outside any job: start a few ranks on this machine, each of which examines."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -169,7 +169,7 @@ def _start_ranks(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", __package__, "doctor"]
     command += ["--timeout-secs", str(args.timeout_secs), "--crossings", str(args.crossings)]
     command += ["--json"] * args.json
-    # What was set for a job that is not running.
+    # These variables belong to a job that does not run.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
     ranks: list[subprocess.Popen[bytes]] = []
     try:
@@ -177,7 +177,7 @@ def _start_ranks(args: argparse.Namespace) -> int:
             own = {**job, "RANK": rank}
             environment = {**kept, **{name: str(value) for name, value in own.items()}}
             ranks.append(subprocess.Popen(command, env=environment))
-        # One that was killed has a negative status.
+        # A process that was killed has a negative status.
         statuses = [process.wait() for process in ranks]
         return int(any(statuses))
     finally:
@@ -187,7 +187,7 @@ def _start_ranks(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     whole = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     doctor = commands.add_parser(
@@ -231,7 +231,8 @@ def _run() -> None:
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is said and closed. A thread in a look-up, or in c10d, neither delays nor aborts the end.
+    # Everything is printed and closed. A thread in a look-up, or in c10d, neither delays nor aborts
+    # the end.
     os._exit(status)
 
 

@@ -34,11 +34,11 @@ class Background:
         return await (call(*args) if is_async(call) else self.run(call, *args))
 
     async def run_to_the_end(self, call: Callable[..., object], *args: Any) -> list[BaseException]:
-        """Call it in a thread, and wait for its end whatever comes.
+        """Call it in a thread, and wait for its end, also if this task is cancelled.
 
-        :return: the cancellation that came meanwhile, if any, which the caller has to raise later
+        :return: the cancellation that came meanwhile, if any; the caller has to raise it later
 
-        **Cancellation:** before the call has begun, as usual; from then on, as said.
+        **Cancellation:** as usual before the call has begun; after that, as above.
         """
         outcome: list[Exception | None] = []
 
@@ -54,8 +54,8 @@ class Background:
 
         cancelled: list[BaseException] = []
         try:
-            # The shield holds off anyio's and trio's cancellation, and the task group asyncio's
-            # own, which knows no shield: the group waits for its task, that the shield is in.
+            # The shield holds off the cancellation of anyio and trio. asyncio's own knows no
+            # shield, but the task group waits for its task, which is in the shield.
             with anyio.CancelScope(shield=True):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(run)

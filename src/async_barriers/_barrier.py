@@ -1,4 +1,4 @@
-"""`Barrier`: what every barrier can do, whatever is underneath."""
+"""`Barrier`: the calls of every barrier."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class Barrier(abc.ABC):
 
             async with barrier.committing(publish, name="saved", step=step) as part:
                 part.payload = await upload()
-            part.result  # what publish returned, on every rank
+            part.result  # what publish returned
 
         Nothing is published unless every rank's body has succeeded. The commit breaks if a body
         raises, is cancelled, or is left by a generator that is closed. Peers get that as the
@@ -266,7 +266,7 @@ class Barrier(abc.ABC):
         stalled_after_secs: Timeout,
         leader: int | None = None,
     ) -> None:
-        """Refuse what is wrong with a call before its body runs, not after."""
+        """Refuse wrong arguments before the body of a call runs, not after."""
 
     def _body(
         self, value: T, cross: Callable[[], Awaitable[None]], name: str, step: int | None
@@ -281,9 +281,9 @@ class Barrier(abc.ABC):
     async def _checked(
         self, payload: bytes, name: str, step: int | None, *breaking: type[Exception]
     ) -> bytes:
-        """What this rank brings; one that is wrong in a ``breaking`` way breaks the phase.
+        """Check this rank's payload; one that is wrong in a ``breaking`` way breaks the phase.
 
-        How large a payload is depends on a rank's data, so that its peers may be waiting already.
+        The size of a payload depends on a rank's data, so its peers may be waiting already.
         """
         try:
             return checked_blob("payload", payload)
@@ -293,7 +293,7 @@ class Barrier(abc.ABC):
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         """Use up this rank's next turn of ``name`` by breaking it."""
-        # The body's own exception is on its way; a barrier that cannot abort must not hide it.
+        # The body raises its own exception; a barrier that cannot abort must not hide it.
         with contextlib.suppress(NotImplementedError):
             await self.abort(reason, name, **_given(step))
 
@@ -327,7 +327,7 @@ class Barrier(abc.ABC):
 
 
 def _given(step: int | None, stalled_after_secs: Timeout = CONFIGURED) -> dict[str, Any]:
-    # A barrier that a user wrote need not know of these.
+    # A user's own barrier may lack these.
     given: dict[str, Any] = {} if step is None else {"step": step}
     if stalled_after_secs is not CONFIGURED:
         given["stalled_after_secs"] = stalled_after_secs

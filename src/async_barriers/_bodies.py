@@ -1,4 +1,4 @@
-"""Bodies of ``async with`` that end in a crossing, and what one does in a commit."""
+"""Bodies of ``async with`` that end in a crossing or in a commit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Body(AbstractAsyncContextManager[T], Generic[T]):
         if exc is None:
             await self._cross()
         elif isinstance(exc, GeneratorExit):
-            # Nothing may be awaited here: its loop may be gone. What is begun goes on by itself.
+            # Nothing may be awaited here: its loop may be gone. The break goes on by itself.
             self._fail_soon(reason_of(exc))
         else:
             await tell(exc, self._fail)

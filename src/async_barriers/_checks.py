@@ -1,4 +1,4 @@
-"""What arguments of calls may be: each is refused before anything is entered."""
+"""Checks of arguments: a wrong one is refused before anything is entered."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from enum import Enum
 from typing import Final
 
-# c10d drops a connection that brings more than 8 MiB; half of it is a round figure.
+# c10d drops a connection that sends more than 8 MiB; half of it is a round figure.
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
 
 
@@ -24,7 +24,7 @@ Timeout = float | None | Configured
 
 
 def check_timeout(what: str, value: float | None) -> float | None:
-    """Refuse what is no positive, finite number of seconds; None means none."""
+    """Refuse all but a positive, finite number of seconds, or None for no deadline."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -35,14 +35,14 @@ def check_timeout(what: str, value: float | None) -> float | None:
 
 
 def check_call_timeout(value: float | None) -> float | None:
-    """As `check_timeout`, for one call: 0 is what is decided now."""
+    """As `check_timeout`, for one call, which may also have 0: the verdict of this moment."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value == 0:
         return 0.0
     return check_timeout("timeout_secs", value)
 
 
 def check_step(step: int | None) -> int | None:
-    """Refuse what is no step."""
+    """Refuse all but a step."""
     if step is None:
         return None
     if isinstance(step, bool) or not isinstance(step, int):
@@ -53,7 +53,7 @@ def check_step(step: int | None) -> int | None:
 
 
 def check_publish(publish: object) -> None:
-    """Refuse what cannot publish, before anything is entered."""
+    """Refuse a ``publish`` that is not callable, before anything is entered."""
     if not callable(publish):
         raise TypeError(
             f"publish must be a function or a coroutine function, not {type(publish).__name__}"
@@ -77,7 +77,7 @@ def check_world(rank: int, world_size: int) -> None:
 
 
 def checked_blob(what: str, value: bytes | None) -> bytes:
-    """Refuse what is no bytes or too many of them; None stands for none."""
+    """Refuse all but bytes, and too many of them; None stands for no bytes."""
     if type(value) is bytes and len(value) <= MAX_PAYLOAD_BYTES:
         return value  # Most often.
     if value is None:

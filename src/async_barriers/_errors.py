@@ -1,4 +1,4 @@
-"""Every error that this library raises of its own accord."""
+"""The errors of this library, and how their messages are written."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _MOST_NAMED = 200
 
 
 def in_one_line(text: str, most: int = _MOST_TOLD) -> str:
-    """Bounded, and without what could break a log line; for all that others have written."""
+    """Shorten a text of others, and remove the characters that could break a log line."""
     shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
     shown = " ".join(shown.split())
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 
 
 def told_by(exc: BaseException) -> str:
-    """What an exception says, in one line; describing it never fails.
+    """The message of an exception, in one line; describing it never fails.
 
-    The leaves of a group are told, since a group itself says only how many they are.
+    Of a group it names the single exceptions, since the group itself only counts them.
     """
-    # By its attribute, as Python 3.10 has no groups of its own.
+    # Recognised by its attribute, since Python 3.10 has no groups of its own.
     leaves = getattr(exc, "exceptions", None)
     if isinstance(leaves, tuple) and leaves:
         told = list(dict.fromkeys(told_by(leaf) for leaf in leaves[:5]))
@@ -34,7 +34,7 @@ def told_by(exc: BaseException) -> str:
         said = str(exc)
     except Exception:
         said = "(it cannot be described: its __str__ raises)"
-    # c10d puts stack traces behind the first line of what it says.
+    # c10d puts stack traces behind the first line of its message.
     if type(exc).__module__.startswith(("torch", "builtins")):
         said = said.partition("\n")[0]
     return in_one_line(f"{type(exc).__name__}: {said}" if said else type(exc).__name__)
@@ -48,7 +48,7 @@ def seconds(value: float) -> str:
 
 
 def out_of_threads(exc: BaseException) -> str:
-    """What follows where no thread could be started: why, and what to look at."""
+    """The end of a message if no thread could be started: why, and what to look at."""
     return f"({exc}); this process or its user has reached a limit of threads (ulimit -u, pids.max)"
 
 
@@ -75,7 +75,7 @@ class BarrierError(Exception):
     in_doubt: bool
 
     def __init__(self, message: str, *, in_doubt: bool = False) -> None:
-        # Whatever others have put into it, a log has it in one line.
+        # Text of others may be in it, and a log needs one line.
         super().__init__(in_one_line(message, _MOST_SAID))
         self.in_doubt = in_doubt
 
@@ -93,7 +93,7 @@ def _rebuild(cls: type[BarrierError], message: str, state: dict[str, Any]) -> Ba
 
 
 class _PhaseError(BarrierError):
-    """One that is of a phase, which its message begins with."""
+    """An error of one phase, with which its message begins."""
 
     name: str
     sequence: int
@@ -103,7 +103,7 @@ class _PhaseError(BarrierError):
         return f"{type(self).__name__}({str(self)!r})"
 
     def __str__(self) -> str:
-        # Not before it is asked for: where a message is made, the prefix need not be known.
+        # Only when it is asked for: the prefix may become known after the error is made.
         return f"{describe(self.name, self.sequence, self.prefix)} {super().__str__()}"
 
 
@@ -186,9 +186,9 @@ class BarrierConnectionError(BarrierError, ConnectionError):
 
 
 def another(error: BarrierConnectionError, about: str = "") -> BarrierConnectionError:
-    """The same for another caller; an error that is raised twice grows a traceback of both.
+    """The same error for another caller: an error that is raised twice has both tracebacks.
 
-    :param about: the barrier or phase that it is of, where it does not say so
+    :param about: the barrier or phase of the error, if its message does not say so
     """
     text = f"{about}: {error}" if about else str(error)
     copy = BarrierConnectionError(text, in_doubt=error.in_doubt)

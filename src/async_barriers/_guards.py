@@ -7,7 +7,7 @@ import weakref
 
 
 class Guarded:
-    """What a body is to cross, and whether it has."""
+    """The phase that a body is to cross, and whether it has."""
 
     crossed = False
 
@@ -17,7 +17,7 @@ class Guarded:
 
 
 class Guards:
-    """Those of each thread; gone with their bodies, however these end."""
+    """The guarded bodies of each thread; each is removed when its body ends."""
 
     def __init__(self) -> None:
         self._here = threading.local()

@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 def from_environment() -> Launched:
-    """What torchrun says in environment variables, read as `init_process_group` does.
+    """Read torchrun's environment variables, as `init_process_group` does.
 
     :raises ValueError: variables are missing, or are no numbers
     """
@@ -46,7 +46,7 @@ def from_environment() -> Launched:
             f"{', '.join(_VARIABLES)} on every rank, or give a store to StoreBarrier()"
         )
     rank, world_size, port = _number("RANK"), _number("WORLD_SIZE"), _port()
-    # torchrun's agent may host the store itself; nobody in the job does then.
+    # torchrun's agent may host the store itself; then no process of the job does.
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = StoreAt(
         os.environ["MASTER_ADDR"],
@@ -92,7 +92,7 @@ def _number(name: str) -> int:
 
 
 def from_group(group: object) -> Member:
-    """What ``group``, or else the default process group, says.
+    """Read ``group``, or else the default process group.
 
     :raises ValueError: there is no such group, it has no store, or this process is not in it
     :raises TypeError: it is no process group
@@ -117,7 +117,7 @@ def _global_ranks(group: dist.ProcessGroup) -> tuple[int, ...] | None:
     try:
         ranks = tuple(dist.get_process_group_ranks(group))
     except (KeyError, ValueError, RuntimeError):
-        return None  # One that torch itself did not make.
+        return None  # A group that torch itself did not make.
     return None if ranks == tuple(range(group.size())) or len(ranks) != group.size() else ranks
 
 
@@ -126,8 +126,8 @@ def group_store(group: dist.ProcessGroup) -> Store:
 
     :raises ValueError: there is none
     """
-    # torch's own list has it for a backend written in Python, too, which cannot tell it; but
-    # knows only groups that torch itself made.
+    # torch's own list also has the store of a backend that is written in Python. Such a backend
+    # cannot give it, but the list has only groups that torch itself made.
     try:
         store: Store | None = distributed_c10d._get_process_group_store(group)
     except KeyError:

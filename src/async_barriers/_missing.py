@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from ._errors import in_one_line, plural_ranks, seconds
 from ._values import MissingRank
 
-# What a rank says it is doing is told in so many characters.
+# A message has so many characters of a rank's report.
 DOING_CHARS = 200
-# Messages tell of so many; the attributes have more.
+# Messages describe so many ranks; the attributes have more.
 _MOST = 20
 
 
@@ -52,7 +52,7 @@ def had_not_entered(
     missing: Sequence[MissingRank],
     global_ranks: Iterable[int] | None = None,
 ) -> str:
-    """What a timeout says of them."""
+    """The part of a timeout's message about them."""
     subgroup = None if global_ranks is None else tuple(global_ranks)
     text = f"{plural_ranks(ranks)} had not entered"
     if missing:

@@ -1,11 +1,11 @@
 """An event loop in a thread of ours, for callers that cannot await.
 
-anyio's blocking portal is not used: its thread is no daemon, so that one call which never
-returns would keep the interpreter from exiting, and it knows no interrupted caller.
+It does not use anyio's blocking portal. The thread of that is no daemon, so a call that never
+returns would keep the interpreter from exiting, and it cannot handle an interrupted caller.
 
 A signal handler may raise in a calling thread at any instruction, also inside Python's own Event,
-whose lock then stays taken. So there is no lock that a caller could leave behind: it appends to a
-deque, wakes the loop, and waits for a queue that is written in C. The rest is the loop thread's.
+whose lock then stays taken. So there is no lock that a caller could leave taken: it appends to a
+deque, wakes the loop, and waits for a queue that is written in C. The loop's thread does the rest.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from ._store.worker import Living, Promise, end_at_exit, in_own_thread
 
 T = TypeVar("T")
 
-# A call that is cancelled undoes what it did, which takes UNDO_SECS at most, and says so.
+# A cancelled call gives up its phase, which takes UNDO_SECS at most, and then ends.
 _CANCELLED_SECS = 0.9
-# What closes is bounded itself, unless a coroutine of the user's blocks the loop.
+# Closing has a bound of its own, unless a user's coroutine blocks the loop.
 _CLOSED_SECS = 10.0
 
 
@@ -66,7 +66,7 @@ class Portal:
         # interrupted as they started one; the first here works, and the others end.
         self._threads: list[int] = []
         self._ended: Promise[None] = Promise()
-        # Those are the thread's to change.
+        # Only the thread changes these.
         self._thread: int | None = None
         self._loop: Loop | None = None
         self._waiter: Waiter
@@ -76,7 +76,7 @@ class Portal:
         """Make a call, and block until it has ended.
 
         An exception that is raised in the waiting thread, such as a KeyboardInterrupt, cancels
-        the call; it goes on when that has taken effect, or after 0.9 s.
+        the call; the exception goes on when that has taken effect, or after 0.9 s.
 
         :raises BarrierClosedError: it is closed
         :raises BarrierError: this process was forked from the one it belongs to
@@ -134,11 +134,11 @@ class Portal:
                     if self._ended.done():
                         self._ended.result()
         finally:
-            # Where it was interrupted, too.
+            # Also if this thread was interrupted.
             self.retire()
 
     def retire(self) -> None:
-        """Close without waiting for it; where no call was made, make no last one."""
+        """Close without waiting for it; if no call was made, make no last one."""
         if not self._foreign:
             self._closing = True
             if self._threads:
@@ -151,7 +151,7 @@ class Portal:
 
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `worker.end_at_exit`."""
-        # Half of it, as what the last call leaves undone has to end as well.
+        # Half of it, as the rest of the last call has to end as well.
         self._patience_secs = max(0.0, deadline - time.monotonic()) / 2
         self.retire()
         if self._threads and not self._foreign:
@@ -180,9 +180,9 @@ class Portal:
         self._rouse()
 
     def _rouse(self) -> None:
-        """Have the loop look at what there is to do, in a thread that is started if none was.
+        """Have the loop look for calls, and start its thread if there is none.
 
-        What is done before this is seen: by the loop, or else by a thread that ends.
+        The loop, or else a thread that ends, sees what was appended before this.
         """
         loop = self._loop
         if loop is not None:
@@ -201,7 +201,7 @@ class Portal:
             ) from exc
 
     def _cancel(self, call: _Call[Any]) -> None:
-        """Cancel it, or see that it is not made; it is settled then, if it was not before."""
+        """Cancel the call, or prevent it if it has not begun; then it is settled."""
         try:
             self._inbox.remove(call)
         except ValueError:
@@ -237,14 +237,14 @@ class Portal:
                 self._ended.settle(error=self._lost(failure))
 
     async def _main(self) -> BaseException | None:
-        """Serve until it is closed; what the last call raised."""
+        """Serve until it is closed; return what the last call raised."""
         failure: BaseException | None = None
         loop = loop_here(None)
         self._waiter = loop.waiter()
         self._loop = loop
         async with anyio.create_task_group() as calls:
             while not self._closing:
-                # Popped at once: who adds one looks for the loop after that.
+                # Popped at once: a thread that appends looks for the loop after that.
                 with suppress(IndexError):
                     while True:
                         call = self._inbox.popleft()
@@ -257,12 +257,12 @@ class Portal:
                     await self._last()
             except Exception as exc:
                 failure = exc
-            # Those that the last call did not end.
+            # The calls that the last call did not end.
             calls.cancel_scope.cancel()
         return failure
 
     async def _make(self, call: _Call[Any]) -> None:
-        # It would cancel all the others.
+        # Here it would cancel all other calls.
         with suppress(anyio.get_cancelled_exc_class()):
             await call.make()
         if not self._closing:
@@ -277,7 +277,7 @@ class Portal:
             call.promise.settle(error=CancelledError())
 
     def _refuse(self, error: Callable[[], BaseException]) -> None:
-        """Fail the calls that nobody will make, or has brought to an end."""
+        """Fail the calls that have not begun, or have not ended."""
         for calls in (self._inbox, self._calls):
             with suppress(IndexError, KeyError):
                 while True:
@@ -295,7 +295,7 @@ class Portal:
 
 
 class _Call(Generic[T]):
-    """One call, and what came of it."""
+    """One call, and its result."""
 
     def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
         self.promise: Promise[T] = Promise()
@@ -324,7 +324,7 @@ class _Call(Generic[T]):
 
 
 class _Ticket:
-    """Of a thread that waits for a call; when it is dropped, interrupted or not, so is that."""
+    """Held by a thread that waits for a call. When the ticket is dropped, so is the call."""
 
     def __init__(self, portal: Portal, call: _Call[Any]) -> None:
         self._portal = portal
@@ -336,7 +336,7 @@ class _Ticket:
 
 
 def _probe_loop() -> None:
-    # One that asyncio could make by half only would complain of it on stderr.
+    # An object that asyncio could only half make would complain of it on stderr.
     with selectors.DefaultSelector():
         for end in socket.socketpair():
             end.close()
@@ -351,14 +351,14 @@ def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
 
 
 class _Condition(threading.Condition):
-    """One whose lock is taken and let go in C alone, where no signal handler runs in between."""
+    """A condition whose lock is taken and released in C, where no signal handler runs between."""
 
     __enter__ = property(attrgetter("_lock.__enter__"))
     __exit__ = property(attrgetter("_lock.__exit__"))
 
 
 class _Future(Future[T]):
-    """What comes of a call, for a thread that goes on meanwhile.
+    """The result of a call, for a thread that goes on meanwhile.
 
     The loop's thread takes its lock, too, so a thread that was interrupted must not keep it.
     """
@@ -370,7 +370,7 @@ class _Future(Future[T]):
         promise.when_settled(partial(self._take, promise))
 
     def cancel(self) -> bool:
-        """Cancel the call, unless it has ended; whether it was, which takes it a moment."""
+        """Cancel the call unless it has ended; return whether it was cancelled, after a moment."""
         cancelled = super().cancel()
         if cancelled:
             self._stop()
@@ -393,7 +393,7 @@ _portals: Living[Portal] = Living()
 
 def _end_first_at_exit(portal: Portal) -> None:
     if not _portals:
-        # What multiprocessing forks ends without `atexit`.
+        # A process that multiprocessing forks ends without `atexit`.
         multiprocessing_util.Finalize(None, _end_first, exitpriority=101)
     _portals.add(portal)
 
@@ -403,6 +403,6 @@ os.register_at_fork(after_in_child=_portals.clear)
 
 @atexit.register
 def _end_first() -> None:
-    """The latest is ended first: a loop in another thread, before those whose loop it is."""
+    """End the latest first: a loop in another thread, before the objects that use that loop."""
     for portal in _portals.latest_first():
         end_at_exit(portal)

@@ -19,7 +19,7 @@ def report(
     prefix: str = "",
     global_ranks: Sequence[int] | None = None,
 ) -> None:
-    """Log one WARNING and call ``on_progress``; what it raises is logged, not passed on."""
+    """Log one WARNING and call ``on_progress``; its exception is logged, not passed on."""
     ranks = plural_ranks(progress.missing_ranks).partition(" ")[2]
     logger.warning(
         "%s: %d of %d ranks after %.1f s, missing %s",

@@ -1,4 +1,4 @@
-"""Calling a user's ``publish``: a coroutine function here, a plain one in a thread of ours."""
+"""Calls a user's ``publish``: a coroutine function here, a plain one in a thread of ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._store.worker import in_own_thread
 class Publishing:
     """One call of ``publish``.
 
-    :param about: says which phase it is of, for an error
+    :param about: names the phase, for an error
     :ivar in_thread: it runs in a thread, which cannot be cancelled, and may yet publish
     """
 
@@ -28,9 +28,9 @@ class Publishing:
         self._about = about
 
     async def call(self, payloads: Mapping[int, bytes]) -> Any:
-        """What it returns.
+        """Run it, and return its result.
 
-        **Cancellation:** goes through to a coroutine; a thread goes on by itself.
+        **Cancellation:** reaches a coroutine; a thread goes on by itself.
         """
         returned: Any
         if is_async(self._publish):

@@ -1,4 +1,4 @@
-"""How peers are told what went wrong here."""
+"""The reason of a break, as the peers of this rank get it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ._errors import told_by
 
 
 def reason_of(exc: BaseException) -> str:
-    """In one line; it never fails, whatever a user's exception does."""
-    # Where a coroutine is thrown away, there may be no event loop any more.
+    """The reason in one line; describing a user's exception never fails."""
+    # When a coroutine is thrown away, its event loop may be gone.
     if isinstance(exc, GeneratorExit):
         return "its coroutine or generator was thrown away (GeneratorExit)"
     try:

@@ -101,7 +101,7 @@ class Directory(Storage):
 
     def begin(self, step: int, rank: int) -> str:
         place = self._partial(step) / f"rank-{rank}"
-        # What an earlier attempt at this step has left is no part of this one.
+        # Files of an earlier attempt at this step are no part of this one.
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         return str(place)
@@ -192,7 +192,7 @@ class FsspecStorage(Storage):
         self._fs.pipe_file(path, data)
 
     def seal(self, path: str) -> None:
-        """What an object store has taken is durable."""
+        """An object store keeps all that it has accepted."""
 
     def prepare(self, step: int, manifest: bytes) -> None:
         self.write(f"{self.path(step)}/.{MANIFEST}", manifest)

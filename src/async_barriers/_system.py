@@ -1,7 +1,7 @@
 """All use of the operating system beyond Python's own modules: Linux, and macOS in part.
 
-The only module that tells systems apart. Nothing here fails where the system cannot tell: it says
-that it does not know, and what that costs stands in docs/versions.md.
+Only this module tells systems apart. If the system cannot tell, nothing fails here: the answer is
+that it is unknown. docs/versions.md says what that costs.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if sys.platform not in ("darwin", "win32"):
     import fcntl
     import termios
 
-# No program is ended by writing to who has hung up.
+# No write to a closed connection ends the program.
 UNHARMED = getattr(socket, "MSG_NOSIGNAL", 0)
-# Python knows no names for macOS's.
+# Python has no names for those of macOS.
 _SO_NOSIGPIPE, _SO_NWRITE = 0x1022, 0x1024
 
 
 def prepare(sock: socket.socket) -> None:
-    """Before it is written to: where `UNHARMED` is nothing, have the socket itself be so."""
+    """Before the first write: if `UNHARMED` is empty, set this on the socket itself."""
     if sys.platform == "darwin":
         sock.setsockopt(socket.SOL_SOCKET, _SO_NOSIGPIPE, 1)
 
 
 def unsent(sock: socket.socket) -> bool:
-    """Whether the kernel has something that it could not bring to the peer yet.
+    """Whether the kernel holds bytes that the peer has not received yet.
 
     :raises OSError: the socket is gone, or the kernel does not say
     """
@@ -66,7 +66,7 @@ def _listens(libc: ctypes.CDLL, descriptor: int, port: int) -> bool:
 
 
 def holder_of(port: int) -> tuple[str, bool]:
-    """In words, which process listens at ``port``, if this one may know; whether it is this one."""
+    """The process that listens at ``port``, in words, if known; and whether it is this one."""
     inodes = _listening(port)
     for process in os.listdir("/proc") if inodes else ():
         if process.isdigit() and any(at in inodes for _, at in _descriptors(process)):
@@ -76,8 +76,8 @@ def holder_of(port: int) -> tuple[str, bool]:
 
 
 def this_machine() -> str:
-    """Names this machine since it started, and the namespace that process ids count in; empty where
-    the system cannot tell, so that nobody who may live is taken for dead."""
+    """The id of this machine since its start and of its process namespace; empty if unknown, so
+    that no living process is taken for dead."""
     try:
         return _read("/proc/sys/kernel/random/boot_id").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -85,7 +85,7 @@ def this_machine() -> str:
 
 
 def started(pid: int) -> str:
-    """When a process was started; empty if there is none, or it is dead and not yet buried."""
+    """The start time of a process; empty if there is none, or if it is a zombie."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return "" if len(fields) < 20 or fields[0] in "ZX" else fields[19]
 
@@ -105,7 +105,7 @@ def _read(path: str) -> str:
 
 
 def _listening(port: int) -> set[str]:
-    """What listens at ``port`` on this machine, as /proc names it; empty where it cannot tell."""
+    """The sockets that listen at ``port`` on this machine, as in /proc; empty if unknown."""
     inodes = set()
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
         try:
@@ -120,9 +120,9 @@ def _listening(port: int) -> set[str]:
 
 
 def _descriptors(process: str) -> Iterator[tuple[str, str]]:
-    """The descriptors of a process and what they lead to, as far as this one may know."""
+    """The descriptors of a process, and the files behind them, as far as this process may know."""
     with contextlib.suppress(OSError):
         for descriptor in os.listdir(f"/proc/{process}/fd"):
-            # It may close it meanwhile.
+            # The process may close it meanwhile.
             with contextlib.suppress(OSError):
                 yield descriptor, os.readlink(f"/proc/{process}/fd/{descriptor}")

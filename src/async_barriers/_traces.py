@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 Event = dict[str, Any]
 
-# What is drawn anew when traces are merged: names of tracks, and marks.
+# Events that a merge draws again: names of tracks, and marks.
 _DRAWN = ("M", "i")
 
 
 def read_events(path: str | os.PathLike[str]) -> list[Event]:
-    """What a recorder had kept when it wrote the file; blocks."""
+    """Read the events of a recorder's file; blocks."""
     with open(path, encoding="utf-8") as file:
         return [event for event in json.load(file)["traceEvents"] if event["ph"] not in _DRAWN]
 
@@ -42,13 +42,13 @@ def _named(what: str, rank: int, row: int, **value: object) -> Event:
 
 
 def _mark(event: Event) -> Event:
-    """Where the rank that all others waited for entered."""
+    """Mark where the rank entered that all others waited for."""
     at = {key: event[key] for key in ("cat", "ts", "pid", "tid")}
     return {**at, "name": f"last to enter: {event['name']}", "ph": "i", "s": "t", "args": {}}
 
 
 class DrawnBody(AbstractAsyncContextManager[T], Generic[T]):
-    """What stands between `phase` or `committing` and its crossing, drawn as a call is."""
+    """The body of `phase` or `committing`, drawn as a call is."""
 
     def __init__(
         self, body: AbstractAsyncContextManager[T], drawn: AbstractContextManager[Event]

@@ -23,7 +23,7 @@ class BarrierResult:
     last_rank: int | None
 
     def __init__(self, name: str, sequence: int, waited_secs: float, last_rank: int | None) -> None:
-        # What dataclass makes for a frozen class takes four times as long.
+        # The constructor that dataclass makes for a frozen class takes four times as long.
         self.__dict__.update(
             name=name, sequence=sequence, waited_secs=waited_secs, last_rank=last_rank
         )
@@ -40,7 +40,7 @@ class MissingRank:
         stopped, dead, cut off, or its event loop is blocked), ``"left"`` (it closed its barrier) or
         ``"absent"`` (it never joined)
     :ivar doing: what it last said by `Barrier.report`, in one line of at most 200 characters. Of a
-        rank that does not answer, what it said when it last did, if anybody asked then
+        rank that does not answer, its last text from when it did, if a rank asked then
     :ivar heard_secs_ago: how many seconds ago it said that, if it is alive. If it said nothing, or
         does not answer, how long ago it was last heard of; None if it never was
     """

@@ -37,8 +37,7 @@ T = TypeVar("T")
 
 _CONNECT_SECS = 0.8
 
-# Where others define the barriers that they take. Known to them as one of theirs, without
-# importing any of them here.
+# Modules that define barriers which this class stands in for; none is imported here.
 _ABSTRACT_BARRIERS = (
     "torch.distributed.checkpoint._experimental.barriers",
     "torch_checkpointing.barriers",
@@ -86,7 +85,7 @@ class BlockingBarrier:
             self._barrier = _built(self._config)
         self._portal = Portal(functools.partial(_described, self._barrier), self._barrier.aclose)
         self._guards = Guards()
-        # One that is dropped unclosed must not leave its thread behind.
+        # A barrier that is dropped unclosed must not leave its thread behind.
         weakref.finalize(self, self._portal.retire).atexit = False
         for module in _ABSTRACT_BARRIERS:
             if (abstract := getattr(sys.modules.get(module), "Barrier", None)) is not None:
@@ -219,7 +218,7 @@ class BlockingBarrier:
         """Begin a call on the barrier's own event loop, and return while it runs. ::
 
             saving = blocking.start(blocking.barrier.commit, publish, payload=manifest, step=step)
-            ...  # train; ask saving.done() at each step
+            ...  # train, and ask saving.done()
             saving.result()
 
         A Ctrl-C in ``result()`` leaves the call running. ``cancel()`` cancels it as a cancelled
@@ -243,7 +242,8 @@ class BlockingBarrier:
         rank's next write as the one that failed. ::
 
             with barrier.guard():
-                writer.write(path, state_dict)  # saves, then calls barrier.execute_barrier()
+                # saves, then crosses the barrier
+                writer.write(path, state_dict)
 
         The exception of the body goes on. If the body has crossed ``name`` (and ``step``, if given)
         on this thread, or tried to, or has aborted it, `guard` breaks nothing.
@@ -312,14 +312,14 @@ class BlockingBarrier:
         return self._portal.call(call)
 
     def _fail(self, exc: BaseException, name: str, step: int | None) -> None:
-        """Tell the peers that what should have come before the next crossing failed."""
-        # The caller's own exception is on its way, and matters more.
+        """Tell the peers that the work before the next crossing failed."""
+        # The caller's own exception matters more.
         with contextlib.suppress(BarrierError):
             self._portal.call(functools.partial(self._barrier._fail, reason_of(exc), name, step))
 
 
 async def _connected(barrier: Barrier, call: Callable[[], Awaitable[T]]) -> T:
-    # What is decided now can be told by a store only that was reached; law 5 leaves a second.
+    # With 0, only a store that was reached can answer; law 5 leaves a second.
     with anyio.move_on_after(_CONNECT_SECS):
         await barrier.connect()
     return await call()

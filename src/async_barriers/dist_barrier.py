@@ -196,8 +196,8 @@ class DistBarrier(Barrier):
         return broke
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
-        # The body's own exception is on its way. Peers learn of it when they enter, however long
-        # that takes; we need not wait for it.
+        # The body raises its own exception. Peers learn of it when they enter, and this rank need
+        # not wait for that.
         calls = self._calls
         with contextlib.suppress(BarrierError):
             call = calls.begin(name, step, lambda: calls.collectives.abort(reason, step))
@@ -222,7 +222,7 @@ class DistBarrier(Barrier):
         calls.leave(reason)
         ended: Future[None] = Future()
         calls.log.ended.when_settled(lambda: loop.post(lambda: ended.resolve(None)))
-        # Its threads end by themselves; a caller that is cancelled sees most of it.
+        # Its threads end by themselves, also if the caller is cancelled.
         with anyio.CancelScope(shield=True):
             await until_done(loop, ended, UNDO_SECS)
         calls.abandon()
@@ -238,7 +238,7 @@ class DistBarrier(Barrier):
         self._calls.check_open(name, step)
         self._checked_timeout(timeout_secs, stalled_after_secs)
         if leader is not None:
-            # How many ranks there are is known when they have connected.
+            # The number of ranks is known when they have connected.
             check_world(leader, MAX_RANKS)
 
     def _checked_timeout(self, timeout_secs: Timeout, stalled_after_secs: Timeout) -> float | None:

@@ -57,7 +57,7 @@ class CommitObserver:
         check_prefix(prefix)
         self._keys = Keys(prefix)
         self._watch = Watch(source, prefix)
-        # One that is dropped unclosed must not keep its connection.
+        # An observer that is dropped unclosed must not keep its connection.
         weakref.finalize(self, _abandon, self._watch).atexit = False
 
     @classmethod
@@ -109,7 +109,7 @@ class CommitObserver:
         deadline = math.inf if timeout is None else loop.now() + timeout
         waiter, looked = loop.waiter(), False
         while True:
-            # What is decided now can be told by a store only that was reached.
+            # With 0, only a store that was reached can answer.
             await self._reached(loop, max(deadline, loop.now() + (0.8 if timeout == 0 else 0)))
             looked = looked or await watch.look(loop, max(deadline, loop.now() + 0.8))
             log = watch.log
@@ -201,8 +201,8 @@ class CommitObserver:
 class _Records(AsyncIterator[CommitRecord]):
     """An iterator of `CommitObserver.records`.
 
-    It goes on where it was also on another connection, unless what it has seen is not there: then
-    the store was built anew, and all that is in it came after.
+    On another connection it goes on where it was. If the records that it has seen are gone, the
+    store was built again, and all are new.
     """
 
     def __init__(self, watch: Watch, name: str | None, reached: Reached) -> None:
@@ -210,7 +210,8 @@ class _Records(AsyncIterator[CommitRecord]):
         self._name = name
         self._reached = reached
         self._losses = watch.losses
-        # The number of the first one that it has not looked at, and one that is in the log before.
+        # The number of the first record that it has not seen, and the record before that in the
+        # log.
         self._next: int | None = None
         self._seen: tuple[int, Record] | None = None
         if watch.is_live and watch.log is not None:

@@ -106,7 +106,7 @@ class Recorder:
 
     @contextmanager
     def _row(self, rank: int) -> Iterator[int]:
-        """A row of the rank's track that no call under way is drawn on."""
+        """A row of the rank's track without a call under way."""
         with self._lock:
             taken = self._rows.setdefault(rank, set())
             row = next(row for row in itertools.count() if row not in taken)
@@ -215,12 +215,12 @@ class _Watched(Barrier):
     def _came_last(self, last_rank: int | None = None) -> bool:
         """Whether the others waited for this rank in the phase that it was just released from."""
         if isinstance(self._barrier, CrossingBarrier):
-            # Nothing has run since that was counted.
+            # No other code has run since that was counted.
             return self._barrier._session.tally.came_last_just_now
         return last_rank == self._rank
 
     def _watched(self, publish: Publish, name: str) -> Publish:
-        """On a row of its own, beside the commit; a plain function stays one."""
+        """Draw ``publish`` on a row of its own, beside the commit; a plain function stays one."""
         call: Any = publish
         record = self._recorder._call
 

@@ -36,7 +36,7 @@ __all__ = ["BlockingSaver", "Checkpoint", "Directory", "FsspecStorage", "Part", 
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
-# Enough to find one that all ranks see, and small enough to be sent.
+# So many steps are enough to find one that all ranks see, and few enough to send.
 _MOST_STEPS = 1000
 
 
@@ -109,8 +109,8 @@ class Saver:
         self._queues = queue
         self._name = name
         self._leader = leader
-        # The steps that are to be decided, in order; and why not, for those that are given up. A
-        # step is broken in its turn: breaking it earlier would break the save before it, too.
+        # The steps that are not decided yet, in order, with the reason of each that is given up. A
+        # step is broken in its turn: to break it earlier would break the save before it, too.
         self._pending: dict[int, str] = {}
         self._turn = anyio.Lock()
         self._staging = anyio.Lock()
@@ -145,7 +145,7 @@ class Saver:
             task_status.started()
             await self._turn.acquire()
         except GeneratorExit:
-            raise  # Nothing may be awaited here. The barrier says so when its loop ends.
+            raise  # Nothing may be awaited here. The barrier tells the peers when its loop ends.
         except BaseException as exc:
             self._pending[step] = str(exc) or type(exc).__name__
             await self._break_given_up()
@@ -187,9 +187,9 @@ class Saver:
             listed = [json.loads(entries[rank]) for rank in sorted(entries)]
             manifest = json.dumps({"step": step, "entries": listed}).encode()
             await self._background.run(storage.prepare, step, manifest)
-            # The verdict follows what this does, so nothing may come between them. Its thread
-            # outlives a cancellation, and could complete what peers were told is broken; so its
-            # end is waited for.
+            # The verdict follows from this step, so nothing may come between them. Its thread
+            # outlives a cancellation, and could complete a checkpoint that peers take for broken.
+            # So wait for its end.
             cancelled.extend(await self._background.run_to_the_end(storage.complete, step))
             published = True
 

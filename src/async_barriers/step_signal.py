@@ -20,7 +20,7 @@ __all__ = ["BlockingStepSignal", "StepSignal"]
 
 
 class _Signal:
-    """What both kinds have: all but how they wait."""
+    """The common part of both kinds: all but how they wait."""
 
     step: int | None
     rank: int | None
@@ -40,7 +40,7 @@ class _Signal:
             raise ValueError(f"{barrier!r} has a signal {name!r} already; use that, or close it")
         self.step = self.rank = self.reason = None
         self.name = name
-        # The signal lives as long as its barrier, so that one that is kept alone works.
+        # The signal keeps its barrier alive, so that a program may hold the signal alone.
         self._barrier = barrier
         self._agent = companions[name] = Agent(barrier, name)
         self._pass = self._agent.gate.stops
@@ -71,7 +71,7 @@ class _Signal:
         self._agent.send(reason)
 
     def _begin(self, step: int) -> None:
-        """Refuse what is no step, or not higher; begin to listen with the first one."""
+        """Refuse all but a higher step; begin to listen with the first one."""
         if step is None or check_step(step) is None:
             raise TypeError("step must be an integer, not None")
         if not self._agent.started:
@@ -82,12 +82,12 @@ class _Signal:
             raise ValueError(f"step is {step}, after {int(self._last)}; steps must rise")
 
     def _answer(self, stopped: Round, step: int) -> bool:
-        """Whether ``step`` is the one, where that is known."""
+        """Whether ``step`` is the agreed one, if that is known."""
         try:
             agreed = stopped.agreed.result()
         except BarrierError as exc:
             if stopped.final:
-                # For each caller a new one: a traceback must not grow with each.
+                # A new error for each caller, so that its traceback does not grow.
                 raise copy.copy(exc) from None
             self._agent.take(stopped)
             raise
@@ -107,7 +107,7 @@ class StepSignal(_Signal):
         signal.signal(signal.SIGTERM, lambda *_: stop.send("SIGTERM"))
         for step in range(first, last):
             if await stop.reached(step):
-                save_and_exit()  # on all ranks, at this step
+                save_and_exit()  # on all ranks
             train(step)
 
     Every rank calls `reached` with the same rising numbers. The first call starts a thread of the

@@ -185,7 +185,7 @@ class FaultyStore(Store):
     def list_keys(self) -> list[str]:
         return list(self._call("list_keys"))
 
-    # What a PrefixStore around this store calls them.
+    # A PrefixStore around this store calls these names.
     deleteKey = delete_key
     getNumKeys = num_keys
 
@@ -196,8 +196,7 @@ class FaultyStore(Store):
 
 
 class _Fault:
-    """Which calls it strikes, and what becomes of them; with neither an error nor a delay, they
-    hang."""
+    """The calls that a fault strikes, and its effect: they hang if it has no error and no delay."""
 
     def __init__(
         self,
@@ -232,7 +231,7 @@ class _Fault:
 
 
 class _Faults:
-    """What all clones of a store share."""
+    """The faults that all clones of a store share."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -252,7 +251,7 @@ class _Faults:
             self._healed = threading.Event()
 
     def meet(self, call: str, key: str) -> None:
-        """Suffer the faults that strike this call, in the order in which they were told."""
+        """Apply the faults that strike this call, in the order in which they were set."""
         with self._lock:
             self.calls += 1
             struck = [fault for fault in self._faults if fault.strikes(call, key)]

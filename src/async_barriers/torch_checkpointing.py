@@ -96,7 +96,7 @@ class StoreBarrierConfig(BarrierConfig):
             warn_after_secs=self.warn_after_secs,
         )
         blocking = BlockingBarrier(barrier)
-        # As its writer is there now: one whose first write fails can tell its peers.
+        # Connect now, so that a writer whose first write fails can tell its peers.
         blocking.connect()
         self._barrier = blocking
         return blocking
@@ -104,7 +104,7 @@ class StoreBarrierConfig(BarrierConfig):
     @contextlib.contextmanager
     def use_in_subprocess(self) -> Iterator[None]:
         """Keep the process group's store, which the subprocess uses, while it does so."""
-        # Where this process hosts it, it lives as long as somebody here refers to it.
+        # If this process hosts the store, it lives as long as a reference to it.
         store = _default_store()
         self._where = self._found()
         try:
@@ -113,7 +113,7 @@ class StoreBarrierConfig(BarrierConfig):
             del store
 
     def __getstate__(self) -> dict[str, Any]:
-        # In the process that this is sent to there is no process group.
+        # The process that gets this has no process group.
         return {**self.__dict__, "_where": self._found(), "_barrier": None}
 
     def _open_store(self) -> Store | StoreAt:
@@ -132,7 +132,7 @@ class StoreBarrierConfig(BarrierConfig):
 
 @dataclass(frozen=True)
 class _Where:
-    """Where a store is, in words that another process understands."""
+    """The place of a store, in a form for another process."""
 
     host: str = ""
     port: int = 0

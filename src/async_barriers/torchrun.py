@@ -26,7 +26,7 @@ __all__ = ["record"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# How long, at least, a rank that only waited lets the one that failed end first: torchrun kills
+# A rank that only waited ends so many seconds after the one that failed, at least: torchrun kills
 # all others as soon as one has ended.
 _GRACE_SECS = 2.0
 
@@ -52,8 +52,8 @@ class _ErrorHandler(errors.ErrorHandler):
             super().record_exception(e)
             return
         told = f"{cause}; this rank waited for it ({told_by(e)})"
-        # After any that failed by itself, and not after those that torchrun kills when this one
-        # has ended; it compares whole seconds.
+        # Its time is after that of a rank that failed by itself, and not after that of ranks that
+        # torchrun kills when this one has ended. torchrun compares whole seconds.
         ends = int(time.time() + _GRACE_SECS) + 1
         extra = {"py_callstack": f"{told}\n\n{traceback.format_exc()}", "timestamp": str(ends)}
         self._write_error_file(path, json.dumps({"message": {"message": told, "extraInfo": extra}}))
@@ -61,7 +61,7 @@ class _ErrorHandler(errors.ErrorHandler):
 
 
 def _cause_elsewhere(exc: BaseException) -> str | None:
-    """Which other rank this process ends for, in words; None where it has a reason of its own."""
+    """The other rank because of which this process ends, in words; None if the cause is here."""
     own = os.environ.get("RANK", "")
     found: str | None = None
     for leaf in _leaves(exc):
@@ -88,7 +88,7 @@ def _leaves(exc: BaseException) -> Iterator[BaseException]:
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """It, and what it was raised from."""
+    """The exception, and those that it was raised from."""
     cause: BaseException | None = exc
     while cause is not None:
         yield cause

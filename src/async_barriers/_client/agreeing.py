@@ -1,8 +1,8 @@
 """A thread that listens for a signal and agrees on its step, without the rank's other threads.
 
-It has an event loop and a barrier of its own, at the same store. What is said there is in one
-register, which names the generation and the number of the agreement in it; whoever writes it rings
-the bells of all. The agreement itself is an `all_gather` of that number.
+It has an event loop and a barrier of its own, at the same store. One register names the generation
+and the number of the agreement in it. A rank that writes it rings the bells of all. The agreement
+itself is an `all_gather` of that number.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from .gate import Agreement, Gate, Round
 
 _RETRY_SECS = 1.0
 _AGAIN_SECS = 0.1
-# How long a store may take to answer one request, before it is asked anew.
+# How long a store may take to answer one request before it is asked again.
 _ANSWER_SECS = 5.0
-# What a sender may spend before the agreement and still give that the whole of its timeout: what
-# is left of the second that an await may take longer.
+# How long a sender may take before the agreement without a cut of its timeout: the rest of the
+# second that an await may take longer.
 _SPARE_SECS = 0.2
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,11 @@ class Agent:
         _agents.add(self)
         self._portal = Portal(lambda: self._about, self._leave)
         self._serving: Future[None] | None = None
-        # What was sent, and how many rounds this rank's caller had seen the end of by then.
+        # The signal that was sent, and how many rounds this rank's caller had seen end by then.
         self._sent: deque[tuple[int, str]] = deque()
         self._taken = 0
         self._reason = "it closed its barrier"
-        # Those are the thread's to change.
+        # Only the thread changes these.
         self._loop: Loop | None = None
         self._waiter: Waiter
         self._round: Round | None = None
@@ -85,7 +85,7 @@ class Agent:
 
     @property
     def ended(self) -> Promise[None] | None:
-        """When its thread is gone; None where none was begun."""
+        """Settled when its thread is gone; None if there was none."""
         return self._portal.ended if self.started else None
 
     def start(self) -> None:
@@ -104,12 +104,12 @@ class Agent:
             loop.post(self._hear)
 
     def take(self, taken: Round) -> None:
-        """In the caller's thread: it has seen the end of a round; the next one may come."""
+        """In the caller's thread: note that it has seen a round end; the next one may come."""
         self.gate.go_on(taken)
         self._taken += 1
 
     def retire(self, reason: str | None = None) -> None:
-        """End, without waiting for it; who waits for an agreement gets `BarrierClosedError`."""
+        """End, without waiting for it; calls that wait here get `BarrierClosedError`."""
         if os.getpid() != self._pid:
             return
         self._reason = reason or self._reason
@@ -128,7 +128,7 @@ class Agent:
         )
 
     def _has_ended(self, serving: Future[None]) -> None:
-        """Nobody may wait for a thread that is gone."""
+        """No call may wait for a thread that is gone."""
         if self.closed or serving.cancelled():
             self._end(BarrierClosedError(self._about))
         elif (exc := serving.exception()) is not None:
@@ -139,7 +139,7 @@ class Agent:
             )
 
     def _end(self, error: BarrierError) -> None:
-        """No step passes any more."""
+        """Let no step pass any more."""
         last = Round(final=True)
         last.settle(error=error)
         self.gate.stop(last)
@@ -162,13 +162,13 @@ class Agent:
             pause = 0.0
             while self._sent:
                 taken, reason = self._sent.popleft()
-                # Sent before the latest round had ended here, it was a part of that.
+                # A signal sent before the latest round ended here was a part of that round.
                 if taken >= self._rounds:
                     await self._agree(loop, reason)
             try:
                 pause = await self._look(loop)
             except BarrierConnectionError as exc:
-                # Its host may come, or come back. Whoever sends is told.
+                # Its host may come, or come back. A sender learns of it.
                 logger.debug("%s cannot listen: %s", self._about, exc)
                 pause = _RETRY_SECS
             except BarrierError as exc:
@@ -180,13 +180,13 @@ class Agent:
                 await self._waiter.wait(loop.now() + pause)
 
     def _hear(self) -> None:
-        """This rank has sent: see to that, also where the store was not reached yet."""
+        """Send this rank's signal, also if the store was not reached yet."""
         self._waiter.wake()
         if self._connecting is not None:
             self._connecting.cancel()
 
     async def _look(self, loop: Loop) -> float:
-        """See whether somebody has sent; for how long there is nothing to do."""
+        """See whether a rank has sent; return for how long there is nothing to do."""
         before = self._turn
         left: BrokenBarrierError | None = None
         try:
@@ -207,7 +207,7 @@ class Agent:
             await self._agree(loop, said)
             return 0.0
         if before != self._turn and said.of(before):
-            # It was sent, and that generation ended before this rank had heard of it.
+            # It was sent, and that generation ended before this rank learned of it.
             self._fail(self._over(before[1]))
         return _RETRY_SECS if left is not None and not self._barrier._session.turns else math.inf
 
@@ -226,10 +226,10 @@ class Agent:
     async def _agree(self, loop: Loop, said: Sent | str) -> None:
         """Stop this rank's steps, and agree with the others on the first one that none has passed.
 
-        :param said: the reason, where this rank sends
+        :param said: the reason, if this rank sends
         """
         stopped = self._round = Round()
-        # This rank knows of the signal; what passed before is what it tells the others.
+        # This rank knows of the signal; it tells the others the last step that passed before.
         self.gate.stop(stopped)
         began, timeout_secs = loop.now(), self._barrier._timeout_secs
         turn = self._turn
@@ -239,7 +239,7 @@ class Agent:
                 try:
                     await self._join(timeout_secs)
                 except BrokenBarrierError:
-                    # A rank has left, and is not back: all others are told so as they look around.
+                    # A rank has left and is not back: all others learn it as they look around.
                     if self._generation == turn[0]:
                         with suppress(BarrierError):
                             await self._publish(loop, said, deadline)
@@ -249,7 +249,7 @@ class Agent:
                 if timeout_secs is not None and loop.now() - began > _SPARE_SECS:
                     timeout_secs = max(0.0, deadline - loop.now())
             session = self._barrier._session
-            # In a later generation nobody would come.
+            # In a later generation no rank would come.
             if not session.stands or self._turn != turn or self._generation != turn[0]:
                 raise self._over(turn[1])
             passed = await self._barrier.all_gather(
@@ -267,20 +267,20 @@ class Agent:
             raise
 
     def _end_round(self, turn: tuple[str, int]) -> None:
-        # Before anybody who waits for it goes on, and sends again.
+        # Before a waiting call goes on, and sends again.
         self._rounds += 1
         if self._turn == turn:
             self._turn = (turn[0], turn[1] + 1)
 
     def _fail(self, exc: BarrierError) -> None:
-        """Have the caller told, at its next step."""
+        """Have the caller's next step raise it."""
         stopped = self._round = Round()
         self.gate.stop(stopped)
         self._rounds += 1
         stopped.settle(error=exc)
 
     async def _publish(self, loop: Loop, reason: str, deadline: float) -> Sent:
-        """Have all know that this rank sends; who did so first, which need not be this rank."""
+        """Tell all ranks that this one sends; return the first sender, maybe another rank."""
         session = self._barrier._session
         membership, turn = session.membership, self._turn
         if membership is None:
@@ -293,7 +293,7 @@ class Agent:
             try:
                 (now,) = await self._ask(loop, *requests, deadline=deadline)
             except BarrierConnectionError:
-                # It may have come all the same; to say it again changes nothing then.
+                # The message may have come all the same; to repeat it then changes nothing.
                 if self.closed or loop.now() >= deadline:
                     raise
                 await self._waiter.wait(min(deadline, loop.now() + _AGAIN_SECS))
@@ -301,7 +301,7 @@ class Agent:
             said = decoded(now)
             if said is not None and said.of(turn):
                 return said
-            # So answers a key that is absent.
+            # An absent key answers so.
             held = b"" if now == held else now
 
     async def _ask(self, loop: Loop, *requests: Request, deadline: float = math.inf) -> list[Any]:

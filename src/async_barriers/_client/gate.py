@@ -1,9 +1,9 @@
-"""Where the caller's steps pass, and where an agreement stops them; no lock, no store, no thread.
+"""The gate that steps pass and an agreement closes; no lock, no store, no thread.
 
 Each step that passes fills the *cell* at the end of a chain and adds the next cell. An agreement
 stops the steps by filling the last cell itself. A cell is filled once, by `dict.setdefault`, which
-is one atomic operation with and without the GIL: so a step has passed, and the agreement knows of
-it, or it has not, and waits for the agreement. There is no third case.
+is one atomic operation with and without the GIL. So either a step has passed and the agreement
+knows of it, or the step waits for the agreement. There is no third case.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from .._errors import BarrierError
 from .._store.worker import Promise
 
-# What a cell has: the last step before it, and the next cell, or the round that stops here.
+# A cell: the last step before it, and the next cell or the round that stops here.
 _LAST, _NEXT = 0, 1
 _NONE_PASSED = -1
 
 
 class Agreement(NamedTuple):
-    """What all ranks agreed on: the first step that none of them has passed."""
+    """The step that all ranks agreed on: the first that none of them has passed."""
 
     step: int
     rank: int
@@ -30,7 +30,7 @@ class Round:
     """One agreement, and the steps that wait for it.
 
     :ivar passed: the last step that had passed here when this round stopped them; -1 for none
-    :ivar final: no other comes after it, and each call gets its error
+    :ivar final: no round comes after it, and each call gets its error
     """
 
     def __init__(self, *, final: bool = False) -> None:
@@ -40,27 +40,27 @@ class Round:
         self.after: dict[int, Any] = {}
 
     def settle(self, agreement: Agreement | None = None, error: BarrierError | None = None) -> None:
-        """Let those go on that wait; only the first call counts."""
+        """Let the waiting steps go on; only the first call counts."""
         if not self.agreed.done():
             self.after[_LAST] = self.passed if agreement is None else agreement.step
             self.agreed.settle(agreement, error=error)
 
 
 class Gate:
-    """Steps pass here in one thread, and are stopped by another."""
+    """Steps pass here in one thread, and another thread stops them."""
 
     def __init__(self) -> None:
         self._cell: dict[int, Any] = {_LAST: _NONE_PASSED}
 
     def stops(self, step: int) -> Round | None:
-        """Pass ``step``; or the round that stops it."""
+        """Pass ``step``; or return the round that stops it."""
         cell = self._cell
         following = {_LAST: step}
         while (found := cell.setdefault(_NEXT, following)) is not following:
             if isinstance(found, Round):
                 self._cell = cell
                 return found
-            # A signal handler's exception struck before the last one was noted below.
+            # A signal handler raised before the last cell was noted below.
             cell = found
         self._cell = following
         return None
@@ -70,8 +70,8 @@ class Gate:
         self._cell = stopped.after
 
     def stop(self, stopping: Round) -> None:
-        """From the other thread: no step passes from now on, and it is known which was the last."""
-        # A cell that is not the last any more leads there.
+        """From the other thread: let no step pass from now on, and learn which was the last."""
+        # A cell that is no longer the last leads to the last.
         cell = self._cell
         while (found := cell.setdefault(_NEXT, stopping)) is not stopping:
             cell = found.after if isinstance(found, Round) else found

@@ -26,15 +26,15 @@ from .listening import Listening
 from .phases import Turns
 from .state import RETRY_SECS, RETRY_SECS_AT_MOST
 
-# How long a rank that calls when another has left waits for that one to come back.
+# How long a call waits for a rank that has left to come back.
 _GRACE_SECS = 0.5
 
 
 class Joining(Listening):
-    """Connects and joins, again and again until it has, or its time is over."""
+    """Connects and joins; tries until it has joined or the time is over."""
 
     def join(self) -> Effort[None]:
-        """Connect, and claim this rank in the present generation; one attempt serves all."""
+        """Connect, and claim this rank in the present generation; one attempt serves all calls."""
         if self.joining is None:
             self._joining = self.start(self._join())
         assert self._joining is not None
@@ -59,7 +59,7 @@ class Joining(Listening):
                 self.keys = Keys(self.prefix, self._source.namespace)
                 joined = self._joining_on = self.start(self._join_on(store))
                 if not await within(loop, joined, deadline - self._now()):
-                    # What hangs must not hold up the next attempt.
+                    # A connection that hangs must not delay the next attempt.
                     joined.stop(self._out_of_time())
                 joined.result()
                 self._source.failures.clear()
@@ -75,7 +75,7 @@ class Joining(Listening):
             pause = min(2 * pause, RETRY_SECS_AT_MOST)
 
     def _out_of_time(self) -> BarrierConnectionError:
-        """Of a join that was under way: another connection that it needed may not have come."""
+        """The error of a join under way: another connection that it needed may be missing."""
         why = self.why_not
         told = "the store did not answer in time" + ("" if why is None else f" ({told_by(why)})")
         error = BarrierConnectionError(told)
@@ -88,7 +88,7 @@ class Joining(Listening):
         before = self.membership or self._claimed or self._before
         closed_by = self._closed_by
         if before is not None and closed_by is None:
-            # A store that was not heard of for a while, but is the same.
+            # The same store, which did not answer for a while.
             turns = Turns(before) if before is self._claimed else self.turns
             if turns is not None and await members.still_holds(store, before):
                 await self._stand(store, turns)
@@ -155,7 +155,7 @@ class Joining(Listening):
             del self._owed[0]
 
     async def _await_return(self, store: Connection, before: Membership, closed_by: Closed) -> None:
-        """Wait a moment for the rank that left to come back; it ends the generation then.
+        """Wait a moment for the rank that left to come back, which ends the generation.
 
         :raises BrokenBarrierError: it does not
         """
@@ -163,18 +163,18 @@ class Joining(Listening):
         assert self.loop is not None
         while True:
             (found,) = await store.call(Read(self.keys.state))
-            # A number: the last one has cleared up, and nobody has come since. A store that knows
-            # nothing is a new one.
+            # A number: the last rank has cleared up, and none has come since. An empty store is a
+            # new one.
             if found is None or not (found.isdigit() or found == before.state.encode()):
                 return
             if self._now() >= until:
                 raise self._left_error(closed_by)
-            # Its bell may be another connection's, which is gone; this is short, and rare.
+            # Its bell may be at another connection, which is gone; this wait is short, and rare.
             await sleep(self.loop, 0.05)
 
     def _left_error(self, closed_by: Closed) -> BrokenBarrierError:
         return BrokenBarrierError("", 0, closed_by.rank, closed_by.reason, prefix=self.prefix)
 
     def owe_turn(self, name: str, step: int | None, reason: str) -> None:
-        """The store could not be reached: break the next turn of ``name`` when it can."""
+        """Break the next turn of ``name`` when the store can be reached again."""
         self._owed.append((name, step, reason))

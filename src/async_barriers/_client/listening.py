@@ -40,14 +40,14 @@ class Listening(Breaking):
         self._bell = None
         self._salvage(bell)
         for phase in self.open if not bell.waits else ():
-            # It hears of nothing any more, and waits for nothing else.
+            # It learns of nothing any more, and waits for nothing else.
             phase.lost = phase.lost or error
             phase.wake()
         if not self.closing and self.turns is not None and self._closed_by is None:
             self.start(self._reopen_bell())
 
     async def _reopen_bell(self) -> None:
-        """Listen again: a rank that waits must hear of what concerns it."""
+        """Listen again: a waiting rank must learn of changes."""
         loop = self.loop
         pause = RETRY_SECS
         gone_at = self._now() + self.init_secs
@@ -83,8 +83,8 @@ class Listening(Breaking):
         if bell is None or turns is None:
             return
         membership = turns.membership
-        # Each with whether the store has counted it in: its arrival is on another connection, and
-        # need not have come when this is answered.
+        # Each phase, with whether the store has counted this rank: the arrival is on another
+        # connection, and may come after this answer.
         waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
         requests = members.around(membership)
         for _, entry, _ in waiting:
@@ -101,18 +101,18 @@ class Listening(Breaking):
                 said = encode_answer(self.rank, self.said.answer)
                 await members.answer(bell, membership, around.asked, said)
             if around.complete and not around.over:
-                # What was tried too early is moved, whatever had become of it.
+                # Move the phases that were tried too early, however they ended.
                 await self._all_joined(turns, bell)
             counted = found[5:]
             latest = iter(counted[2 * len(waiting) :])
             for number, (phase, entry, arrived) in enumerate(waiting):
                 value, reason = counted[2 * number : 2 * number + 2]
                 seen = next(latest) if phase.step is not None else None
-                # What was begun too early may have got another number meanwhile.
+                # A phase that was begun too early may have another number by now.
                 if phase.entry is entry:
                     await self._see(bell, phase, arrived, value, reason, seen)
         except BarrierConnectionError:
-            return  # Another one will be opened, and look.
+            return  # Another connection opens, and looks.
         if turns is not self.turns:
             return
         if around.over:
@@ -171,7 +171,7 @@ class Listening(Breaking):
         self.start(self._answer_still(bell, membership))
 
     def _note_interrupted(self, bell: Connection, over: Membership, successor: State) -> None:
-        """Tell a rank that joined again in which phases it was waited for; see `_all_joined`."""
+        """Tell a rank that joined again in which phases others waited for it; see `_all_joined`."""
         names = {
             _named(phase.name)
             for phase in self.open
@@ -182,7 +182,7 @@ class Listening(Breaking):
             bell.call(Append(own.interrupted, b" ".join(names) + b"\n"))
 
     async def _answer_still(self, bell: Connection, over: Membership) -> None:
-        """A rank that has not joined again yet is there nevertheless, for those who ask."""
+        """Answer ranks that ask, although this one has not joined again yet."""
         own = over.own
         with contextlib.suppress(BarrierConnectionError):
             take = Delete(own.bell(self.rank)), Read(own.asked(self.rank))
@@ -194,7 +194,7 @@ class Listening(Breaking):
     def _break_all(
         self, membership: Membership, store: Connection, successor: State | None
     ) -> None:
-        """Break what is awaited in a generation that is over."""
+        """Break the awaited phases of a generation that is over."""
         by = None if successor is None else successor.by
         who = "another rank" if by is None else f"rank {by}"
         broken = Broken(by, f"{who} joined again: it was restarted, or its barrier was built again")
@@ -204,7 +204,7 @@ class Listening(Breaking):
                 self.start(self._break_for(phase, store, broken))
 
     def _left(self, membership: Membership, closed: Closed, bell: Connection) -> None:
-        """A rank left: nothing in its generation will be released any more."""
+        """Break the waiting phases: a rank left, so its generation releases none any more."""
         if self._closed_by is not None:
             return
         self._closed_by = closed
@@ -229,12 +229,12 @@ class Listening(Breaking):
             await self._break_elsewhere(phase, broken)
             return
         if phase.entry is not entry:
-            # It got another number meanwhile.
+            # The phase got another number meanwhile.
             await self._break_for(phase, store, broken)
         elif not isinstance(judged, Count):
             self.settle(phase, judged)
         elif phase.entry.leader == broken.rank:
-            # It may have published before it went; nobody else can say.
+            # The leader may have published before it went; no other rank knows.
             self.settle(
                 phase,
                 error=BrokenBarrierError(
@@ -257,7 +257,7 @@ class Listening(Breaking):
             await self._break_for(phase, connection, broken)
 
     async def _all_joined(self, turns: Turns, bell: Connection) -> None:
-        """All ranks have joined: what was tried before does not count."""
+        """Begin to count, since all ranks have joined; attempts before that do not count."""
         if turns.complete:
             return
         membership = turns.membership
@@ -272,7 +272,7 @@ class Listening(Breaking):
             if phase.decided or phase.giving_up:
                 continue
             if phase.rejoined and _named(phase.name) in (interrupted or b"").split():
-                # Its peers were told that this one broke, and go on with the next.
+                # Its peers know that this phase broke, and go on with the next.
                 self.settle(
                     phase,
                     error=BrokenBarrierError(
@@ -293,10 +293,10 @@ class Listening(Breaking):
                 self._enter_on(connection, phase, phase.payload)
 
     async def _drain(self, membership: Membership) -> None:
-        """The host wants to leave: let it, once nothing here depends on it."""
+        """Let the host leave, once nothing here depends on it."""
         assert self.loop is not None
         deadline = self._now() + PEERS_SECS
-        # Also of what is decided something may have to be fetched yet.
+        # A decided phase, too, may have a result to fetch.
         while self._now() < deadline and any(p.membership is membership for p in self.open):
             await sleep(self.loop, 0.01)
         bell = self._bell

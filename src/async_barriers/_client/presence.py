@@ -17,31 +17,31 @@ from .._values import MissingRank
 from . import process
 from .state import SessionState
 
-# How long what was found serves others.
+# How long findings serve other ranks.
 _FRESH_SECS = 0.5
 # When to look for answers: soon at first, and then now and then.
 _SOON_SECS, _THEN_SECS = 0.005, 0.1
-# When to look for what another one has found, as shares of the time that answers have. Together
-# less than what is left before a deadline.
+# When to look for another rank's findings, as shares of the time for answers. Together less than
+# the time left before a deadline.
 _SHARES = (1.0, 0.1, 0.1, 0.1)
-# What stands in the register: somebody asks, or what was found; each with a number of its own.
+# The entries of the register: a rank asks, or the findings; each with its own number.
 _ASKS, _FOUND = b"?", b"="
 
 
 class Presence:
-    """What a rank finds out of others, by asking them or whoever has asked them just before."""
+    """Finds out about other ranks: asks them, or takes the findings of one that has just asked."""
 
     def __init__(self, session: SessionState) -> None:
         self._session = session
         self._used = b""
         self._count = 0
-        # When ranks of this generation were heard of, by the loop's clock, and what they said.
+        # The times when ranks of this generation answered, by the loop's clock, and their answers.
         self._heard: dict[int, tuple[float, str | None]] = {}
         self._heard_in: Membership | None = None
         self._busy: Future[None] | None = None
 
     async def of(self, ranks: Sequence[int], within_secs: float) -> dict[int, Heard]:
-        """What is known of ``ranks``, or of the first 1,024 of them.
+        """The knowledge of ``ranks``, or of the first 1,024 of them.
 
         :param within_secs: how long they have to answer
         :raises BarrierConnectionError: the store cannot be asked
@@ -61,7 +61,7 @@ class Presence:
         if bell is None or membership is None or loop is None:
             raise BarrierConnectionError(f"{describe(session.prefix)} has no connection now")
         if membership is not self._heard_in:
-            # Whoever has joined anew is another process.
+            # A rank that has joined again is another process.
             self._heard, self._heard_in = {}, membership
         key = membership.own.heard
         (value,) = await bell.call(Read(key))
@@ -74,7 +74,7 @@ class Presence:
                     self._used = number
                     self._note(each.rank for each in found.values())
                     return {rank: found[rank] for rank in ranks}
-            # A claim's token is nobody else's.
+            # No other claim has this token.
             self._count += 1
             number = f"{membership.claim.life.token}.{self._count}".encode()
             (now,) = await bell.call(CompareSet(key, value, _ASKS + number))
@@ -83,7 +83,7 @@ class Presence:
             if now == value:
                 # The key is gone, and its generation over.
                 return {}
-            # Another one was quicker: of many that would ask in one instant, one does.
+            # Another rank was quicker: of many that would ask in one instant, one does.
             value = now
         heard = await self._ask(bell, membership, ranks, within_secs)
         self._note(each.rank for each in heard.values())
@@ -95,12 +95,12 @@ class Presence:
     async def _when_found(
         self, bell: Connection, key: str, value: bytes, within_secs: float
     ) -> bytes:
-        """What another rank that asks has found; its question, where it does not come to an end."""
+        """The findings of another rank that asks; its question, if it does not finish."""
         loop, asked = self._session.loop, b""
         assert loop is not None
         while value.startswith(_ASKS) and value != asked:
             asked = value
-            # It may wait for answers as long as that, and has asked a little later.
+            # It may wait as long for answers, and has asked a little later.
             for share in _SHARES:
                 await sleep(loop, share * within_secs)
                 (found,) = await bell.call(Read(key))
@@ -111,7 +111,7 @@ class Presence:
 
     def _forget(self, bell: Connection, key: str) -> None:
         if bell is self._session._bell and bell.lost is None:
-            # It stays, so that how many keys there are does not depend on the moment.
+            # It stays, so that the number of keys does not depend on the moment.
             bell.call(Set(key, b""))
 
     async def _ask(
@@ -157,7 +157,7 @@ class Presence:
         return Heard(MissingRank(rank, host, pid, state, doing, since))
 
     def _note(self, ranks: Iterable[MissingRank]) -> None:
-        """Keep what those said that are alive, in case they fall silent."""
+        """Keep the answers of living ranks, in case they fall silent."""
         assert self._session.loop is not None
         now = self._session.loop.now()
         for rank in ranks:

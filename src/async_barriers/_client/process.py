@@ -1,4 +1,4 @@
-"""The identity of this process, and whether another one is alive, as far as that is known."""
+"""The identity of this process, and whether another process is alive, if known."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from .._protocol.membership import Life
 from .._system import started, this_machine
 
-# Those of this process that hold a rank, by the token of their claim.
+# The claims of this process that hold a rank, by their tokens.
 holders: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-# Read once, when nobody's event loop waits.
+# Read once, when no event loop waits.
 _MACHINE = this_machine()
 
 
 def new_life(run_id: str | None) -> Life:
-    """A claim of this process that nobody has made before."""
+    """A new claim of this process."""
     return Life(
         secrets.token_hex(8),
         socket.gethostname(),
@@ -30,11 +30,11 @@ def new_life(run_id: str | None) -> Life:
 
 
 def lives(life: Life) -> bool | None:
-    """Whether the process of ``life`` runs; None where only it could say so."""
+    """Whether the process of ``life`` runs; None if only it can say so."""
     if life.machine != _MACHINE or not life.machine:
         return None
     if life.pid == os.getpid() and life.started == started(life.pid):
-        # Of this process's own claims those live whose barrier is open.
+        # A claim of this process lives if its barrier is open.
         return life.token in holders
     began = started(life.pid)
     return began != "" and began == life.started

@@ -6,7 +6,7 @@ import time
 
 from .._protocol.presence import Answer
 
-# What is shown of it is less; cleaning it can wait until it is shown.
+# Longer than the part that is shown; the text is cleaned when it is shown.
 _KEPT_CHARS = 1000
 
 
@@ -14,11 +14,11 @@ class Said:
     """Written by any thread, and read by the event loop's: one attribute, in one step."""
 
     def __init__(self) -> None:
-        # The text, when it was said, and since when it has been the same.
+        # The text, the time it was said, and the time since when it is the same.
         self._latest: tuple[str, float, float] | None = None
 
     def say(self, doing: str) -> None:
-        """Keep it, in the place of what was said before."""
+        """Keep it in place of the text before."""
         if not isinstance(doing, str):
             raise TypeError(f"doing must be a string, not {type(doing).__name__}")
         text, now, before = doing[:_KEPT_CHARS], time.monotonic(), self._latest
@@ -27,7 +27,7 @@ class Said:
 
     @property
     def answer(self) -> Answer:
-        """What there is to say to whoever asks."""
+        """The answer to a rank that asks."""
         if (latest := self._latest) is None:
             return Answer()
         text, said_at, since = latest

@@ -1,8 +1,8 @@
 """One rank's presence at one store: its connections, its membership, and the phases it awaits.
 
-Everything here runs in callbacks of one event loop, never blocks and takes no lock. What was begun
-for the peers (a break, a leader's word) goes on by itself, whatever becomes of the caller.
-This is the topmost layer, which leaves; `state` names those below.
+Everything here runs in callbacks of one event loop, never blocks and takes no lock. A message to
+the peers (a break, a leader's word) goes on by itself, also if its caller ends. This is the topmost
+layer, which leaves; `state` names the layers below.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .state import PEERS_SECS
 
 logger = logging.getLogger(__name__)
 
-# How long what leaves waits for a store that does not answer; less where it has not for a while,
+# How long leaving waits for a store that does not answer; less if it has not answered for a while,
 # since law 8 leaves two seconds in all.
 _LEAVE_SECS = 1.0
 _LEAVE_SILENT_SECS = 0.6
@@ -44,9 +44,9 @@ class Session(Joining):
         return Presence(self)
 
     def leave(self, reason: str, spent_secs: float = 0.0) -> Future[None]:
-        """Break what is awaited, say that this rank is gone, and close; done when all of it is.
+        """Break the awaited phases, tell that this rank is gone, and close; done when all of it is.
 
-        :param spent_secs: of the time that closing has
+        :param spent_secs: the part of the time for closing that is over
         """
         if self._leaving is None:
             self.closing = True
@@ -66,14 +66,14 @@ class Session(Joining):
             for phase in list(self.open)
             if not phase.decided and not phase.giving_up and phase.publishing is None
         ]
-        # Whoever is about to claim its rank says that it leaves when it has. This effort is none
-        # of those yet: it has not come to its first await.
+        # An attempt to claim the rank tells that it leaves when it has it. This effort is none of
+        # those yet: it has not come to its first await.
         joins = () if self._claiming else (self._joining, self._joining_on)
         others = [one for one in self._efforts if one not in joins]
         for effort in (*breaks, *others):
             await within(loop, effort, deadline - self._now())
         for phase in list(self.open):
-            # One that is being published is settled by what comes of that.
+            # A commit that is being published is settled by its result.
             if not phase.decided and phase.publishing is None:
                 self.settle(phase, error=self._closed_error(phase))
         try:
@@ -87,8 +87,8 @@ class Session(Joining):
         await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
 
     async def _hear_out(self, loop: Loop, deadline: float) -> None:
-        """Have all be answered that was asked, and say what follows from that: the last one to
-        depart deletes the keys. And c10d's server complains of who hangs up before."""
+        """Wait for all answers, since c10d's server complains of clients that hang up before; and
+        send what follows: the last rank to depart deletes the keys."""
         for connection in self._connections():
             connection.stop_waiting()
             answered = connection.call(Read(self.keys.state))
@@ -119,13 +119,13 @@ class Session(Joining):
         hosts = await self._source.hosts(loop)
         if self._drained:
             return
-        # It rings its own bell, too, and then has something else to wait for.
+        # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
         goodbye = self.start(members.leave(bell, membership, reason, hosts=hosts))
         if not await within(loop, goodbye, deadline - self._now()):
             return
         if goodbye.result() and hosts:
-            # Who clears up ends the state first.
+            # A rank that clears up ends the state first.
             all_left, state = membership.own.all_left, membership.state.encode()
             await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
         with contextlib.suppress(BarrierConnectionError):
@@ -134,7 +134,7 @@ class Session(Joining):
             )
 
     async def _part(self, loop: Loop, deadline: float) -> None:
-        """Be gone, where the host was let go before; its store need not be there any more."""
+        """Be gone after the host was let go; its store may be gone, too."""
         bell, membership = self._bell, self.membership
         if bell is not None and bell.lost is None and membership is not None:
             await within(loop, self.start(self._flush()), deadline - self._now())
@@ -148,7 +148,7 @@ class Session(Joining):
 
     def _close(self) -> None:
         self._not_at_end()
-        # What could not be said by now is not said later; nor by those that await what is stopped.
+        # A message that was not sent by now is not sent later, nor by the calls that are stopped.
         self._over = True
         for effort in list(self._efforts):
             effort.stop(BarrierConnectionError(f"{describe(self.prefix)} was closed meanwhile"))
@@ -165,7 +165,7 @@ class Session(Joining):
         self._source.let_go()
 
     def end_with_loop(self) -> None:
-        """Its loop ends: leave, in the time that is left."""
+        """Leave in the time that is left, since the loop ends."""
         if not self.foreign:
             self._leave_now(time.monotonic() + _EXIT_SECS, "its event loop ended")
             # Another loop may use the barrier; it joins again then.
@@ -181,7 +181,7 @@ class Session(Joining):
         """In a forked child: nothing here reaches the parent's connections, and no call is made."""
         for connection in list(self._opened):
             connection.forsake()
-        # The child may go on on a copy of the same loop; `use` looks at the process then.
+        # The child may go on with a copy of the same loop; `use` then checks the process.
         self.loop = None
 
     def _leave_now(self, deadline: float, how: str) -> None:

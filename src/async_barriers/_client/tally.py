@@ -16,11 +16,11 @@ LEFT, RESTART, CONNECTION, CLOSED = "left", "restart", "connection", "closed"
 
 
 class Tally:
-    """Counts for one barrier; a crossing that is released adds to them itself, since it is quick.
+    """The counts of one barrier; a released crossing adds to them itself, since that is quicker.
 
     :ivar came_last_just_now: whether the others waited for this rank in the latest released phase
-    :ivar reconnections: how often a connection was lost and another one took its place
-    :ivar released_at: when the last one was, by the loop's clock; all ranks had entered it
+    :ivar reconnections: how often another connection replaced a lost one
+    :ivar released_at: the time of the last release, by the loop's clock; all ranks had entered
     """
 
     released_at: float | None = None
@@ -35,13 +35,13 @@ class Tally:
         self._broken = dict.fromkeys((TIMEOUT, GAVE_UP, PEER, LEFT, RESTART, CONNECTION, CLOSED), 0)
 
     def broke(self, why: str, waited_secs: float = 0.0) -> None:
-        """Count a phase that was not released, for one of the reasons above."""
+        """Count a phase that was not released, under one of the reasons above."""
         self._broken[why] += 1
         self.waited_secs += waited_secs
         self.waited_secs_at_most = max(self.waited_secs_at_most, waited_secs)
 
     def statistics(self) -> BarrierStatistics:
-        # Another thread may ask: both are of one moment.
+        # Another thread may ask: both values are of one moment.
         broken_by = self._broken.copy()
         return BarrierStatistics(
             self.released,
@@ -55,7 +55,7 @@ class Tally:
 
 
 def kind_of(exc: BaseException, rank: int, *, left: bool, over: bool) -> str:
-    """Which of the reasons an error stands for.
+    """The reason under which an error counts.
 
     :param left: whether a rank has left the phase's generation, and is to blame
     :param over: whether that generation is over

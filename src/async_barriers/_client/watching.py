@@ -17,26 +17,25 @@ from .._values import BarrierProgress, MissingRank
 from .phases import Phase
 from .session import Session
 
-# How long those that are asked have to answer; before a deadline, or after it where that was too
-# short for that.
+# How long ranks have to answer, before a deadline, or after one that is too short for that.
 ASK_SECS = 0.3
 _AFTER_SECS = 0.1
-# How long before a deadline they are asked: what is found has to be there when it breaks the phase.
+# How long before a deadline to ask: the findings have to be there when it breaks the phase.
 LEAD_SECS, LEAD_SHARE = 0.4, 0.6
-# How often it is looked for progress, and by how many of those that have entered.
+# How often ranks look for progress, and how many of those that have entered do.
 _STALL_SECS, _STALL_SHARE = 1.0, 0.25
 _WATCHERS = 4
-# An answer of the store's that takes longer is not waited for.
+# How long to wait for an answer of the store.
 _GIVEN_UP_SECS = 3.0
 
 
 class Watch(NamedTuple):
-    """What a barrier's user wants to be told, and when.
+    """A user's settings for reports and progress.
 
-    :ivar warn_secs: between reports; infinite for none
+    :ivar warn_secs: the time between reports; infinite for none
     :ivar stalled_secs: how long a missing rank may show no progress; infinite for any time
-    :ivar first_secs: when the first of it is due
-    :ivar global_ranks: of its ranks, where it is a subgroup's
+    :ivar first_secs: the time of the first look or report
+    :ivar global_ranks: the ranks in the job, for a subgroup's barrier
     """
 
     warn_secs: float
@@ -46,7 +45,7 @@ class Watch(NamedTuple):
     first_secs: float
 
     def with_stalled(self, stalled_secs: float | None) -> Watch:
-        """The same, but for one call that gives its own."""
+        """The settings of one call that gives its own."""
         stalled = math.inf if stalled_secs is None else stalled_secs
         first_secs = min(self.warn_secs, _period(stalled))
         return self._replace(stalled_secs=stalled, first_secs=first_secs)
@@ -69,7 +68,7 @@ def _period(stalled_secs: float) -> float:
 
 
 class Found(NamedTuple):
-    """What came of asking, at ``since`` (when it began) and ``at``, by the loop's clock."""
+    """The findings of asking from ``since`` to ``at``, by the loop's clock."""
 
     missing: tuple[int, ...]
     heard: dict[int, Heard]
@@ -81,9 +80,9 @@ class Found(NamedTuple):
 
 
 class Watching:
-    """Asks, while a phase is waited for; nothing of it holds up a release.
+    """Asks while a rank waits in a phase; it delays no release.
 
-    :param lead_secs: how long before ``deadline`` missing ranks are asked a last time
+    :param lead_secs: how long before ``deadline`` to ask missing ranks a last time
     :ivar stalled: the ranks that have shown no progress for too long
     """
 
@@ -111,12 +110,12 @@ class Watching:
         self._asking: Effort[Found | None] | None = None
         self._given_up_at = math.inf
         self._to_report = False
-        # When each missing rank is known to have made progress, and which did not answer.
+        # The time of each missing rank's last known progress, and the ranks that did not answer.
         self._progress: dict[int, float] = {}
         self._silent: set[int] = set()
 
     def look(self) -> float:
-        """Take what has come, begin what is due; when to look again, at the latest."""
+        """Take the answers, begin what is due; return when to look again, at the latest."""
         self._take_what_came()
         now = self._loop.now()
         due = min(self._report_at, self._stall_at, self._last_at)
@@ -162,7 +161,7 @@ class Watching:
             with contextlib.suppress(BarrierConnectionError):
                 heard = await session.presence.of(missing, within_secs)
             if self._watch.stalled_secs < math.inf:
-                # Whoever has entered meanwhile has made progress.
+                # A rank that has entered meanwhile has made progress.
                 missing = await session.ask_missing(self._phase) or ()
         return Found(missing, heard, since, self._loop.now())
 
@@ -191,10 +190,10 @@ class Watching:
         _progress.report(progress, watch.on_progress, self._session.prefix, watch.global_ranks)
 
     def _judge(self, found: Found) -> None:
-        """Who has shown no progress for too long.
+        """The ranks that have shown no progress for too long.
 
-        A rank that does not answer may have made some until it was asked in vain first; so nobody
-        is taken for stalled too early.
+        A rank that does not answer may have made progress until it was first asked in vain. So no
+        rank is taken for stalled too early.
         """
         stalled = []
         for rank in found.missing:
@@ -214,11 +213,11 @@ class Watching:
         entry, absent = self._phase.entry, set(found.missing)
         before = sum(rank not in absent for rank in range(entry.rank))
         if before >= _WATCHERS:
-            # Those before this rank look; it does where they have died.
+            # The ranks before this one look; it looks in case they have died.
             self._stall_at = self._loop.now() + self._watch.stalled_secs
 
     def known_at_deadline(self) -> tuple[MissingRank, ...]:
-        """What was found just before the deadline, for those who learn of it."""
+        """The findings just before the deadline, for the error."""
         self._take_what_came()
         found = self.found
         if found is None or self._loop.now() - found.since > self._lead_secs + ASK_SECS:
@@ -226,7 +225,7 @@ class Watching:
         return found.known(found.missing)
 
     async def after_deadline(self, missing: tuple[int, ...]) -> tuple[MissingRank, ...]:
-        """The same where there was no time for it before, or the store was slow."""
+        """The findings, if there was no time before, or the store was slow."""
         asking = self._asking or self._session.start(self._ask(_AFTER_SECS, missing))
         self._asking = asking
         try:
@@ -237,6 +236,6 @@ class Watching:
         return () if found is None else found.known(missing)
 
     def stop(self) -> None:
-        """Nobody waits any more."""
+        """End the asking: no rank waits any more."""
         if self._asking is not None:
             self._asking.stop(BarrierConnectionError("nobody waits for the answer any more"))

@@ -1,8 +1,8 @@
 """Which ranks have entered a call of a DistBarrier, and which have left it.
 
-A collective cannot tell who is missing, and gloo's own `monitored_barrier` tells rank 0 alone
-and ends the group. So each rank notes its arrivals in the group's store, without waiting for
-that. Nothing is ever released because of a note.
+A collective cannot tell which rank is missing. gloo's own `monitored_barrier` tells only rank 0,
+and ends the group. So each rank notes its arrivals in the group's store, and does not wait for
+that. No note ever releases a rank.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .group import Group
 
 T = TypeVar("T")
 
-# What comes before all calls, which count from 1.
+# The number of making the group; calls count from 1.
 CONNECTING = 0
-# How many notes, roughly, go into one log.
+# Roughly how many notes go into one log.
 _LOG_NOTES = 1024
 # The store answered when the group was made. The barrier works without it, too.
 _INIT_SECS, AGAIN_SECS = 5.0, 0.5
@@ -32,9 +32,9 @@ _KEYS = ("joined", "gone", "written", "departed")
 
 
 class ArrivalLog:
-    """Logs, one after another, that ranks append "<call> <rank>" to, and one of those who left.
+    """Logs, one after another, to which ranks append "<call> <rank>", and one of ranks that left.
 
-    A thread of its own writes and reads them, since that of the collectives is in one of them when
+    A thread of its own writes and reads them. The thread of the collectives is in a collective when
     a deadline fires, and must not wait for a store that does not answer.
 
     :ivar latest: the call that this rank has entered last
@@ -51,7 +51,7 @@ class ArrivalLog:
         self._noting = False
         # The oldest log that rank 0 has not deleted.
         self._oldest = 0
-        # What this rank has written there for making the group.
+        # This rank's keys there for making the group.
         self._written: list[str] = []
 
     def enter(self, call: int) -> None:
@@ -59,7 +59,7 @@ class ArrivalLog:
         if call <= self.latest:
             return
         self.latest = call
-        # One note tells of all calls so far: a store that hangs leaves a single one behind.
+        # One note stands for all calls so far, so only one waits for a store that hangs.
         if not self._noting:
             self._noting = True
             self._submit(self._note)
@@ -70,9 +70,9 @@ class ArrivalLog:
         return max(CONNECTING, self.latest)
 
     async def explain(self, call: int, loop: Loop, until: float) -> tuple[str, tuple[int, ...]]:
-        """Who is missing in ``call``: in words where an error finds none itself, and the ranks.
+        """The missing ranks of ``call``, and a text for an error without words of its own.
 
-        Until the clock of the loop that runs here says ``until``.
+        It takes until the running loop's clock says ``until``, at most.
         """
         begun = min(call, self.begun)
         why, missing = "the group's store does not answer", None
@@ -93,12 +93,12 @@ class ArrivalLog:
     def missing(self, call: int) -> Promise[tuple[int, ...]]:
         """The ranks that have not entered ``call``, which this rank has.
 
-        The promise fails with `BarrierConnectionError` where that cannot be told.
+        The promise fails with `BarrierConnectionError` if the store cannot tell.
         """
         return self._submit(lambda store: self._absent(store, call))
 
     def gone(self) -> Promise[list[Gone]]:
-        """Who has given up or left; fails as `missing`."""
+        """The ranks that have given up or left; fails as `missing`."""
         return self._submit(lambda store: decode(store.do(Read(self._gone)) or b""))
 
     def join(self) -> Promise[int]:
@@ -112,20 +112,20 @@ class ArrivalLog:
         return self._submit(lambda store: store.do(Read(self._group.root + key)))
 
     def write(self, key: str, value: bytes) -> Promise[None]:
-        """Give a key of this barrier's a value, until it is closed; fails as `missing`."""
+        """Set a key of this barrier until it is closed; fails as `missing`."""
         self._written.append(self._group.root + key)
         return self._submit(lambda store: store.do(Set(self._group.root + key, value)))
 
     def tidy(self) -> None:
-        """All have read what was written."""
+        """All ranks have read these keys: delete them."""
         written, self._written = self._written, []
         if written:
             self._submit(lambda store: _delete(store, written))
 
     def note_gone(self, entered: int, served: int, reason: str) -> Promise[None] | None:
-        """Tell those who wait for this rank that it has given up or left.
+        """Tell the ranks that wait for this one that it has given up or left.
 
-        :return: settled when they can read it; None where there is nothing to tell
+        :return: settled when they can read it; None if there is nothing to tell
         """
         if self.latest < CONNECTING:
             return None
@@ -133,18 +133,18 @@ class ArrivalLog:
 
         def note(store: BlockingStore) -> None:
             store.do(Append(self._gone, line))
-            # Appending is not answered; this is.
+            # An append has no answer; this call has one.
             store.do(Read(self._gone))
 
         return self._submit(note)
 
     def note_left(self, entered: int, served: int, reason: str) -> None:
-        """As `note_gone`; blocks for a moment, until they can read it."""
+        """As `note_gone`, but blocks for a moment, until they can read it."""
         if (noted := self.note_gone(entered, served, reason)) is not None:
             noted.wait(MOMENT_SECS)
 
     def retire(self) -> None:
-        """Let go of the store; `ended` tells when. The last rank to do so deletes the keys."""
+        """Close the store; `ended` is then settled. The last rank to do so deletes the keys."""
         if self.latest >= CONNECTING:
             self._submit(self._depart, again=False)
         self._worker.retire(self._hang_up)
@@ -163,7 +163,7 @@ class ArrivalLog:
     def _submit(self, call: Callable[[BlockingStore], T], *, again: bool = True) -> Promise[T]:
         """Have the thread make ``call``.
 
-        :param again: on another connection, if the one that was there turns out to be lost
+        :param again: on another connection, if the present one turns out to be lost
         """
         promise: Promise[T] = Promise()
         try:
@@ -193,7 +193,7 @@ class ArrivalLog:
         try:
             return self._group.open_store(secs, self._given_up)
         except BarrierConnectionError as exc:
-            # Once is enough: trying again would hold up whatever follows, and closing.
+            # One attempt is enough: another would delay the calls that follow, and closing.
             self._lost = str(exc)
             raise
 
@@ -203,7 +203,7 @@ class ArrivalLog:
             store.close()
 
     def _number(self, call: int) -> int:
-        """Of the log that has the notes of ``call``."""
+        """The number of the log with the notes of ``call``."""
         return call // max(1, _LOG_NOTES // self._group.size)
 
     def _log(self, number: int) -> str:
@@ -214,14 +214,14 @@ class ArrivalLog:
         call = self.latest
         number = self._number(call)
         store.do(Append(self._log(number), b"%d %d\n" % (call, self._group.rank)))
-        # All ranks have entered all calls of the log before this one, and are long past those of
-        # the one before that.
+        # All ranks have entered all calls of the log before, and have long left those of the log
+        # before that.
         while not self._group.rank and self._oldest < number - 1:
             store.do(Delete(self._log(self._oldest)))
             self._oldest += 1
 
     def _absent(self, store: BlockingStore, call: int) -> tuple[int, ...]:
-        # A rank that was released in this very instant may be one call ahead.
+        # A rank that was released in this instant may be one call ahead.
         logs = {self._log(self._number(call)), self._log(self._number(call + 1))}
         notes = b"".join(store.do(Read(log)) or b"" for log in sorted(logs)).splitlines()
         entered = {int(note.split()[1]) for note in notes if int(note.split()[0]) >= call}
@@ -230,7 +230,7 @@ class ArrivalLog:
         return tuple(rank for rank in range(self._group.size) if rank not in entered)
 
     def _depart(self, store: BlockingStore) -> None:
-        # What a rank has noted came before, on the same connection.
+        # A rank's notes came before, on the same connection.
         root = self._group.root
         if self._written:
             store.do(Append(root + "written", "\n".join([*self._written, ""]).encode()))

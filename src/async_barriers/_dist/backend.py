@@ -1,4 +1,4 @@
-"""A process group, and its collectives on bytes and numbers, each of which can be given up."""
+"""A process group, and its collectives on bytes and numbers. A rank can give up each of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .departures import Gone, Lookout
 from .gloo import make_group
 from .group import Group
 
-# gloo cannot be woken, so a thread that waits for it looks up this often to see whether it
-# may end. It learns of the collective's own end at once.
+# Nothing wakes a thread that waits for gloo, so it looks this often whether it may end. It learns
+# of the collective's end at once.
 _LOOK_UP = timedelta(milliseconds=250)
 # gloo's operations must outlast every deadline: one that times out kills the group.
 _FOREVER = timedelta(days=365)
 
-# Whether a collective cannot come to its end without a rank that is gone.
+# Whether a collective cannot end without a rank that is gone.
 Hopeless = Callable[[Gone], bool]
 
 
@@ -33,17 +33,17 @@ class Backend:
     """The collectives block, and raise these errors:
 
     :raises BarrierConnectionError: the group failed, or it was given up
-    :raises Departed: a rank has left without whom it cannot end; see `Hopeless`
+    :raises Departed: it cannot end without a rank that has left; see `Hopeless`
     """
 
     def __init__(self, group: Group, log: ArrivalLog, given: dist.ProcessGroup | None) -> None:
         self._group = group
         self._log = log
         self._own = given is None
-        # A ProcessGroup or, for ours, a bare backend that torch's own list of groups does
-        # not know: torch's stubs have no name for what is common to them.
+        # A ProcessGroup or, for ours, a bare backend that is not in torch's own list of groups.
+        # torch's stubs have no common type of the two.
         self._backend: Any = given
-        # Once only: a group that was lost is not made again.
+        # Made only once: a group that was lost is not made again.
         self._made = given is not None
         self._given_up = threading.Event()
         self._stuck = False
@@ -60,13 +60,14 @@ class Backend:
         self._given_up.set()
 
     def let_go(self) -> None:
-        """Use it no more."""
+        """End the use of the group."""
         backend, self._backend = self._backend, None
         if self._stuck:
-            # Its destructor would wait for the collective, and so would the interpreter's
-            # exit: one reference too many keeps it from ever being run.
+            # Its destructor would wait for the collective, and so would the interpreter's exit. One
+            # extra reference keeps it from running.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
-        # Ours goes with its last reference, here and not on an event loop: that takes a while.
+        # Ours ends with its last reference, here and not on an event loop, since that takes a
+        # while.
         del backend
 
     def forsake(self) -> None:
@@ -75,7 +76,7 @@ class Backend:
         self.let_go()
 
     def maxima(self, values: Sequence[int], hopeless: Hopeless) -> list[int]:
-        """Of each of the values that the ranks have."""
+        """The maximum over all ranks of each of the values."""
         tensor = self._numbers(values)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
@@ -84,7 +85,7 @@ class Backend:
         return [int(value) for value in tensor.tolist()]
 
     def all_gather(self, payload: bytes, hopeless: Hopeless) -> tuple[bytes, ...]:
-        """What all bring."""
+        """The payloads of all ranks."""
         brought = self._padded(payload, hopeless)
         found = [torch.empty_like(brought) for _ in range(self._group.size)]
         options = AllgatherOptions()
@@ -93,7 +94,7 @@ class Backend:
         return tuple(map(_unpadded, found))
 
     def gather(self, payload: bytes, leader: int, hopeless: Hopeless) -> dict[int, bytes]:
-        """What all bring, on the ``leader`` alone."""
+        """The payloads of all ranks, on the ``leader`` alone."""
         brought = self._padded(payload, hopeless)
         leads = leader == self._group.rank
         found = [[torch.empty_like(brought) for _ in range(self._group.size)]] if leads else []
@@ -105,11 +106,11 @@ class Backend:
     def share(
         self, source: int, numbers: Sequence[int], message: bytes, hopeless: Hopeless
     ) -> tuple[list[int], bytes]:
-        """What the ``source`` says, on all."""
+        """The message of the ``source``, on all ranks."""
         head = self._numbers([*numbers, len(message)])
         self._broadcast(head, source, hopeless)
         *said, size = map(int, head.tolist())
-        # There are no empty ones, and only the source has more to say.
+        # gloo has no empty messages, and only the source has more to say.
         body = self._bytes(message.ljust(max(1, size), b"\0"))
         self._broadcast(body, source, hopeless)
         return said, body.cpu().numpy().tobytes()[:size]
@@ -126,7 +127,7 @@ class Backend:
             with _translated():
                 self._wait_for(collective(self._backend), lookout)
         except BarrierConnectionError:
-            # Who leaves closes its connections, as one that dies does.
+            # A rank that leaves closes its connections, as one that dies does.
             if not self._given_up.is_set():
                 lookout.look_now()
             raise
@@ -142,14 +143,14 @@ class Backend:
             # Returns at once; raises if it failed.
             work.wait()
         except RuntimeError:
-            # The group is of no more use. If it is ours it ends here, and that is how peers learn
-            # of it who wait for us. The error's traceback would keep the work, and that the group.
+            # The group is of no more use. If it is ours it ends here, and so the peers that wait
+            # for us learn of it. The error's traceback would keep the work, which keeps the group.
             self._backend = None
             del work
             raise
 
     def _padded(self, payload: bytes, hopeless: Hopeless) -> torch.Tensor:
-        # It comes behind its length and is filled up to the longest.
+        # Each message stands behind its length, and is padded to the longest.
         (longest,) = self.maxima([len(payload)], hopeless)
         return self._bytes(len(payload).to_bytes(8, "big") + payload.ljust(longest, b"\0"))
 
@@ -161,7 +162,7 @@ class Backend:
 
     @property
     def _device(self) -> torch.device:
-        # The CPU where the group serves it; a group we were given may be a GPU's alone.
+        # The CPU if the group serves it; a group that we were given may serve GPUs alone.
         kinds = [torch.device("cpu")] if self._own else self._backend._device_types
         return next((kind for kind in kinds if kind.type == "cpu"), kinds[0])
 

@@ -15,12 +15,12 @@ T = TypeVar("T")
 class Call(Generic[T]):
     """One call: it waits for its turn, then for all ranks to connect, then in the collective.
 
-    Its waiter and its thread may each be the first to decide what becomes of it; they have no lock,
-    since the first one to append has decided.
+    Its waiter or its thread may be the first to decide about it. They need no lock: the first to
+    append has decided.
 
-    :ivar number: which one it is, from 1; its sequence number is its step, or one less
-    :ivar before: the step that this rank had come for before
-    :ivar came: when it was made, by the clock that ranks compare
+    :ivar number: its number, from 1; its sequence number is its step, or one less
+    :ivar before: the step of this rank's call before
+    :ivar came: the time of the call, by the clock that ranks compare
     """
 
     def __init__(self, name: str, number: int, step: int | None, promise: Promise[T]) -> None:
@@ -30,7 +30,7 @@ class Call(Generic[T]):
         self.before = -1
         self.promise = promise
         self.came = time.time()
-        # None: it has entered; else what its waiter is told.
+        # None if it has entered; else the error of its waiter.
         self._decided: list[BaseException | None] = []
 
     @property
@@ -39,37 +39,37 @@ class Call(Generic[T]):
 
     @property
     def entered(self) -> bool:
-        """The collective has begun, so that it can no longer be called back."""
+        """Whether the collective has begun; it can no longer be called back then."""
         return self._decided[:1] == [None]
 
     @property
     def called_off(self) -> BaseException | None:
-        """Why it must not begin; None where it may."""
+        """The error because of which it must not begin; None if it may."""
         return self._decided[0] if self._decided else None
 
     def enter(self) -> None:
         """Begin the collective.
 
-        :raises BaseException: why it was called off
+        :raises BaseException: the error with which it was called off
         """
         self._decided.append(None)
         if (why := self.called_off) is not None:
             raise why
 
     def call_off(self, why: BaseException) -> bool:
-        """Keep it from beginning; whether it had not begun."""
+        """Keep it from beginning; return whether that was possible."""
         self._decided.append(why)
         return not self.entered
 
 
 class Steps:
-    """The latest step of each name that this rank has come for: each is decided once."""
+    """The latest step of each name that this rank has called with: each is decided once."""
 
     def __init__(self) -> None:
         self._latest: dict[str, int] = {}
 
     def too_late(self, name: str, step: int | None, rank: int) -> BrokenBarrierError | None:
-        """Why ``step`` can be crossed no more, if it cannot."""
+        """The reason why ``step`` can no longer be crossed, if there is one."""
         latest = self._latest.get(name, -1)
         if step is None or step > latest:
             return None
@@ -83,17 +83,17 @@ class Steps:
         )
 
     def take(self, call: Call[Any]) -> None:
-        """This rank has come for the step of ``call``."""
+        """Note that this rank has called with the step of ``call``."""
         if call.step is not None:
             call.before = self._latest.get(call.name, -1)
             self._latest[call.name] = call.step
 
     def give_back(self, call: Call[Any]) -> None:
-        """It was not decided: the ranks may come for it together yet."""
+        """Undo `take`: the step was not decided, and the ranks may still cross it together."""
         if call.step is not None and self._latest[call.name] == call.step:
             self._latest[call.name] = call.before
 
 
 def or_inf(timeout_secs: float | None) -> float:
-    """``timeout_secs`` as a number; None is none."""
+    """``timeout_secs`` as a number; infinite for None."""
     return math.inf if timeout_secs is None else timeout_secs

@@ -1,4 +1,4 @@
-"""The calls of one DistBarrier: one at a time, and one that ends early is the last."""
+"""The calls of one DistBarrier: one at a time. A call that ends early is the last."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from .group import Group
 
 T = TypeVar("T")
 
-# How long what has to be undone may hold up its caller.
+# How long giving up a call may delay its caller.
 UNDO_SECS = 0.8
-# What a deadline leaves to a call at least: its collective has to run before anything is decided.
+# The least time for a call, whatever its deadline: only the collective decides.
 _LEAST_SECS = 0.2
 
 
@@ -50,20 +50,20 @@ class Calls:
         self._pending: dict[int, Call[Any]] = {}
         self._number = 0
         self._steps = Steps()
-        # The last calls whose collective has begun, and gone on to its end.
+        # The last call whose collective has begun, and the last that goes on to its end.
         self._entered = self._served = CONNECTING
         self._unusable: str | None = None
         self.closed = False
         end_at_exit(self)
 
     def use(self) -> Loop:
-        """The event loop that runs here."""
+        """Return the event loop that runs here, and use it."""
         self.loop = loop_here(self.loop)
         return self.loop
 
     @property
     def foreign(self) -> bool:
-        """Whether this is a process that was forked from the one it belongs to."""
+        """Whether this process was forked from the one that the barrier belongs to."""
         return os.getpid() != self._pid
 
     def check(self, name: str, step: int | None = None) -> None:
@@ -75,7 +75,7 @@ class Calls:
             self.group.identify()
 
     def check_open(self, name: str, step: int | None) -> None:
-        """Refuse a call that is wrong whatever the group is doing."""
+        """Refuse a call that is wrong in any state of the group."""
         if not isinstance(name, str):
             raise TypeError(f"name must be a string, not {name!r}")
         check_step(step)
@@ -97,7 +97,7 @@ class Calls:
         return self._steps.too_late(name, step, self.group.rank)
 
     async def connect(self, timeout: float | None) -> None:
-        """Make the group, as `DistBarrier.connect` has it."""
+        """Make the group; see `DistBarrier.connect`."""
         self.check("")
         loop = self.use()
         self.log.enter(CONNECTING)
@@ -127,8 +127,8 @@ class Calls:
         """Make one call after those before it; one that ends early is the last.
 
         :param collective: the call, made in the collectives' thread
-        :param promise: settled by ``collective``, where it goes on after that
-        :return: the call's sequence number, and what came of it
+        :param promise: settled by ``collective``, if that has a later result
+        :return: the call's sequence number, and its result
         """
         loop = self.use()
         deadline = loop.now() + max(or_inf(timeout), _LEAST_SECS)
@@ -150,7 +150,7 @@ class Calls:
         collective: Callable[[], T],
         promise: Promise[T] | None = None,
     ) -> Call[T]:
-        """Have a call made after those before it, whether or not somebody waits for it."""
+        """Make a call after those before it, also if no task waits for it."""
         self.check(name, step)
         if (late := self.too_late(name, step)) is not None:
             raise late
@@ -160,11 +160,11 @@ class Calls:
             self._steps.take(call)
             self._pending[call.number] = call
             if len(self._pending) == 1:
-                # Before all ranks have connected, perhaps, so that they do not find it missing.
+                # Noted also before all ranks have connected, so that they do not miss this rank.
                 self.log.enter(call.number)
             self.collectives.submit(lambda: self._make(call, collective), call.promise)
         except BaseException as exc:
-            # A signal handler's, in between: nobody knows whether the ranks still count alike.
+            # A signal handler raised in between: the ranks may no longer count alike.
             self._stop(call, exc)
             raise
         return call
@@ -174,9 +174,9 @@ class Calls:
         self.break_for_good(f"a call ended early ({reason_of(exc)})")
 
     def break_for_good(self, why: str, *, serves: bool = True) -> None:
-        """From any thread: no other call; those that wait for their turn learn of it at once.
+        """From any thread: make no further call; those that wait for their turn end at once.
 
-        :param serves: whether the collective under way goes on, though nobody waits for it
+        :param serves: whether the collective under way goes on without a waiter
         """
         self._unusable = self._unusable or why
         pending = list(self._pending.values())
@@ -187,20 +187,20 @@ class Calls:
         entered = max([self._entered, *(c.number for c in pending if c.called_off is None)])
         served = entered if serves else self._served
         if not self.closed:
-            # Peers that wait for the calls after that wait in vain.
+            # Peers would wait in vain for the calls after that.
             self.log.note_gone(entered, served, f"it gave up its DistBarrier: {self._unusable}")
 
     def leave(self, reason: str) -> None:
         """From any thread: take no more calls, and have the threads tell the peers and end."""
         if self.foreign:
             return
-        # Again before the interpreter ends, where a signal handler's exception came in between.
+        # Done again before the interpreter ends, in case a signal handler raised in between.
         self.closed = True
         for call in list(self._pending.values()):
             error = BarrierClosedError(describe(call.name, call.sequence))
             error.in_doubt = not call.call_off(error)
             call.promise.settle(error=error)
-        # What its thread waits for may never come; but what is on its way comes.
+        # Its thread may wait for a peer that never comes; give what is on its way a moment.
         self.collectives.give_up()
         self.collectives.retire(
             lambda: self.log.note_left(self._entered, self._served, reason), self.log.retire
@@ -216,7 +216,7 @@ class Calls:
         self.collectives.forsake()
 
     def abandon(self) -> None:
-        """From any thread: give up what its threads wait for."""
+        """From any thread: end the waiting of its threads."""
         self.collectives.abandon()
         self.log.abandon()
 
@@ -229,7 +229,7 @@ class Calls:
             raise self._told_gone(exc, "", 0, in_doubt=False) from None
 
     def _make(self, call: Call[T], collective: Callable[[], T]) -> T:
-        """It is the turn of ``call``."""
+        """Make ``call``, whose turn it is."""
         try:
             if call.called_off is None:
                 self.log.enter(call.number)
@@ -258,7 +258,7 @@ class Calls:
             del self._pending[call.number]
 
     def _serve(self, call: Call[Any], *, decided: bool = True) -> None:
-        """All ranks know what came of ``call``."""
+        """Settle ``call``, whose result all ranks know."""
         self._served = call.number
         self.log.tidy()
         if not decided:
@@ -274,14 +274,14 @@ class Calls:
     # -- explaining ------------------------------------------------------------------------
 
     async def _time_out(self, loop: Loop, call: Call[Any], timeout: float) -> None:
-        """Raise, unless the verdict comes while we look who is missing."""
+        """Raise, unless the verdict comes while this looks which ranks are missing."""
         why = f"a call timed out after {seconds(timeout)}"
         if called_back := call.call_off(_nobody_waits()):
             self.break_for_good(why)
         until = loop.now() + UNDO_SECS
         detail, missing = await self.log.explain(call.number, loop, until)
         if not (called_back or missing):
-            # All are in: most often it is on its way.
+            # All ranks have entered: most often the verdict is on its way.
             await told(loop, call.promise, until)
         if called_back or not call.promise.done():
             self.break_for_good(why)

@@ -21,10 +21,10 @@ PUBLISHED, FAILED, IN_DOUBT = 0, 1, 2
 
 
 class Word(NamedTuple):
-    """What the leader of a commit tells, or who aborts.
+    """The message of a commit's leader, or of a rank that aborts.
 
-    :ivar how: PUBLISHED, FAILED, or IN_DOUBT where it may have published
-    :ivar message: what publish returned, or why it failed
+    :ivar how: PUBLISHED, FAILED, or IN_DOUBT if it may have published
+    :ivar message: the result of publish, or the reason of its failure
     """
 
     how: int
@@ -33,7 +33,7 @@ class Word(NamedTuple):
 
 
 class Aborted(Exception):
-    """A rank used up its turn by giving it up; all of them know it."""
+    """A rank gave up its turn; all ranks know it."""
 
     def __init__(self, rank: int, reason: str, step: int | None) -> None:
         super().__init__(reason)
@@ -42,7 +42,7 @@ class Aborted(Exception):
 
 
 class DifferentCalls(Exception):
-    """The ranks did not all make the same call; all of them know it."""
+    """The ranks made different calls; all ranks know it."""
 
     def __init__(self, one: Operation | None, other: Operation | None) -> None:
         first, second = (call or "one of a far later step" for call in (one, other))
@@ -50,7 +50,7 @@ class DifferentCalls(Exception):
 
 
 class Collectives:
-    """The calls block, in a thread of their own; see `submit`. They raise what `Backend` does."""
+    """The calls block, in a thread of their own; see `submit`. They raise as `Backend` does."""
 
     def __init__(self, group: Group, log: ArrivalLog, given: dist.ProcessGroup | None) -> None:
         self._group = group
@@ -85,7 +85,7 @@ class Collectives:
             word.settle(Word(FAILED, b"the leader left"))
 
     def retire(self, first: Callable[[], object], last: Callable[[], object]) -> None:
-        """Let go of the group, after the calls already submitted, and end the thread.
+        """End the group and the thread, after the calls already submitted.
 
         :param first: called before that, since the peers see that the group's connections close
         :param last: called after it
@@ -98,21 +98,21 @@ class Collectives:
 
         self._worker.retire(let_go)
         if not self._used:
-            # There is no thread, and nothing to let go of.
+            # There is no thread, and no group to end.
             last()
 
     # -- the calls ---------------------------------------------------------------------------
 
     def begin(self, number: int, came: float) -> None:
-        """What follows belongs to the call of that number, which was made at ``came``."""
+        """Begin the call of that number, which was made at ``came``."""
         self._number, self._came = number, came
 
     def execute(self, step: int | None) -> int:
-        """Wait until every rank has called it; the rank that came last."""
+        """Wait until every rank has called it; return the rank that came last."""
         return self._meet(Operation(EXECUTE, step), step)
 
     def abort(self, reason: str, step: int | None) -> bool:
-        """Tell all ranks, once they have entered; whether no other rank broke it, too."""
+        """Tell all ranks, once they have entered; return whether no other rank broke it, too."""
         try:
             self._meet(None, step, reason)
         except Aborted as exc:
@@ -120,7 +120,7 @@ class Collectives:
         raise AssertionError("an abort was no abort")
 
     def all_gather(self, payload: bytes, step: int | None) -> tuple[bytes, ...]:
-        """Wait until every rank has called it; what all brought."""
+        """Wait until every rank has called it; return all payloads."""
         self._meet(Operation(GATHER, step), step)
         return self._backend.all_gather(payload, self._unserved)
 
@@ -131,9 +131,9 @@ class Collectives:
         gathered: Promise[dict[int, bytes]],
         word: Promise[Word],
     ) -> dict[int, bytes]:
-        """Wait until every rank has called it or `follow`, and then for ``word``, to tell it.
+        """Wait until every rank has called it or `follow`; then wait for ``word`` and send it.
 
-        :param gathered: told what all brought
+        :param gathered: gets the payloads of all ranks
         """
         brought = self._gather(payload, step, self._group.rank)
         self._word = word
@@ -142,15 +142,15 @@ class Collectives:
         return brought
 
     def follow(self, payload: bytes, step: int | None, leader: int) -> Word:
-        """Bring ``payload``; the leader's word."""
+        """Bring ``payload``; return the leader's word."""
         self._gather(payload, step, leader)
-        # At once, so that the leader can tell and leave, whatever our event loop is doing.
+        # At once, so that the leader can tell and leave, also while our event loop is busy.
         return self._hear(leader)
 
     # -- what they are made of ---------------------------------------------------------------
 
     def _meet(self, operation: Operation | None, step: int | None, reason: str = "") -> int:
-        """How every call begins, so that calls of different kinds find out that they are.
+        """Begin any call, so that ranks with different calls find out.
 
         :param operation: None for an abort
         :return: the rank that came last
@@ -161,7 +161,7 @@ class Collectives:
         largest, smallest = self._backend.maxima(said, self._not_entered)
         met = unpack(largest, smallest, size)
         if met.aborted:
-            # Who aborted last tells all.
+            # The last rank that aborted tells all.
             if operation is None and met.last == rank:
                 word = Word(FAILED, reason.encode(), step)
                 self._tell(word)
@@ -176,7 +176,7 @@ class Collectives:
         return met.last
 
     def _meet_far(self, operation: Operation) -> None:
-        """As `_meet`, where steps are too large for what goes round there."""
+        """As `_meet`, for steps that are too large for its numbers."""
         kind, step = operation.kind, operation.step or 0
         largest, latest, smallest, earliest = self._backend.maxima(
             (kind, step, -kind, -step), self._unserved
@@ -193,7 +193,7 @@ class Collectives:
         self._backend.share(self._group.rank, [word.how, step], word.message, self._unserved)
 
     def _hear(self, source: int) -> Word:
-        # Of the others, none is needed to hear it, and some may have left meanwhile.
+        # No other rank is needed for this one to receive it, and some may have left meanwhile.
         def left(gone: Gone) -> bool:
             return gone.rank == source and self._unserved(gone)
 

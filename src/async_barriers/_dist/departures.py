@@ -9,9 +9,9 @@ from typing import NamedTuple
 from .._errors import BarrierConnectionError, in_one_line
 from .._store.worker import Promise
 
-# When a rank that waits looks for the first time whether others have left, and how often at least.
+# A waiting rank looks whether others have left: first after so long, then at least so often.
 _LOOK_SECS, _LOOK_SECS_AT_MOST = 1.0, 10.0
-# How long is waited for the store where it explains something.
+# How long to wait for the store if it only explains an error.
 MOMENT_SECS = 0.3
 
 
@@ -32,7 +32,7 @@ class Gone(NamedTuple):
 
 
 def decode(log: bytes) -> list[Gone]:
-    """What each rank has noted last of itself; who noted something first comes first."""
+    """The last note of each rank about itself, in the order of the ranks' first notes."""
     found: dict[int, Gone] = {}
     for line in log.decode(errors="replace").splitlines():
         rank, entered, served, reason = line.split(" ", 3)
@@ -41,7 +41,7 @@ def decode(log: bytes) -> list[Gone]:
 
 
 class Departed(Exception):
-    """One that has to take part in a collective has left, or given up before."""
+    """A rank that has to take part in a collective has left, or had given up before."""
 
     def __init__(self, gone: Gone) -> None:
         super().__init__(gone.reason)
@@ -49,10 +49,10 @@ class Departed(Exception):
 
 
 class Lookout:
-    """Looks now and then, while something is waited for, whether it can come at all.
+    """Looks now and then whether a rank still waits for something that can come.
 
-    :param ask: asks who is gone
-    :param hopeless: whether it cannot, without such a rank
+    :param ask: asks which ranks are gone
+    :param hopeless: whether it cannot come without such a rank
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Lookout:
     def look(self) -> None:
         """Does not block.
 
-        :raises Departed: somebody has left without whom it cannot come
+        :raises Departed: it cannot come without a rank that has left
         """
         asked = self._asked
         if asked is not None and asked.done():
@@ -88,7 +88,7 @@ class Lookout:
         try:
             found = asked.result()
         except BarrierConnectionError:
-            return  # It costs the names only.
+            return  # A failure here only costs the names.
         for gone in found:
             if self._hopeless(gone):
                 raise Departed(gone)

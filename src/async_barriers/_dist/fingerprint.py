@@ -1,9 +1,9 @@
 """How each rank describes its call before anything else, packed into two numbers.
 
-gloo sends a message round for each number of an all-reduce, and four take twice as long as two. So
-the maximum of the first is the largest call that any rank makes, with the rank that came last among
-those; that of the second, which is negative, is the smallest. Where they are the same, all ranks
-make the same call.
+gloo sends a message round for each number of an all-reduce, and four take twice as long as two. The
+maximum of the first number is the largest call of any rank, with the rank that came last among
+those. The maximum of the second, which is negative, is the smallest call. If they are the same, all
+ranks make the same call.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 EXECUTE, GATHER, COMMIT = 0, 1, 2
-# What a signed number of 64 bits holds.
+# The highest signed number of 64 bits.
 _BITS = 63
-# When ranks came, in milliseconds, modulo some hours: as exact as their clocks agree.
+# Arrival times, in milliseconds, modulo some hours: as exact as the ranks' clocks agree.
 _TICKS_BITS, _TICKS_PER_SEC = 26, 1000
 
 
@@ -34,11 +34,11 @@ class Operation(NamedTuple):
 
 
 class Fingerprint(NamedTuple):
-    """What all ranks know of a call once they have met.
+    """The knowledge of all ranks about a call once they have met.
 
-    :ivar lowest: the smallest that somebody makes; None for one that does not fit into it
+    :ivar lowest: the smallest call of any rank; None for one that does not fit into it
     :ivar highest: the largest
-    :ivar last: who came last among those that make the largest, by the ranks' own clocks
+    :ivar last: the last rank among those with the largest call, by the ranks' own clocks
     :ivar aborted: ``last`` makes no call, but aborts
     """
 
@@ -51,7 +51,7 @@ class Fingerprint(NamedTuple):
 def pack(operation: Operation | None, came: float, rank: int, size: int) -> tuple[int, int]:
     """The numbers of one rank; None for an abort.
 
-    :param came: when it made the call, in seconds on the clock that ranks compare
+    :param came: the time of the call, in seconds on the clock that ranks compare
     """
     code = _abort(size) if operation is None else _code(operation, size)
     ticks = int(came * _TICKS_PER_SEC) % (1 << _TICKS_BITS)
@@ -59,7 +59,7 @@ def pack(operation: Operation | None, came: float, rank: int, size: int) -> tupl
 
 
 def unpack(largest: int, smallest: int, size: int) -> Fingerprint:
-    """What the maxima over all ranks say."""
+    """The meaning of the maxima over all ranks."""
     code, last = divmod(largest, size)
     code >>= _TICKS_BITS
     lowest, highest = _operation(-smallest, size), _operation(code, size)
@@ -67,12 +67,12 @@ def unpack(largest: int, smallest: int, size: int) -> Fingerprint:
 
 
 def _abort(size: int) -> int:
-    """More than any call."""
+    """A number higher than that of any call."""
     return (1 << (_BITS - _TICKS_BITS - size.bit_length())) - 1
 
 
 def _far(size: int) -> int:
-    """Of all calls whose steps are too large."""
+    """The number of all calls with steps that are too large."""
     return _abort(size) - 1
 
 

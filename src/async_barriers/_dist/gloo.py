@@ -19,18 +19,18 @@ from .group import Group
 
 T = TypeVar("T")
 
-# gloo waits so long for a peer that dies as it connects. Operations have deadlines of their own.
+# gloo waits so long for a peer that dies while it connects. Operations have their own deadlines.
 _CONNECT = timedelta(seconds=60)
 _LOOK_UP_SECS = 0.25
-# How soon the peers are asked for again, and how much later each time: one may come minutes late,
-# and there may be thousands who ask.
+# How soon to ask again for the peers, and by how much later each time: a peer may come minutes
+# late, and thousands of ranks may ask.
 _ASK_SECS, _SLOWER, _ASK_SECS_AT_MOST = 0.003, 1.3, 1.0
 
 
 def make_group(group: Group, log: ArrivalLog, given_up: threading.Event) -> dist.ProcessGroupGloo:
     """Block until every rank makes it.
 
-    gloo, whatever the default group is: this one must never touch a GPU, nor stand between the
+    It is gloo, whatever the default group is: it must never touch a GPU, nor stand between the
     collectives of the training.
 
     :raises BarrierConnectionError: the group's store was lost, or this was ``given_up``
@@ -38,7 +38,7 @@ def make_group(group: Group, log: ArrivalLog, given_up: threading.Event) -> dist
     :raises RuntimeError: gloo failed
     """
     asking = _Asking(log, given_up)
-    # gloo's own waiting for the others could not be called off.
+    # gloo's own wait for the others cannot be called off.
     asking.answer(log.join())
     asking.until(lambda: int(asking.answer(log.read("joined")) or 0) >= group.size)
     for gone in asking.answer(log.gone()):
@@ -54,15 +54,15 @@ def make_group(group: Group, log: ArrivalLog, given_up: threading.Event) -> dist
 
 
 class _Asking:
-    """Waits for what the arrival log's thread tells, in another one."""
+    """Waits, in another thread, for answers of the arrival log's thread."""
 
     def __init__(self, log: ArrivalLog, given_up: threading.Event) -> None:
         self._given_up = given_up
-        # Whoever has given up before the first call will not be in it.
+        # A rank that has given up before the first call will not be in it.
         self._lookout = Lookout(log.gone, lambda gone: gone.entered <= 0)
 
     def answer(self, promise: Promise[T]) -> T:
-        """What is told."""
+        """The answer of the promise."""
         while not promise.wait(_LOOK_UP_SECS) and not self._given_up.is_set():
             pass
         if self._given_up.is_set():
@@ -79,7 +79,7 @@ class _Asking:
 
 
 class _Addresses(Store):
-    """All that gloo asks of a store: where each rank listens."""
+    """The part of a store that gloo uses: the address of each rank."""
 
     def __init__(self, log: ArrivalLog, asking: _Asking) -> None:
         super().__init__()

@@ -18,20 +18,20 @@ from .._store.future import Effort
 from .._store.private_loop import PrivateLoop
 from .._store.threads import BlockingStore, innermost
 
-# How often it is seen whether connecting was given up.
+# How often to look whether connecting was given up.
 _LOOK_UP_SECS = 0.1
 # How many barriers each group has had. A group that is gone is forgotten.
 _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 class Group:
-    """The group that one DistBarrier is for, and which of its barriers this one is.
+    """The group of one DistBarrier, and the barrier's number in it.
 
-    Barriers are numbered when they are built, so that it does not matter in which order the
-    ranks connect them; and apart from torch's own count of groups, so that the training may
-    make groups in another thread meanwhile.
+    Barriers are numbered when they are built, so the order in which ranks connect them does not
+    matter. The numbers are apart from torch's own count of groups, so the training may make groups
+    in another thread meanwhile.
 
-    :ivar root: what all keys of this barrier in the group's store begin with
+    :ivar root: the beginning of all keys of this barrier in the group's store
     """
 
     def __init__(self, given: dist.ProcessGroup | None) -> None:
@@ -44,7 +44,7 @@ class Group:
             self.identify()
 
     def identify(self) -> None:
-        """Find the group; once more if the default group may be another by now.
+        """Find the group; again if the default group may be another by now.
 
         :raises BarrierConnectionError: there is no default group
         """
@@ -72,7 +72,7 @@ class Group:
 
     @property
     def _store(self) -> Store:
-        """The group's own handle; not to be talked through."""
+        """The group's own handle; make no calls on it."""
         try:
             return group_store(self._group)
         except ValueError as exc:
@@ -80,7 +80,7 @@ class Group:
 
     @property
     def _group(self) -> dist.ProcessGroup:
-        # Not held on to, if it is not ours: whoever tears torch down means all of it.
+        # Keep no reference if it is not ours: destroying the groups of torch must end all of it.
         group = self._given or dist.group.WORLD
         if not isinstance(group, dist.ProcessGroup):
             raise BarrierConnectionError(

@@ -36,8 +36,8 @@ class Publication:
         self._timeout = or_inf(timeout)
         self._scope = anyio.CancelScope()
         self._closed = self._published = False
-        # Told to the peers by the collectives' thread. Not awaited: what the leader knows does not
-        # depend on who hears it. The next call queues up behind it.
+        # The collectives' thread tells the peers. Not awaited: the leader's knowledge does not
+        # depend on which peer gets it. The next call waits behind it.
         self._word: Promise[Word] = Promise()
 
     def stop(self) -> None:
@@ -46,7 +46,7 @@ class Publication:
         self._scope.cancel()
 
     async def run(self, publish: Publish, payload: bytes) -> bytes:
-        """What is published."""
+        """Publish, and return the result."""
         self._scope.deadline = anyio.current_time() + self._timeout
         try:
             sequence, payloads = await self._gathered(payload)
@@ -54,7 +54,7 @@ class Publication:
             publishing = Publishing(publish, self._calls.use(), about)
             return await self._publish(publishing, payloads, sequence)
         except BaseException as exc:
-            # They have been told, unless a signal handler raised it in between.
+            # The peers know it, unless a signal handler raised in between.
             self._tell_failed(f"publish failed: {reason_of(exc)}", self._published)
             raise
 
@@ -79,7 +79,7 @@ class Publication:
     ) -> bytes:
         calls, rank = self._calls, self._calls.group.rank
         if self._closed:
-            # In the very moment in which all were in.
+            # In the moment in which all had entered.
             raise self._stopped(publishing, sequence)
         try:
             with self._scope:
@@ -102,7 +102,7 @@ class Publication:
         return result
 
     def _stopped(self, publishing: Publishing, sequence: int) -> BarrierError:
-        """Why, once its scope was cancelled."""
+        """The reason, once its scope was cancelled."""
         name, calls, in_doubt = self._name, self._calls, publishing.in_thread
         error: BarrierError
         if self._closed:

@@ -1,4 +1,4 @@
-"""What to do about an error, by its cause."""
+"""The advice about an error, by its cause."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 def advice(error: BaseException, look_ups: LookUps | None = None) -> str:
-    """In words, what to do."""
+    """The advice, in words."""
     if isinstance(error, BarrierTimeoutError) and error.missing_ranks:
         return (
             f"look at the output of {plural_ranks(error.missing_ranks)}: is it stopped, or its "

@@ -1,4 +1,4 @@
-"""What one rank measures of its store, its crossings and its event loop, gathered on rank 0."""
+"""Measures the store, the crossings and the event loop of one rank; rank 0 gathers the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KEY = "async_barriers/doctor"
 
 @dataclass(frozen=True)
 class Spread:
-    """Of many measurements: what is usual, and what is rare. In seconds."""
+    """The usual and the rare value of many measurements, in seconds."""
 
     median: float
     p99: float
@@ -40,10 +40,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank knows.
+    """The measurements of one rank.
 
-    No clock is compared with another rank's: who is late is told by who came last in each
-    phase, and by how long the others waited.
+    No clocks of ranks are compared. The last rank of each phase shows which rank is late, and the
+    waits of the others show by how much.
     """
 
     rank: int
@@ -73,7 +73,7 @@ def decode(payload: bytes) -> Facts:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Of at least one sample."""
+    """The spread of at least one sample."""
     ordered = sorted(samples)
     return Spread(ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100])
 
@@ -89,17 +89,17 @@ async def examine(
 ) -> bytes:
     """Measure, together with all other ranks.
 
-    :param source: where the barrier's store is
-    :param look_ups: those that this rank began with
+    :param source: the place of the barrier's store
+    :param look_ups: the look-ups that this rank began with
     :param judge: called on rank 0 alone, with the facts of all ranks
-    :return: what ``judge`` returned, on every rank
+    :return: the result of ``judge``, on every rank
     :raises BarrierError: the store was not reached, a rank did not come, or one gave up
     """
     if look_ups is not None:
-        # Its peers wait as long for it in the first crossing.
+        # Its peers wait for it as long in the first crossing.
         await look_ups.end(timeout_secs / 2)
     await barrier.connect()
-    # Everyone is there, and every connection is open, before anything is timed.
+    # All ranks are there, with all connections, before anything is timed.
     await barrier.execute_barrier("hello")
     connect_secs, round_trip, installed = await _measure_store(source, timeout_secs)
     waited, lags, last_ranks = await _measure_crossings(barrier, crossings)
@@ -108,7 +108,7 @@ async def examine(
     facts = Facts(
         session.rank,
         session.world_size,
-        # None where it is over in this very moment, as the next call will say.
+        # None if the time is over in this moment, as the next call will say.
         -1 if membership is None else membership.state.number,
         socket.gethostname(),
         installed,
@@ -127,7 +127,7 @@ async def examine(
 
 
 def _joined(ranks: list[Facts]) -> list[Facts]:
-    """Who came last is known to that rank, and to others only where they had to wait for it."""
+    """The rank that came last knows it; others know it only if they had to wait."""
     last_ranks = {facts.rank: facts.last_ranks.get(facts.rank, 0) for facts in ranks}
     last_ranks = {rank: times for rank, times in last_ranks.items() if times}
     return [replace(facts, last_ranks=last_ranks) for facts in ranks]
@@ -193,7 +193,7 @@ async def _found_versions(loop: Loop) -> dict[str, str]:
 
 
 async def _watch_loop(lags: list[float], *, task_status: TaskStatus[None]) -> None:
-    """How much later than asked for this task goes on."""
+    """How much later than it asked for this task goes on."""
     while True:
         due = anyio.current_time() + _LAG_SECS
         await anyio.sleep_until(due)
@@ -203,7 +203,7 @@ async def _watch_loop(lags: list[float], *, task_status: TaskStatus[None]) -> No
 
 
 def versions() -> dict[str, str]:
-    """Of what all ranks should have the same of."""
+    """The versions, which should be the same on all ranks."""
     found = {"python": platform.python_version()}
     for package in ("torch", "anyio", "async-barriers"):
         try:

@@ -21,8 +21,8 @@ Address = tuple[str, int]
 class LookUps:
     """Two look-ups of names, timed in a thread of their own, beside everything else.
 
-    The store's name is looked up by whoever connects; the name of who connects, by the server, for
-    each connection, and by c10d's client.
+    A process that connects looks up the store's name. The server looks up the name of that process
+    for each connection, and so does c10d's client.
     """
 
     def __init__(self, loop: Loop, address: Address) -> None:
@@ -30,16 +30,16 @@ class LookUps:
         self._loop = loop
         self._began = time.perf_counter()
         self._ends: list[float] = []
-        # Goes on by itself; a resolver that is silent holds nobody up.
+        # It goes on by itself, so a silent resolver delays no rank.
         self._effort = Effort(in_thread(loop, "look-ups", self._measure))
 
     async def end(self, secs: float) -> None:
-        """Wait for them, for some seconds at most; what goes on by then is told as it is."""
+        """Wait for them, for some seconds at most; one that still goes on is reported so."""
         await settled(self._loop, self._effort, self._loop.now() + secs)
 
     @property
     def secs(self) -> tuple[float, float]:
-        """For the store's name, and back; so far, where it goes on."""
+        """The seconds for the store's name, and back; those so far, for one that goes on."""
         times = [self._began, *self._ends]
         if not self._effort.done:
             times.append(time.perf_counter())
@@ -48,7 +48,7 @@ class LookUps:
         return forward, reverse
 
     def _measure(self) -> None:
-        # What fails is told where it is needed; how long it took is known by then.
+        # A failure is reported when the name is needed; the time is known by then.
         with contextlib.suppress(OSError):
             try:
                 found = socket.getaddrinfo(*self.address, type=socket.SOCK_STREAM)
@@ -61,16 +61,16 @@ class LookUps:
 
 
 def _own_address(target: tuple[Any, ...]) -> tuple[str, int]:
-    """As the server sees it, which listens on IPv6."""
+    """The own address as the server sees it, which listens on IPv6."""
     with socket.socket(target[0], socket.SOCK_DGRAM) as probe:
-        # Of a datagram socket that sends nothing.
+        # The address of a datagram socket that sends nothing.
         probe.connect(target[4])
         own: str = probe.getsockname()[0]
     return (own if ":" in own else f"::ffff:{own}", 1)
 
 
 async def first_connection(source: Source, loop: Loop, deadline: float) -> Connection:
-    """As the barrier's, but where something else than a TCPStore answers, that is said.
+    """Connect as the barrier does, but say so if no TCPStore answers.
 
     :raises NotUnderstood: something else listens there
     :raises BarrierConnectionError: as `Source.open`

@@ -1,4 +1,4 @@
-"""The meaning of the facts of all ranks, what to do about them, and how to print that."""
+"""Judges the facts of all ranks, gives advice, and prints both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONG_WAIT_SECS = 0.005
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know, and what to do about it."""
+    """A finding, and the advice about it."""
 
     what: str
     remedy: str
@@ -33,9 +33,9 @@ class Finding:
 
 @dataclass
 class Report:
-    """What the doctor says on one rank; with a problem something is wrong, with notes it is not.
+    """The doctor's report on one rank; a problem means that something is wrong, a note does not.
 
-    :ivar rank: whose report it is; None where that is not known
+    :ivar rank: the rank of the report; None if it is not known
     """
 
     ranks: list[Facts] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Report:
 
 
 def of_facts(ranks: Sequence[Facts], entries: Sequence[Entry] = ()) -> Report:
-    """What to say when every rank answered; ``entries`` are the processes that have come by now."""
+    """The report if every rank answered; ``entries`` are the processes that have come by now."""
     report = Report(list(ranks))
     report.problems.extend(_of_entries(entries))
     report.problems.extend(_disagreements(ranks))
@@ -78,16 +78,16 @@ def of_facts(ranks: Sequence[Facts], entries: Sequence[Entry] = ()) -> Report:
 
 
 def of_error(error: BaseException, look_ups: LookUps | None = None) -> Report:
-    """What to say when the ranks did not get so far."""
+    """The report if the ranks did not get so far."""
     what = str(error).rstrip(".") or told_by(error)
     return Report(problems=[Finding(what, advice(error, look_ups))])
 
 
 def of_roll(entries: Sequence[Entry], waited_secs: float) -> Report:
-    """What to say of those who came; a rank that did not is a problem, too."""
+    """The report on the processes that came; a rank that did not come is a problem, too."""
     report = Report(problems=list(_of_entries(entries)))
     missing = absent(entries)
-    # Where somebody has a wrong rank or world size, that is why.
+    # If a process has a wrong rank or world size, that is the cause.
     if missing and not any("WORLD_SIZE" in found.what for found in report.problems):
         report.problems.append(
             Finding(

@@ -1,7 +1,7 @@
 """The roll call: each process writes its rank and world size, and reads those of the others.
 
-This comes before any barrier, which would refuse whoever does not agree with the one that came
-first, and that may be the one that is wrong.
+This comes before any barrier. A barrier refuses a process that does not agree with the first one,
+and the first one may be wrong.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .._store.waiting import sleep
 _ROOT = "async_barriers/doctor/"
 _ROLL, _CAME, _OVER, _LEFT = (_ROOT + what for what in ("roll", "came", "over", "left"))
 _PAUSE_SECS = 0.1
-# For how long nobody may have come before what is odd already is not waited for any more.
+# If something is odd and no process has come for so long, the waiting ends.
 _QUIET_SECS = 2.0
-# How long the process that hosts the store waits until the others have read the roll.
+# How long the process that hosts the store waits for the others to read the roll.
 _PEERS_SECS = 3.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one process says of itself."""
+    """The line of one process about itself."""
 
     rank: int
     world_size: int
@@ -55,7 +55,7 @@ class Roll:
         self._loop = loop
 
     async def call(self, deadline: float) -> list[Entry]:
-        """Come, and wait for the others: until all are there, or ``deadline``, for what is odd."""
+        """Come, and wait for the others: until all are there, something is odd, or ``deadline``."""
         call, now = self._connection.call, self._loop.now
         await call(Append(_ROLL, self.own.encode()), Add(_CAME, 1))
         entries: list[Entry] = []
@@ -66,7 +66,7 @@ class Roll:
                 seen, looked, quiet_since = int(came or 0), False, now()
             quiet = now() - quiet_since
             late = over is not None or now() >= deadline
-            # It is read seldom: a thousand processes read what a thousand wrote.
+            # Read it seldom: a thousand processes read the lines of a thousand.
             if not looked and (late or seen >= self.own.world_size or quiet > _QUIET_SECS / 2):
                 entries, looked = await self.read(), True
             if looked:
@@ -81,10 +81,10 @@ class Roll:
             await sleep(self._loop, _PAUSE_SECS + self.own.world_size / 5000)
 
     async def read(self) -> list[Entry]:
-        """All that have come, in rank order.
+        """The lines of all that have come, in rank order.
 
-        Processes of this machine that are gone are left out, since a doctor that was killed takes
-        nothing away; but not those that somebody has seen and found to be odd.
+        It leaves out processes of this machine that are gone, since a doctor that was killed
+        deletes nothing; but not those that another process has found to be odd.
         """
         roll, over = await self._connection.call(Read(_ROLL), Read(_OVER))
         own = self.own.life.token
@@ -97,12 +97,12 @@ class Roll:
         return sorted(there.values(), key=lambda e: (e.rank, e.life.host, e.life.pid))
 
     async def over(self) -> None:
-        """Done when somebody has found what is odd, after all seemed well to this process."""
+        """Done when another process finds something odd after this one has found nothing."""
         while (await self._connection.call(Read(_OVER)))[0] is None:
             await sleep(self._loop, 5 * _PAUSE_SECS)
 
     async def leave(self, *, hosts: bool) -> None:
-        """Need it no more; the last one takes it away, and who hosts the store waits for that."""
+        """Need the roll no more. The last process deletes it; the store's host waits for that."""
         deadline = self._loop.now() + _PEERS_SECS
         left, came = await self._connection.call(Add(_LEFT, 1), Read(_CAME))
         if left >= int(came or 0):
@@ -116,7 +116,7 @@ class Roll:
 
 
 def _may_live(life: Life) -> bool:
-    # Of this process it is another claim, as in a test of several ranks in one.
+    # In this process it is another claim, as in a test with several ranks in one process.
     return process.lives(life) is not False or life.pid == os.getpid()
 
 
@@ -130,14 +130,14 @@ def _entries(lines: bytes | None) -> list[Entry]:
 
 
 def absent(entries: Sequence[Entry]) -> tuple[int, ...]:
-    """The ranks that nobody has, in the world that most believe in."""
+    """The ranks that no process has, in a world of the size that most give."""
     sizes = [entry.world_size for entry in entries]
     usual = max(sorted(set(sizes), reverse=True), key=sizes.count)
     return tuple(sorted(set(range(min(usual, MAX_RANKS))) - {entry.rank for entry in entries}))
 
 
 def odd(entries: Sequence[Entry]) -> bool:
-    """Whether there is something wrong that nobody's coming can mend."""
+    """Whether something is wrong that no further process can mend."""
     ranks = [entry.rank for entry in entries]
     return (
         len({entry.world_size for entry in entries}) > 1

@@ -1,8 +1,8 @@
 """Following the records of commits over one connection, for all calls of one observer.
 
-It looks, waits for the key that follows from how many records there are, and looks again when that
-is written. Where a leader was killed between a record and that key, nobody is woken; so it looks
-now and then anyway, which also shows whether the store is there.
+It looks, waits for the key that follows from the number of records, and looks again when that key
+is written. If a leader was killed between a record and that key, nothing wakes the observer. So it
+also looks now and then, which shows whether the store is there, too.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _THREAD_SECS = 0.5
 
 
 class Watch:
-    """The latest that is known of a prefix's records.
+    """The latest knowledge of a prefix's records.
 
-    :ivar log: what was read last; None before the store was reached
-    :ivar error: what ended the watching, until it is begun anew
+    :ivar log: the log as last read; None before the store was reached
+    :ivar error: the error that ended the watching, until it begins again
     :ivar losses: how often a connection was lost
     """
 
@@ -63,14 +63,14 @@ class Watch:
         self._connection: Connection | None = None
         self._waiters: dict[Waiter, None] = {}
         self._closed = False
-        # Whether `log` is what was read on this connection.
+        # Whether `log` was read on this connection.
         self._looked = False
         self._not_at_end: Any = None
 
     # -- what callers ask ----------------------------------------------------------------
 
     def use(self) -> Loop:
-        """The loop that runs here; watches on it from now on, if it does not yet.
+        """Return the loop that runs here; begin to watch on it, if it does not yet.
 
         :raises BarrierClosedError: it was closed
         """
@@ -99,7 +99,7 @@ class Watch:
         return self._looked
 
     async def change(self, waiter: Waiter, until: float) -> None:
-        """Wait until something is new, or the loop's clock says ``until``.
+        """Wait for a change, or until the loop's clock says ``until``.
 
         :param waiter: one of the loop's, which this task keeps for all its waiting
         """
@@ -110,7 +110,7 @@ class Watch:
             self._waiters.pop(waiter, None)
 
     async def look(self, loop: Loop, until: float) -> bool:
-        """Have `log` be what the store has now; False where it cannot be asked, or not in time."""
+        """Read `log` anew; False if the store cannot be asked, or not in time."""
         connection = self._connection
         if connection is None or not self._looked:
             return False
@@ -122,7 +122,7 @@ class Watch:
         return True
 
     async def told(self, loop: Loop, record: Record, until: float) -> CommitRecord | None:
-        """The record as users have it; None where its result is gone.
+        """The record as users get it; None if its result is gone.
 
         :raises BarrierConnectionError: the store did not answer
         """
@@ -136,7 +136,7 @@ class Watch:
         return telling.result()
 
     def unreached(self, secs: float | None = None) -> BarrierConnectionError:
-        """The store cannot be reached, and why."""
+        """The error that the store cannot be reached, with the cause."""
         failures = self._source.failures
         why: BaseException | None = failures[-1] if failures else self.error
         within_secs = "" if secs is None else f" within {seconds(secs)}"
@@ -166,7 +166,7 @@ class Watch:
                 connection.close(reset=connection.unsaid)
 
     async def _follow(self, loop: Loop, connection: Connection) -> None:
-        """Until a key was missed, so that another connection is needed to wait for the next."""
+        """Follow until a key was missed: to wait for the next one takes another connection."""
         keys = self._keys()
         while True:
             woken: Future[None] = Future()
@@ -183,7 +183,7 @@ class Watch:
             while not await within(loop, woken, _LOOK_SECS):
                 (now,) = await self._answer(loop, connection, Read(keys.commits_number))
                 if (number(now) or 0) != count and not woken.done:
-                    return  # Nobody wrote it.
+                    return  # No leader wrote it.
             woken.result()
             (now,) = await self._answer(loop, connection, Read(keys.commits_number))
             if (number(now) or 0) == count:
@@ -224,14 +224,14 @@ class Watch:
             self._not_at_end = None
 
     async def close(self) -> None:
-        """Let go of the connection; calls under way raise `BarrierClosedError`."""
+        """Close the connection; calls under way raise `BarrierClosedError`."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         connection, loop = self._connection, self._loop
         try:
             if isinstance(connection, SocketConnection) and loop is not None and loop.here():
-                # c10d's server complains of who hangs up before it was answered.
+                # c10d's server complains if a client hangs up before its answer.
                 connection.stop_waiting()
                 answered = connection.call(Read(self._keys().commits_number))
                 await settled(loop, answered, loop.now() + _CLOSE_SECS)
@@ -245,7 +245,7 @@ class Watch:
                 await told(loop, ended, loop.now() + _THREAD_SECS)
 
     def abandon(self) -> None:
-        """The observer was dropped, in whatever thread."""
+        """End it: the observer was dropped, in any thread."""
         loop = self._loop
         if loop is not None and not self._closed and os.getpid() == self._pid:
             error = BarrierClosedError(f"the observer of {describe(self.prefix)}")

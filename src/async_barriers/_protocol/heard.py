@@ -10,17 +10,17 @@ from .._errors import in_one_line
 from .._missing import DOING_CHARS
 from .._values import MissingRank
 
-# Of so many ranks is told in detail; of more than a few of them, in few words.
+# So many ranks are described in detail; if they are more than a few, each in few words.
 MOST = 1024
 _FEW, _FEW_CHARS = 64, 60
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What is known of a missing rank.
+    """The knowledge of a missing rank.
 
-    :ivar idle_secs: for how long it has said nothing new, as it says itself; None where it did not
-        answer, or never said anything
+    :ivar idle_secs: for how long it has reported nothing new, as it says itself; None if it did not
+        answer, or never reported anything
     """
 
     rank: MissingRank
@@ -28,7 +28,7 @@ class Heard:
 
 
 def encode_rows(heard: Iterable[Heard]) -> bytes:
-    """What was found of ranks, as it stands in the store."""
+    """The findings about ranks, as the store has them."""
     rows = list(heard)[:MOST]
     chars = DOING_CHARS if len(rows) <= _FEW else _FEW_CHARS
     return json.dumps([_row(each, chars) for each in rows], separators=(",", ":")).encode()
@@ -45,7 +45,7 @@ def _row(heard: Heard, chars: int) -> list[object]:
 
 
 def decode_rows(value: bytes | str) -> dict[int, Heard]:
-    """The inverse, by rank; nothing where something else wrote it."""
+    """The inverse, by rank; empty if another client wrote it."""
     try:
         return {row.rank.rank: row for row in map(_heard, json.loads(value)[:MOST])}
     except (ValueError, TypeError, RecursionError):

@@ -1,8 +1,8 @@
 """The names of all keys in the store; pure functions, no store in sight.
 
-Law 9 rests on this module: user text stands behind its own length, so that no choice of
-prefix and name lets two keys collide ("ckpt1" + "0" is not "ckpt" + "10" here). Every generation
-has an identity that is never used again, so that no key of one is ever a key of another.
+Law 9 rests on this module. User text stands behind its own length, so no choice of prefix and name
+makes two keys collide ("ckpt1" + "0" is not "ckpt" + "10" here). Every generation has an identity
+that is never used again, so that no key of one is ever a key of another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cached_property
 # TCPStore refuses keys over 8 KiB by dropping the connection. The rest is left for the
 # prefixes of PrefixStores that wrap the store we are given.
 MAX_KEY_BYTES = 7 * 1024
-# What follows a phase's path: at most "/payload/" and a rank.
+# The longest text after a phase's path: "/payload/" and a rank.
 _LONGEST_FIELD = 32
 _LONGEST_SEQUENCE = "s" + "9" * 20
 _LONGEST_GENERATION = "9" * 10 + "-" + "f" * 16
@@ -29,7 +29,8 @@ class PhaseKeys:
     :ivar path: what all of them begin with
     :ivar log: the ranks that entered, one a line
     :ivar count: the register that decides; see `_count`
-    :ivar released: written when all are in, by the last; ranks wait for it, in a commit the leader
+    :ivar released: written by the last rank when all have entered; ranks wait for it, in a commit
+        the leader
     """
 
     __slots__ = ("count", "departed", "log", "path", "released")
@@ -43,19 +44,19 @@ class PhaseKeys:
 
     @property
     def reason(self) -> str:
-        """Why it is broken; written before it is, and the first one stays."""
+        """The reason of a break; written before the break, and the first one stays."""
         return self.path + "/reason"
 
     @property
     def word(self) -> str:
-        """`commit` only: what the leader says came of it."""
+        """`commit` only: the verdict of the leader."""
         return self.path + "/word"
 
     @property
     def settled(self) -> str:
         """`commit` only: written with the word; all but the leader wait for it.
 
-        A key of its own that nobody reads, since to read one (see `wire`) wakes who waits for it.
+        A key that no rank reads, since reading one (see `wire`) wakes those that wait for it.
         """
         return self.path + "/settled"
 
@@ -66,28 +67,28 @@ class PhaseKeys:
 
     @property
     def summary(self) -> str:
-        """Who had entered, as one rank found it for all that ask."""
+        """The ranks that had entered, as one rank found it for all that ask."""
         return self.path + "/summary"
 
     @property
     def brought(self) -> str:
-        """What the ranks brought, one after another; see `_payloads`."""
+        """The payloads of the ranks, one after another; see `_payloads`."""
         return self.path + "/brought"
 
     @property
     def published(self) -> str:
-        """`commit` only: its result, where that is too large to stand among the others'."""
+        """`commit` only: its result, if that is too large to stand in the word."""
         return self.path + "/published"
 
     def payload(self, rank: int) -> str:
-        """What ``rank`` brought, where it is too large to stand among the others'."""
+        """The payload of ``rank``, if it is too large to stand among the others'."""
         return f"{self.path}/payload/{rank}"
 
 
 class Keys:
     """All keys of one barrier prefix.
 
-    :param namespace: what they begin with, where other ranks call the same store otherwise
+    :param namespace: the beginning of all keys, if other ranks name the same store differently
     """
 
     def __init__(self, prefix: str, namespace: str = "") -> None:
@@ -105,7 +106,7 @@ class Keys:
 
     @property
     def signal(self) -> str:
-        """Who has sent the signal that this prefix is for, and in which agreement."""
+        """The rank that has sent this prefix's signal, and the number of the agreement."""
         return f"{self.root}/signal"
 
     @property
@@ -119,7 +120,7 @@ class Keys:
         return f"{self.root}/commits/number"
 
     def commits_news(self, slot: int) -> str:
-        """Wakes who waits for another record; a few are there at a time."""
+        """Wakes observers that wait for another record; a few are there at a time."""
         return f"{self.root}/commits/news/{slot}"
 
     def generation(self, identity: str) -> GenerationKeys:
@@ -127,7 +128,7 @@ class Keys:
 
     @cached_property
     def overhead(self) -> int:
-        """How long a key is at most, in bytes, without the name of its phase."""
+        """The largest size of a key, in bytes, without the name of its phase."""
         longest = self.generation(_LONGEST_GENERATION).phase("", _LONGEST_SEQUENCE).path
         # "0:" grows by at most three digits.
         return len(longest.encode()) + 3 + _LONGEST_FIELD
@@ -141,12 +142,12 @@ class GenerationKeys:
 
     @property
     def roll(self) -> str:
-        """How many joined, how many left, and whether a host waits for that, in one counter."""
+        """One counter: how many joined, how many left, and whether a host waits for that."""
         return f"{self.root}/roll"
 
     @property
     def closed(self) -> str:
-        """Who left first, and why; written once."""
+        """The rank that left first, and its reason; written once."""
         return f"{self.root}/closed"
 
     @property
@@ -156,22 +157,22 @@ class GenerationKeys:
 
     @property
     def all_left(self) -> str:
-        """Written when nobody needs the store any more that a host waits for."""
+        """Written when none of the ranks that a host waits for needs the store any more."""
         return f"{self.root}/all_left"
 
     @property
     def interrupted(self) -> str:
-        """The names that were waited for when the generation before it ended."""
+        """The names in which ranks waited when the generation before ended."""
         return f"{self.root}/interrupted"
 
     @property
     def threaded(self) -> str:
-        """How many ranks wait for their bell alone, and not for what a phase releases."""
+        """How many ranks wait only for their bell, and not for the key that releases a phase."""
         return f"{self.root}/threaded"
 
     @property
     def common(self) -> list[str]:
-        """All of its own keys that are neither one rank's nor a phase's."""
+        """All keys of the generation that are neither of one rank nor of a phase."""
         return [
             self.roll, self.closed, self.host_leaves, self.all_left, self.threaded,
             self.interrupted, self.heard,
@@ -179,7 +180,7 @@ class GenerationKeys:
 
     @property
     def heard(self) -> str:
-        """What one rank found of those that are waited for, for a moment; see `presence`."""
+        """One rank's findings about missing ranks, for a moment; see `presence`."""
         return f"{self.root}/heard"
 
     def bell(self, rank: int) -> str:
@@ -202,7 +203,7 @@ class GenerationKeys:
 
 
 def check_prefix(prefix: str) -> None:
-    """Refuse a prefix that no key could carry."""
+    """Refuse a prefix that does not fit into a key."""
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string, not {prefix!r}")
     if not prefix:

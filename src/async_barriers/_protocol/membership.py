@@ -25,14 +25,14 @@ from .keys import GenerationKeys, Keys
 from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
 from .verdict import RUBBISH, number, show
 
-# The fields of a generation's roll: how many joined, need the store no more, host it and wait for
-# that, and are gone for good.
+# The fields of a generation's roll: how many ranks joined, no longer need the store, host it and
+# wait for that, and are gone for good.
 _FIELD = (1 << 15) - 1
 _JOINED, _LEFT, _HOST, _GONE = 1, 1 << 15, 1 << 30, 1 << 45
 
-# Whether the process of a life lives, where this one can tell; None where only it itself can.
+# Whether the process of a life lives; None if only that process can tell.
 Lives = Callable[["Life"], bool | None]
-# Wait for a key, so many seconds at most; whether it came.
+# Wait for a key, so many seconds at most; return whether it came.
 WaitFor = Callable[[str, float], Any]
 
 ANSWERS_SECS = 1.0
@@ -42,9 +42,10 @@ ANSWERS_SECS = 1.0
 class Life:
     """One process's claim to a rank.
 
-    :ivar token: of this claim alone
+    :ivar token: the id of this claim alone
     :ivar machine: tells machines, and process namespaces on them, apart
-    :ivar started: when the process was, by its machine's clock; tells it from one with the same id
+    :ivar started: the start time of the process, by its machine's clock; tells it from one with the
+        same id
     """
 
     token: str
@@ -61,7 +62,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Member:
-    """What stands at a rank's place: who holds it, and the generation that it joined last."""
+    """The entry of a rank: the life that holds it, and the generation that it joined last."""
 
     life: Life
     generation: str
@@ -76,7 +77,7 @@ class State:
     """The generation in force.
 
     :ivar number: counts generations, for people
-    :ivar by: the rank that ended the one before
+    :ivar by: the rank that ended the generation before
     """
 
     number: int
@@ -110,7 +111,7 @@ class Membership:
 
     @property
     def bells(self) -> list[str]:
-        """Of all ranks."""
+        """The bells of all ranks."""
         return _bells(self.keys, self.state)
 
 
@@ -124,9 +125,9 @@ class Closed:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a member finds when it looks around.
+    """The findings of a member that looks around.
 
-    :ivar successor: the generation in force now, if another than its own; None if there is none
+    :ivar successor: the generation in force now, if it is not its own; None if there is none
     :ivar over: its own generation is over
     :ivar complete: all ranks have joined it
     """
@@ -155,10 +156,10 @@ async def join(
     wait_for: WaitFor,
     before: Membership | None = None,
 ) -> Membership:
-    """Claim ``rank`` in the present generation, ending it first if another life held it there.
+    """Claim ``rank`` in the present generation; end that first if another life held the rank there.
 
-    :param life: one that has not claimed anything yet
-    :param before: the membership that this process has had, if it had one
+    :param life: a life that has not claimed a rank yet
+    :param before: the membership that this process had before, if any
     :raises BarrierError: another living process holds the rank, or the ranks have another world
         size or run; or something else wrote to our keys
     """
@@ -184,7 +185,7 @@ async def _join(
     while True:
         found, held = await store.call(Read(keys.state), Read(keys.member(rank)))
         if not found or number(found) is not None:
-            # Nobody is there. Where all have left, as `clear` says, this is a restart.
+            # No rank is there. If all have left, as `clear` says, this is a restart.
             first = number(found) or 0
             by = rank if first else None
             state = State(first, _identity(first), world_size, life.run_id, by, life)
@@ -194,7 +195,7 @@ async def _join(
         state = _state(found)
         _check_run(keys, rank, life, state)
         if state.world_size != world_size:
-            # Where nobody lives who has the other size, the whole job came back with this one.
+            # If no process with the other size lives, the whole job came back with this size.
             other = await _anyone(store, keys, state, lives, wait_for)
             if other is not None:
                 raise BarrierError(
@@ -229,20 +230,20 @@ async def _join(
         if not store.waits:
             requests.append(Add(own.threaded, 1))
         if holder is not None:
-            # Of one that is gone nobody else takes them away.
+            # No other process deletes those of a life that is gone.
             old = keys.generation(holder.generation)
             spent = [old.bell(rank), old.asked(rank), old.answer(f"{rank}")]
             requests.append(DeleteMany(spent))
         roll, *_, current = await store.call(*requests, Read(keys.state))
         if current != found:
-            # It ended meanwhile, and what we claimed in it is of the past.
+            # The generation ended meanwhile, and our claim with it.
             await store.call(DeleteMany([own.roll, own.threaded]))
             before = Membership(keys, rank, world_size, claim, state, False)
             life = replace(life, token=secrets.token_hex(8))
             continue
         complete = roll & _FIELD == world_size
         if complete and state.number:
-            # Those who came before wait for that.
+            # Ranks that joined before wait for that.
             await store.call(SetMany(_bells(keys, state), b"all"))
         return Membership(keys, rank, world_size, claim, state, complete)
 
@@ -262,7 +263,7 @@ def _identity(number: int) -> str:
 
 
 async def _replaced(store: Store, keys: Keys, found: bytes | None, state: State) -> State | None:
-    """Put ``state`` in place of what was found; None where somebody else was faster."""
+    """Put ``state`` in place of the one found; None if another process was faster."""
     (now,) = await store.call(CompareSet(keys.state, found or b"", state.encode()))
     return state if now == state.encode() else None
 
@@ -285,7 +286,7 @@ async def _end(
 async def _anyone(
     store: Store, keys: Keys, state: State, lives: Lives, wait_for: WaitFor
 ) -> int | None:
-    """A member of the generation that lives, and whose barrier is open."""
+    """A member of the generation that lives and has an open barrier."""
     ranks = range(state.world_size)
     for rank, held in zip(
         ranks, await store.call(*(Read(keys.member(r)) for r in ranks)), strict=True
@@ -301,7 +302,7 @@ async def _anyone(
 async def _answers(
     store: Store, keys: Keys, rank: int, member: Member, lives: Lives, wait_for: WaitFor
 ) -> bool:
-    """Whether a life is there: by what this machine knows of it, or by its own answer."""
+    """Whether a life is there: by this machine's knowledge, or by its own answer."""
     known = lives(member.life)
     if known is not None:
         return known
@@ -314,7 +315,7 @@ async def _answers(
 
 
 def around(membership: Membership) -> list[Request]:
-    """What to read to look around, after taking the bell."""
+    """The requests that look around, after taking the bell."""
     own = membership.own
     return [
         Delete(own.bell(membership.rank)),
@@ -327,7 +328,7 @@ def around(membership: Membership) -> list[Request]:
 
 
 def surroundings(membership: Membership, replies: list[Any]) -> Surroundings:
-    """What the answers to `around` mean."""
+    """The meaning of the answers to `around`."""
     found, roll, closed, host_leaves, asked = replies
     over = found != membership.state.encode()
     successor = None
@@ -347,14 +348,14 @@ def surroundings(membership: Membership, replies: list[Any]) -> Surroundings:
 
 
 def all_joined(membership: Membership, roll: bytes | None) -> bool:
-    """What the roll says that was read."""
+    """Whether all ranks have joined, by the roll as read."""
     return (number(roll) or 0) & _FIELD >= membership.world_size
 
 
 async def answer(store: Store, membership: Membership, asked: bytes, said: bytes) -> None:
-    """Show that this rank lives, to all that asked.
+    """Show all ranks that asked that this one lives.
 
-    :param said: one line, for those who want to know what it does; see `presence`
+    :param said: one line about what this rank does; see `presence`
     """
     own = membership.own
     root = own.answer("")
@@ -392,11 +393,11 @@ async def still_holds(store: Store, membership: Membership) -> bool:
 async def leave(store: Store, membership: Membership, reason: str, *, hosts: bool) -> bool:
     """Say that this rank can never be waited for again.
 
-    Only the first one that leaves wakes the others: no phase is released without it, so what
-    those after it would say is known.
+    Only the first rank that leaves wakes the others: no phase is released without it, so later ones
+    would tell nothing new.
 
     :param hosts: the store ends with this process
-    :return: whether somebody is left who may still need the store
+    :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
     gone = replace(membership.claim, left=True).encode()
@@ -409,11 +410,11 @@ async def leave(store: Store, membership: Membership, reason: str, *, hosts: boo
         Read(keys.state),
     ]
     if hosts:
-        # Whoever sees that sees who left first.
+        # A rank that sees that also sees which rank left first.
         requests.insert(2, Set(own.host_leaves, b"1"))
     _, first, roll, found = await store.call(*requests)
     if found != membership.state.encode():
-        # What was just written for a generation that is over is nobody's.
+        # The generation is over, so no rank uses what was just written.
         await store.call(Delete(own.roll), Delete(own.closed), Delete(own.bell(rank)))
         return False
     if await _counted(store, membership, roll):
@@ -421,13 +422,13 @@ async def leave(store: Store, membership: Membership, reason: str, *, hosts: boo
     if first == closed or hosts:
         (now,) = await store.call(SetMany(membership.bells, b"left"), Read(keys.state))
         if now != found:
-            # The last one has cleared up meanwhile.
+            # The last rank has cleared up meanwhile.
             await store.call(DeleteMany(membership.bells))
     return bool(roll // _LEFT & _FIELD < roll & _FIELD)
 
 
 async def release_host(store: Store, membership: Membership) -> None:
-    """Need the store no more, without having left by oneself; see `leave`."""
+    """Need the store no more, without having left; see `leave`."""
     (roll,) = await store.call(Add(membership.own.roll, _LEFT))
     await _counted(store, membership, roll)
 
@@ -439,11 +440,11 @@ async def part(store: Store, membership: Membership) -> None:
 
 
 async def _counted(store: Store, membership: Membership, roll: int) -> bool:
-    """Do what is for the last one to do that leaves; whether that is this rank."""
+    """Do the work of the last rank that leaves; return whether that is this rank."""
     joined = roll & _FIELD
     if roll // _HOST & _FIELD and roll // _LEFT & _FIELD >= joined:
         await store.call(Set(membership.own.all_left, b"1"))
-    # In the first generation somebody may come yet who has to learn that others have left.
+    # In the first generation a rank may come later that has to learn that others have left.
     members = joined if membership.state.number else membership.world_size
     if roll // _GONE & _FIELD < members:
         return False
@@ -452,10 +453,10 @@ async def _counted(store: Store, membership: Membership, roll: int) -> bool:
 
 
 async def clear(store: Store, membership: Membership) -> None:
-    """Delete what a generation leaves behind that all its members have left.
+    """Delete the keys of a generation that all its members have left.
 
-    What is left of the state is the number of the next generation. It is not deleted: a newcomer
-    may just have put its own there.
+    The state becomes the number of the next generation. It is not deleted: a newcomer may just have
+    put its own there.
     """
     keys, own = membership.keys, membership.own
     after = b"%d" % (membership.state.number + 1)
@@ -466,7 +467,7 @@ async def clear(store: Store, membership: Membership) -> None:
     for rank in range(membership.world_size):
         spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
     await store.call(DeleteMany(spent))
-    # The claims, if they are those of this generation still.
+    # Delete the claims, if they are still those of this generation.
     ranks = range(membership.world_size)
     found = await store.call(*(Read(keys.member(rank)) for rank in ranks))
     old = [

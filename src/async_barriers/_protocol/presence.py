@@ -1,9 +1,9 @@
 """Asking the ranks that a phase waits for whether they are there, and what they do.
 
-A rank is asked as a newcomer asks the holder of its rank: a key is added to what it is to answer,
-and its bell is rung. All answers to one rank's question stand in one key. Times in them are
-relative, so that no clocks are compared. What one rank has found stands in a register for a moment,
-and serves all others: asking costs the same, however many wait.
+A rank asks as a newcomer asks the holder of its rank: it adds a key to those that the other has to
+answer, and rings the other's bell. All answers to one rank's question stand in one key. Their times
+are relative, so no clocks are compared. A register has one rank's findings for a moment, for all
+others: asking costs the same for any number of waiting ranks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .verdict import RUBBISH
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank answers.
+    """The answer of a rank.
 
-    :ivar doing: what it last said it does, if it ever did
+    :ivar doing: the text of its last report, if there is one
     :ivar said_secs: how long ago that was
-    :ivar idle_secs: and how long ago it first said that
+    :ivar idle_secs: how long ago it first said that
     """
 
     doing: str | None = None
@@ -40,7 +40,7 @@ def encode_answer(rank: int, answer: Answer) -> bytes:
 
 
 def decode_answers(value: bytes | None) -> dict[int, Answer]:
-    """The latest of each rank; rubbish is passed over."""
+    """The latest answer of each rank; ignores rubbish."""
     found = {}
     for line in (value or b"").splitlines():
         try:
@@ -56,7 +56,7 @@ def decode_answers(value: bytes | None) -> dict[int, Answer]:
 async def claims(
     store: Store, membership: Membership, ranks: Sequence[int]
 ) -> dict[int, Member | None]:
-    """Who has joined with each rank; None where nobody has."""
+    """The life that has joined with each rank; None if none has."""
     found = await store.call(*(Read(membership.keys.member(rank)) for rank in ranks))
     claimed: dict[int, Member | None] = {}
     for rank, held in zip(ranks, found, strict=True):
@@ -68,10 +68,10 @@ async def claims(
 
 
 async def ask(store: Store, membership: Membership, members: Mapping[int, Member]) -> list[str]:
-    """Ask ranks whether they are there; the keys of what they say, for `answers`.
+    """Ask ranks whether they are there; return the keys of their answers, for `answers`.
 
-    Each is asked in the generation that it joined last: where that is over, it answers there until
-    it joins again. One that does not answer is asked once for all, however often this is called.
+    Each is asked in the generation that it joined last: if that is over, it answers there until it
+    joins again. One that does not answer is asked only once, however often this is called.
     """
     mine = {}
     reads: list[Request] = []
@@ -93,7 +93,7 @@ async def ask(store: Store, membership: Membership, members: Mapping[int, Member
 
 
 async def answers(store: Store, keys: Sequence[str]) -> dict[int, Answer]:
-    """What those that were asked have said by now."""
+    """The answers that have come by now."""
     said = await store.call(*map(Read, keys))
     return decode_answers(b"".join(value or b"" for value in said))
 

@@ -1,7 +1,7 @@
-"""What a rank writes that has sent a signal: to one register, of which the bells of all tell.
+"""The register of a signal: a rank that sends one writes there, and then rings the bells of all.
 
-The first one to write stays, so that several that send make one agreement. An agreement has the
-number of those before it in its generation; only a later one takes its place.
+The first entry stays, so several senders make one agreement. An agreement has the number of those
+before it in its generation. Only a later one takes its place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .verdict import RUBBISH
 
 @dataclass(frozen=True)
 class Sent:
-    """That a rank has sent the signal, in the agreement with this number of a generation."""
+    """A rank has sent the signal, in the agreement with this number of a generation."""
 
     generation: str
     number: int
@@ -44,8 +44,7 @@ def decoded(value: bytes | None) -> Sent | None:
 
 
 def sending(keys: Keys, membership: Membership, held: bytes, said: Sent) -> list[Request]:
-    """Take the place of what is ``held`` there, and wake all: in one message, so that all hear of
-    it where it is known."""
+    """Replace the entry ``held`` and wake all, in one message, so that all learn of it."""
     return [
         CompareSet(keys.signal, held, said.encode()),
         SetMany(membership.bells, b"signal"),

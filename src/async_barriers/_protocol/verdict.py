@@ -12,11 +12,11 @@ from .._errors import in_one_line
 from .._values import MissingRank
 from .heard import Heard, decode_rows, encode_rows
 
-# What a leader's word begins with; rubbish does not.
+# The beginning of a leader's word; rubbish has another.
 _PUBLISHED, _NOT_PUBLISHED = b"published\n", b"broken\n"
-# What a line of a phase's log says: a rank, and the leader that it names in a commit.
+# A line of a phase's log: a rank, and the leader that it names in a commit.
 _ARRIVAL = re.compile(rb"([0-9]{1,5})(?: c([0-9]{1,5}))?")
-# What reading a value raises that something else wrote.
+# The errors of reading a value that another client wrote.
 RUBBISH = (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError)
 
 
@@ -24,7 +24,7 @@ RUBBISH = (ValueError, KeyError, TypeError, OverflowError, RecursionError, Attri
 class Released:
     """Every rank entered (and, in a commit, the leader published ``result``).
 
-    :ivar last_rank: who came last; None where that is not known
+    :ivar last_rank: the rank that came last; None if that is not known
     """
 
     last_rank: int | None = None
@@ -33,9 +33,9 @@ class Released:
 
 @dataclass(frozen=True)
 class Broken:
-    """``rank`` broke it. With ``timeout_secs`` it was a deadline, and ``missing`` is who lacked.
+    """``rank`` broke it. With ``timeout_secs`` it was a deadline, and ``missing`` had not entered.
 
-    :ivar known: what was known of those who lacked, before it was broken
+    :ivar known: what was known of the missing ranks before the break
     """
 
     rank: int | None
@@ -50,7 +50,7 @@ Verdict = Released | Broken
 
 
 def encode_reason(broken: Broken) -> bytes:
-    """Why a phase is broken, as it stands in the store."""
+    """The reason of a break, as the store has it."""
     entry: dict[str, object] = {"rank": broken.rank, "reason": in_one_line(broken.reason)}
     if broken.timeout_secs is not None:
         entry |= {"timeout_secs": broken.timeout_secs, "missing": ranges(broken.missing)}
@@ -64,7 +64,7 @@ def encode_reason(broken: Broken) -> bytes:
 
 
 def decode_reason(value: bytes | None) -> Broken:
-    """The inverse; what something else wrote is a reason of its own kind."""
+    """The inverse; a value that another client wrote becomes a reason that says so."""
     if value is None:
         return Broken(None, "no reason was given")
     try:
@@ -89,7 +89,7 @@ def decode_reason(value: bytes | None) -> Broken:
 
 
 def encode_word(verdict: Verdict) -> bytes:
-    """What a commit's leader says of it."""
+    """The word of a commit's leader."""
     if isinstance(verdict, Released):
         return _PUBLISHED + verdict.result
     return _NOT_PUBLISHED + encode_reason(verdict)
@@ -108,7 +108,7 @@ def decode_word(value: bytes) -> Verdict:
 
 
 def missing(log: bytes | None, world_size: int) -> tuple[int, ...]:
-    """The ranks without a line in a phase's log, sorted. Lines that are none are passed over."""
+    """The ranks without a line in a phase's log, sorted; ignores lines that are wrong."""
     entered = {number(line) for line in (log or b"").split()}
     return tuple(rank for rank in range(world_size) if rank not in entered)
 
@@ -153,7 +153,7 @@ def ranges(ranks: Iterable[int]) -> str:
 def unranged(text: str) -> tuple[int, ...]:
     """The inverse.
 
-    :raises ValueError: it is none, or names more ranks than any world has
+    :raises ValueError: it is wrong, or names more ranks than any world has
     """
     ranks: list[int] = []
     for span in text.split(",") if text else ():
@@ -165,12 +165,12 @@ def unranged(text: str) -> tuple[int, ...]:
 
 
 def number(value: bytes | None) -> int | None:
-    """The number that stands there; None where there is none, or something else wrote it."""
+    """The number in a value; None if there is none, or another client wrote it."""
     if value and len(value) < 20 and value.isdigit():
         return int(value)
     return None
 
 
 def show(value: bytes) -> str:
-    """For messages: what stands somewhere, or how it begins."""
+    """A value for a message, or its beginning."""
     return repr(value[:60].decode(errors="replace"))

@@ -1,8 +1,8 @@
-"""How connections come about, and a store that this process hosts."""
+"""Opens connections, and hosts a store in this process."""
 
 from __future__ import annotations
 
-# What reads an address as text, which Python would load as the first is read: in the way of a loop.
+# The codec of address names. Python would load it with the first name, on an event loop.
 import encodings.idna  # noqa: F401
 import errno
 import os
@@ -24,7 +24,7 @@ from .waiting import sleep, within, writable
 from .worker import in_own_thread
 
 _RETRY_SECS = 0.1
-# How long one address is tried before the next is tried beside it.
+# How long to try one address before the next one is tried as well.
 _HEAD_START_SECS = 0.25
 _HOSTED_TIMEOUT = timedelta(seconds=300)
 
@@ -32,7 +32,7 @@ Addresses = list[tuple[Any, ...]]
 
 
 class NotUnderstood(BarrierConnectionError):
-    """Something answers, but not as the server of a TCPStore does."""
+    """The answer is not that of a TCPStore's server."""
 
 
 async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
@@ -60,13 +60,13 @@ async def connect(
     deadline: float,
     failures: list[BaseException] | None = None,
 ) -> SocketConnection:
-    """A connection to the server of a TCPStore, which has said that it is one.
+    """Connect to the server of a TCPStore, which has proved that it is one.
 
     Tries until it works, or the loop's clock says ``deadline``: its host may come later.
 
-    :param failures: the latest one is kept there, for those who do not wait as long
-    :raises NotUnderstood: what answers is none
-    :raises BarrierConnectionError: nobody answered by then, and why
+    :param failures: the latest one is kept there, for calls that do not wait as long
+    :raises NotUnderstood: another kind of server answers
+    :raises BarrierConnectionError: no server answered by then; it says why
     """
     began = loop.now()
     failures = [] if failures is None else failures
@@ -113,7 +113,7 @@ async def _resolve(loop: Loop, host: str, port: int) -> Addresses:
 
 
 async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket:
-    """A socket to the first address that takes one; each is tried beside those before it."""
+    """A socket to the first address that accepts one; tries several at the same time."""
     deadline = loop.now() + secs
     failure: OSError = TimeoutError(errno.ETIMEDOUT, "connecting timed out")
     opened: Future[socket.socket] = Future()
@@ -189,7 +189,7 @@ async def _greet(loop: Loop, sock: socket.socket, where: str, secs: float) -> So
         cause = answer.error and answer.error.__cause__
         connection.close(reset=True)
         if isinstance(cause, ConnectionError):
-            # It hung up: perhaps it is just ending, or beginning.
+            # The server hung up: perhaps it ends or begins just now.
             raise cause
         said = "" if answer.error is not None else f" ({answer.result()[0]!r})"
         raise NotUnderstood(f"what listens at {where} does not answer as a TCPStore does{said}")
@@ -199,7 +199,7 @@ async def _greet(loop: Loop, sock: socket.socket, where: str, secs: float) -> So
 async def connect_by_threads(
     loop: Loop, open_store: Callable[[], Store], deadline: float, what: str
 ) -> ThreadedConnection:
-    """A connection whose calls c10d's own client makes, in threads.
+    """Open a connection whose calls c10d's own client makes, in threads.
 
     :raises BarrierConnectionError: it was not open by ``deadline``
     """
@@ -227,7 +227,7 @@ def host_store(host: str, port: int, use_libuv: bool, *, shared: bool) -> TCPSto
     :param shared: whether others in this process may host at the same port: all get one server
     :raises OSError: the port is taken, or cannot be listened at
     """
-    # c10d says that it is taken in a trace on stderr, so it is looked at before.
+    # If the port is taken, c10d writes a trace to stderr. So look before.
     if port and not (shared and hosted_here(port)):
         _probe_port(port)
     try:

@@ -1,4 +1,4 @@
-"""A loop of the library's own, for what has to be done where no event loop runs any more."""
+"""A loop of the library's own, for the last work when no event loop runs any more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _PrivateTimer:
 
 
 class PrivateLoop:
-    """A loop that blocks its thread: for what has to be done when there is no other any more."""
+    """A loop that blocks its thread, for the last work when there is no other loop."""
 
     ended = False
 
@@ -102,7 +102,7 @@ class PrivateLoop:
                 self._posted.popleft()()
 
     def close(self) -> None:
-        """End: let go of what it had."""
+        """End it, and free its resources."""
         for callback in list(self._ends):
             callback()
         self._here.close()

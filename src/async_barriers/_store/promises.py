@@ -1,4 +1,4 @@
-"""Waiting on an event loop for the result of a thread."""
+"""Waits on an event loop for the result of a thread."""
 
 from __future__ import annotations
 

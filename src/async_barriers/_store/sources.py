@@ -1,4 +1,4 @@
-"""Where a barrier's store is: passed in, or at an address where one rank hosts it."""
+"""The places of a barrier's store: passed in, or at an address where one rank hosts it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Connection = SocketConnection | ThreadedConnection
 
 _BY_THREADS = "ASYNC_BARRIERS_WORKER_THREADS"
 _RETRY_SECS = 0.2
-# How long a server of this process takes to let go of its port.
+# How long a server of this process takes to free its port.
 _CLOSING_SECS = 0.5
 
 
 class CannotHost(BarrierConnectionError):
-    """The store cannot be hosted here, and trying again is of no use."""
+    """The store cannot be hosted here, and another attempt would fail, too."""
 
 
 class Source(Protocol):
     """Opens connections to one store.
 
-    :ivar namespace: what all our keys begin with there; known once a connection is open
+    :ivar namespace: the beginning of all our keys there; known once a connection is open
     :ivar failures: the latest failure to connect, while none has worked since
     """
 
@@ -45,7 +45,7 @@ class Source(Protocol):
     async def open(self, loop: Loop, deadline: float) -> Connection:
         """A new connection, by the time the loop's clock says ``deadline``.
 
-        :raises BarrierConnectionError: none could be had
+        :raises BarrierConnectionError: no connection was possible
         """
         ...
 
@@ -54,14 +54,14 @@ class Source(Protocol):
         ...
 
     def let_go(self) -> None:
-        """The barrier is closed."""
+        """End its use, since the barrier is closed."""
         ...
 
 
 class Beside:
-    """Leads where another source does, to keys of its own; hosts nothing.
+    """Leads to the store of another source, with keys of its own; hosts nothing.
 
-    :param what: whose keys; no other choice of it collides
+    :param what: the owner of the keys; no other choice of it collides
     """
 
     def __init__(self, source: PassedIn | StoreAt | Beside, what: str) -> None:
@@ -72,7 +72,7 @@ class Beside:
 
     @property
     def namespace(self) -> str:
-        # Another prefix's keys go on with "async_barriers/" there, or an agreed name's with hex.
+        # The keys of another prefix have "async_barriers/" there, and those of an agreed name hex.
         return f"{self._client.namespace}async_barriers.beside/{measured(self._what)}/"
 
     @namespace.setter
@@ -80,7 +80,7 @@ class Beside:
         raise AttributeError("it follows from that of its source")
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
-        # Its port may be known only since it is hosted.
+        # Its port may be known only once it is hosted.
         self._client = self._source.client()
         return await self._client.open(loop, deadline)
 
@@ -91,16 +91,16 @@ class Beside:
         return False
 
     def let_go(self) -> None:
-        """What it leads to is the other's."""
+        """The store belongs to the other source."""
 
 
 def by_threads(asked: bool) -> bool:
-    """Whether c10d's client is to be used in threads, where it could be done without."""
+    """Whether to use c10d's client in threads, although sockets would do."""
     return asked or os.environ.get(_BY_THREADS, "0") not in ("", "0")
 
 
 class PassedIn:
-    """A store of the caller's, which is only asked where it leads."""
+    """A store of the caller, which is used only for its address."""
 
     def __init__(self, store: Store, worker_threads: bool = False) -> None:
         self.namespace = ""
@@ -134,7 +134,7 @@ class PassedIn:
         return bool(await in_thread(loop, "host", partial(hosted_here, self._tcp.port)))
 
     def let_go(self) -> None:
-        """It is the caller's."""
+        """The store belongs to the caller."""
 
     def client(self) -> PassedIn:
         """Another source that leads to the same store."""
@@ -144,8 +144,8 @@ class PassedIn:
 class StoreAt:
     """A TCPStore at an address; on the rank that hosts it, the server itself.
 
-    :param shared: whether others in this process may host, or have hosted, at the same port
-        (c10d's multi-tenancy): all get the same server, and it lives as long as one of them
+    :param shared: whether others in this process may host at the same port (c10d's multi-tenancy):
+        all get the same server, which lives as long as one of them
     """
 
     namespace = ""
@@ -177,7 +177,7 @@ class StoreAt:
         if self._hosts:
             if self._server is None:
                 self._server = await self._host(loop, deadline)
-            # A name need not lead to this machine from here.
+            # A name may lead to another machine from here.
             port = self._server.port
         if not self._threads:
             try:
@@ -199,7 +199,7 @@ class StoreAt:
                     connecting.host_store, host, port, self._use_libuv, shared=self._shared
                 )
                 # Not held by this frame, which the traceback of an earlier attempt may keep: the
-                # port is free when the server is not held any more.
+                # port is free when no reference to the server is left.
                 return cast(TCPStore, await in_thread(loop, "host", hosting))
             except OSError as exc:
                 if isinstance(exc, BarrierConnectionError):
@@ -208,10 +208,10 @@ class StoreAt:
                     advice = ""
                 else:
                     holder, ours = await in_thread(loop, "port", partial(holder_of, port))
-                    # One of this process's that is not shared will not be.
+                    # A server of this process that is not shared will never be.
                     ends = began + _CLOSING_SECS if ours and self._shared else deadline
                     if loop.now() < min(ends, deadline):
-                        # A former process of this job may still hold it for a moment.
+                        # An earlier process of this job may still hold the port for a moment.
                         await sleep(loop, min(_RETRY_SECS, max(0.0, deadline - loop.now())))
                         continue
                     advice = f"; the port is held by {holder}"
@@ -233,7 +233,7 @@ class StoreAt:
         self._server = None
 
     def client(self) -> StoreAt:
-        """One that leads to the same store, and does not host it."""
+        """A source that leads to the same store and does not host it."""
         host, port = self.address
         at = port if self._server is None else self._server.port
         return StoreAt(host, at, self._use_libuv, hosts=False, worker_threads=self._threads)
@@ -242,8 +242,7 @@ class StoreAt:
 async def _by_client(
     loop: Loop, host: str, port: int, deadline: float, failures: list[BaseException]
 ) -> Connection:
-    # c10d's constructor never returns from a port that is silent, so it is known before that a
-    # server answers.
+    # c10d's constructor never returns from a silent port, so check before that a server answers.
     with contextlib.suppress(NotUnderstood):
         (await connecting.connect(loop, host, port, deadline, failures)).close()
     return await connecting.connect_by_threads(

@@ -1,7 +1,7 @@
 """A connection to a torch store of any kind: blocking calls, in worker threads of ours.
 
-The only module that calls c10d stores, but for what opens them (`connecting`); they alone know
-c10d's exceptions, and each becomes a `BarrierConnectionError` there.
+Only this module and `connecting` call c10d stores. Only they know c10d's exceptions, and turn each
+into a `BarrierConnectionError`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _CLOSED = b"closed"
 
 
 class BlockingStore:
-    """A torch store of any kind, in the terms of the protocol; each call blocks."""
+    """A torch store of any kind, with the operations of the protocol; each call blocks."""
 
     def __init__(self, store: Store) -> None:
         # torch's stubs lack half of the stores' methods.
         self._store: Any = store
         self._base = innermost(store)
-        # One operation, and over a TCPStore one round trip, where check and get take three; and get
+        # One operation, and over a TCPStore one round trip; check and get take three. And get
         # waits, without end, for a key that is deleted between the two.
         self._reads_at_once = isinstance(self._base, TCPStore | HashStore | FileStore)
         # FileStore's own append is a get and a set: two ranks may lose a line to each other.
@@ -57,7 +57,7 @@ class BlockingStore:
             store.set_timeout(_FOREVER)
 
     def do(self, request: Request) -> Any:
-        """What the request is answered by."""
+        """The answer to the request."""
         store = self._store
         try:
             if isinstance(request, Append):
@@ -99,7 +99,7 @@ class BlockingStore:
         return self._socket is not None
 
     def interrupt(self) -> None:
-        """From any thread: end the call under way, where that can be done."""
+        """From any thread: end the call under way, if that is possible."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -147,11 +147,11 @@ class ThreadedConnection:
         self._loop = loop
         self._caller = Worker("calls")
         self._waiter: Worker | None = None
-        # Each is used by one thread: a call waits for no wait.
+        # Each is used by one thread, so that no call waits behind a wait.
         self._called: BlockingStore | None = None
         self._waited: BlockingStore | None = None
         self._awaited: str | None = None
-        # What has yet to be answered.
+        # The requests without an answer yet.
         self._due: dict[Future[list[Any]], None] = {}
 
     def open(self) -> Future[list[Any]]:
@@ -171,7 +171,7 @@ class ThreadedConnection:
 
         def make() -> tuple[list[list[Any]], list[Any]]:
             if self._failed or self._interrupted:
-                # What was said before may not have come, so this must not either.
+                # Earlier requests may not have come, so this must not come either.
                 raise BarrierConnectionError("this connection to the store was lost")
             self._failed = True
             answers = make_all()
@@ -182,7 +182,8 @@ class ThreadedConnection:
             if self._called is None:
                 self._called = BlockingStore(self._open_store())
                 if self._interrupted:
-                    # While it was opened: a call would hang for ever, or print c10d's traces.
+                    # It was closed while it opened: a call would never return, or print c10d's
+                    # traces.
                     raise BarrierConnectionError("this connection to the store was closed")
             store = self._called
             done = [self._answers(store, earlier) for earlier, _ in late]
@@ -214,18 +215,18 @@ class ThreadedConnection:
         except RuntimeError as exc:
             self._lose(_no_thread(exc), answered)
         except BaseException as exc:
-            # A signal handler's: nobody hears any more what comes of the call.
+            # A signal handler raised: the result of the call is lost.
             self._lose(_lost(exc), answered)
             raise
         return answered
 
     def fulfil(self, *requests: Request) -> None:
-        """Send requests, and call nobody any more."""
+        """Send requests, and call back no more."""
         self.stop_waiting()
         self.call(*requests)
 
     def stop_waiting(self) -> None:
-        """Call nobody any more."""
+        """Call back no more."""
         self._awaited = None
         self.on_wake = None
 
@@ -238,7 +239,7 @@ class ThreadedConnection:
         return bool(self._due)
 
     def close(self, *, reset: bool = False) -> None:
-        """End the threads after what they do; one that hangs is interrupted, where that works."""
+        """End the threads after their calls; interrupt one that hangs, if that works."""
         self.on_lost = None
         self._end(BarrierConnectionError("this connection to the store was closed"), reset)
 
@@ -248,7 +249,7 @@ class ThreadedConnection:
 
     @property
     def ended(self) -> list[Promise[None]]:
-        """When its threads are gone."""
+        """Settled when its threads are gone."""
         return [worker.ended for worker in (self._caller, self._waiter) if worker is not None]
 
     def _wait_for(self, key: str) -> None:
@@ -259,7 +260,7 @@ class ThreadedConnection:
         def wait() -> None:
             if self._waited is None:
                 self._waited = BlockingStore(self._open_store())
-            # Where it was closed while this opened, its key may have been written and deleted.
+            # If it was closed while this opened, its key may have been written and deleted.
             if self.lost is None:
                 self._waited.wait(key)
 
@@ -297,7 +298,7 @@ class ThreadedConnection:
     ) -> None:
         on_lost, self.on_lost = self.on_lost, None
         self._end(error, reset=True)
-        # Whoever awaits it goes on at once, and has to find that this connection is lost.
+        # The awaiting task goes on at once, and has to find that this connection is lost.
         if answered is not None:
             answered.fail(error)
         if on_lost is not None:
@@ -318,13 +319,13 @@ class ThreadedConnection:
                 return
             with contextlib.suppress(BarrierConnectionError):
                 if waiting and waiter is not None and not (reset and store.interruptible):
-                    # Its own key wakes the thread that waits. Again, where a store only looks now
-                    # and then, and somebody deletes it meanwhile.
+                    # Its own key wakes the thread that waits. Written again, in case the store only
+                    # looks now and then and another client deletes it meanwhile.
                     for _ in range(_TRIES):
                         store.do(Set(key, _CLOSED))
                         if waiter.ended.wait(_TRY_SECS):
                             break
-                    # What another connection listens for by now is not taken away from it.
+                    # Do not delete the key if another connection waits for it by now.
                     if store.do(Read(key)) == _CLOSED:
                         store.do(Delete(key))
             store.close()
@@ -334,7 +335,7 @@ class ThreadedConnection:
         self._caller.retire(close_called)
         if reset:
             self.interrupt()
-        # Not when its thread comes back, which may be never.
+        # Not when its thread returns, since it may never return.
         for answered in due:
             answered.fail(another(error))
 
@@ -343,7 +344,7 @@ class ThreadedConnection:
             self._waited.close()
 
     def interrupt(self) -> None:
-        """From any thread: end what hangs, where that can be done."""
+        """From any thread: end the calls that hang, if that is possible."""
         self._interrupted = True
         for store in (self._called, self._waited):
             if store is not None:
@@ -353,7 +354,7 @@ class ThreadedConnection:
         answers = []
         for request in requests:
             if self._interrupted:
-                # It was given up while one before this hung.
+                # The connection was given up while a call before this one hung.
                 raise BarrierConnectionError("this connection to the store was closed")
             answer = store.do(request)
             if not isinstance(request, SILENT):
@@ -362,13 +363,13 @@ class ThreadedConnection:
 
 
 def _shared_socket(store: TCPStore) -> socket.socket | None:
-    """A copy of the descriptor of c10d's own, which it tells in its repr only: it lets us end a
-    call that c10d itself would never return from."""
+    """A copy of c10d's own descriptor, which only its repr has: it ends a call that c10d would
+    never return from."""
     found = re.search(r"fd=(\d+)", repr(store))
     if found is None:
         return None
-    # Python would make it non-blocking for both where `socket.setdefaulttimeout` was called; with
-    # this flag it believes that it is so already.
+    # After `socket.setdefaulttimeout` Python would make it non-blocking for both; with this flag it
+    # believes that it is so already.
     kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
     return socket.socket(socket.AF_INET, kind, fileno=os.dup(int(found[1])))
 
@@ -381,7 +382,7 @@ def innermost(store: Store) -> Store:
 
 
 def _timed_out(exc: BaseException | None) -> bool:
-    # c10d and FileStore say it in words only, and each in its own class.
+    # c10d and FileStore say it only in words, each in an error class of its own.
     said = str(exc).lower()
     return exc is not None and "timeout" in said and "wait" in said
 
@@ -399,5 +400,5 @@ def _no_thread(exc: BaseException) -> BarrierConnectionError:
 
 
 def _bytes(value: bytes | str) -> bytes:
-    # A store written in Python may hand back what c10d never would.
+    # A store written in Python may return other values than c10d.
     return value.encode() if isinstance(value, str) else bytes(value)

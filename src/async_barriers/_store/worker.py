@@ -1,10 +1,9 @@
 """Threads for blocking calls: the only home of threads in this library.
 
-A worker is one daemon thread that makes blocking calls one after another. Daemon, so that
-a call that never returns (c10d in a silent partition) does not keep the process alive; waited for,
-bounded, before the interpreter finalises (see `_at_exit`), also where its owner has given it up,
-since a daemon thread that returns from C++ into a finalising interpreter takes the process down
-with SIGABRT.
+A worker is one daemon thread that makes blocking calls one after another. It is a daemon so that a
+call that never returns (c10d in a silent partition) does not keep the process alive. Before the
+interpreter finalises, `_at_exit` waits for it, with a bound, also if its owner has given it up: a
+daemon thread that returns from C++ into a finalising interpreter ends the process with SIGABRT.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ EXIT_SECS = 1.0
 
 
 class Promise(Generic[T]):
-    """What a thread will tell; thread-safe.
+    """The later result of a thread; thread-safe.
 
-    It has no lock of its own, but a list's methods exclude each other, without a GIL by a lock of
-    the list. The first one to append has told; and of a thread that tells and one that asks to be
-    woken, whichever comes second at the list of those to wake sees what the other did.
+    It has no lock of its own, but a list's methods exclude each other, without a GIL by the list's
+    own lock. The first to append has settled it. A thread that settles and one that asks to be
+    woken meet at the list of those to wake: the second one sees what the first one did.
     """
 
     __slots__ = ("_told", "_wakes")
@@ -45,9 +44,9 @@ class Promise(Generic[T]):
         return bool(self._told)
 
     def result(self, within_secs: float | None = 0.0) -> T:
-        """What was told; raises it if it is an error. Blocks this thread, if it is not settled.
+        """The result; raises it if it is an error. Blocks this thread until it is settled.
 
-        :param within_secs: how long it may block; None for as long as it takes
+        :param within_secs: how long it may block; None for any time
         :raises TimeoutError: it was not settled ``within_secs``
         """
         if not self._told and not self.wait(within_secs):
@@ -59,18 +58,18 @@ class Promise(Generic[T]):
         return told
 
     def settle(self, result: Any = None, *, error: BaseException | None = None) -> None:
-        """Tell, unless that was done, and wake whoever waits for it."""
+        """Set the result, unless there is one, and wake all that wait for it."""
         self._told.append((result, error))
         self._wake()
 
     def when_settled(self, wake: Callable[[], object]) -> None:
-        """Have ``wake`` called, in whatever thread, when it is settled or if it is."""
+        """Have ``wake`` called, in any thread, when it is settled, or now if it is."""
         self._wakes.append(wake)
         if self._told:
             self._wake()
 
     def wait(self, timeout_secs: float | None) -> bool:
-        """Block this thread until it is settled, or for ``timeout_secs``; whether it is."""
+        """Block this thread until it is settled, or for ``timeout_secs``; return whether it is."""
         if not self._told:
             told = threading.Event()
             self.when_settled(told.set)
@@ -79,7 +78,8 @@ class Promise(Generic[T]):
 
     def _wake(self) -> None:
         while True:
-            # Popped at once, as looking whether there is one would not wait for who adds one.
+            # Popped at once, as a look whether there is one would not wait for a thread that adds
+            # one.
             try:
                 wake = self._wakes.pop(0)
             except IndexError:
@@ -87,7 +87,7 @@ class Promise(Generic[T]):
             wake()
 
 
-# What a thread is to call, and the promise of each; None is its end.
+# The calls of a thread, each with its promise; None ends it.
 _Calls = deque[tuple[Callable[[], object], Promise[Any]] | None]
 
 
@@ -104,8 +104,8 @@ class Worker:
         self._arrived = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
         self._retired = False
-        # One thread starts, and nothing is queued after the last call, whoever comes at once: a
-        # signal handler in the midst of it, too.
+        # One thread starts, and nothing is queued after the last call, also with several callers at
+        # once, or a signal handler in between.
         self._queueing = threading.RLock()
 
     def submit(self, call: Callable[[], T], promise: Promise[T] | None = None) -> Promise[T]:
@@ -148,14 +148,14 @@ class Worker:
 
     def _start(self) -> None:
         if not self._started:
-            # Known before it runs: a signal handler may raise before `start` returns. It is held
-            # strongly by itself while it runs; by nobody when its owner is dropped.
+            # Noted before it runs: a signal handler may raise before `start` returns. A running
+            # thread keeps itself alive; nothing else does once its owner is dropped.
             self._thread = _thread(self._name, self._calls, self._arrived, self.ended)
             self._thread.start()
 
 
 def in_own_thread(name: str, call: Callable[[], T]) -> Promise[T]:
-    """Make one call in a thread of its own, which ends after it, come what may here.
+    """Make one call in a thread of its own, which ends after it, whatever happens here.
 
     :raises RuntimeError: the thread cannot be started
     """
@@ -172,7 +172,7 @@ def _name(what: str) -> str:
 def _thread(
     name: str, calls: _Calls, arrived: threading.Semaphore, ended: Promise[None]
 ) -> threading.Thread:
-    """One that goes through ``calls``, and has not been started."""
+    """A thread that makes ``calls``, and has not been started."""
     return threading.Thread(target=_work, args=(calls, arrived, ended), name=name, daemon=True)
 
 
@@ -210,8 +210,8 @@ def wait_for_ends(
 ) -> None:
     """Block this thread until threads have ended, or `time.monotonic` says ``deadline``.
 
-    :param abandon: makes them end, when they have not by themselves in half of the time
-    :param patient: whether they are given that half
+    :param abandon: makes them end if they have not ended in half of the time
+    :param patient: whether they get that half
     """
     if patient:
         wait_for_all(ended, (deadline + time.monotonic()) / 2)
@@ -223,9 +223,9 @@ def wait_for_ends(
 
 
 class Living(Generic[T]):
-    """Objects, held weakly, in the order they came; from any thread.
+    """Objects, held weakly, in the order in which they came; from any thread.
 
-    A WeakSet cannot be gone through while another thread adds to it.
+    No WeakSet, since that cannot be iterated while another thread adds to it.
     """
 
     def __init__(self) -> None:
@@ -238,7 +238,7 @@ class Living(Generic[T]):
         self._references[weakref.ref(thing, self._forget)] = None
 
     def latest_first(self) -> list[T]:
-        """Those that live now."""
+        """The objects that live now."""
         references = list(self._references)
         return [thing for each in reversed(references) if (thing := each()) is not None]
 
@@ -259,7 +259,7 @@ def end_at_exit(owner: Any) -> None:
     ``deadline`` is on the `time.monotonic` clock. The owner is held weakly.
     """
     if not _to_end_at_exit:
-        # What multiprocessing forks ends without `atexit`.
+        # A process that multiprocessing forks ends without `atexit`.
         multiprocessing_util.Finalize(None, _at_exit, exitpriority=100)
     _to_end_at_exit.add(owner)
 
@@ -271,7 +271,7 @@ def _at_exit() -> None:
         with contextlib.suppress(Exception):
             owner.end(deadline)
     _to_end_at_exit.clear()
-    # Those that were given up, too: one that comes back from C++ later would abort the process.
+    # Also threads that were given up: one that returns from C++ later would abort the process.
     for thread in _threads.latest_first():
         thread.join(max(0.0, deadline - time.monotonic()))
 
