@@ -157,6 +157,27 @@ def test_a_call_that_hangs_is_interrupted(tcp: TCPStore, loop: PrivateLoop, wait
     connection.interrupt()
 
 
+def test_a_wait_that_goes_on_long_after_closing(loop: PrivateLoop) -> None:
+    """Its thread ends as soon as the store answers, and does not wait for a key that nobody
+    writes any more."""
+    store, hangs, goes_on = MemoryStore(), threading.Event(), threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "wait":
+            hangs.set()
+            assert goes_on.wait(10)
+
+    on, connection = over(store, loop)
+    assert isinstance(connection, ThreadedConnection)
+    store.data.hook = hook
+    on.answer(connection.call(wait="bell"))
+    on.until(hangs.is_set)
+    connection.close(reset=True)
+    on.until(connection._caller.ended.done)
+    goes_on.set()
+    on.until(lambda: all(ended.done() for ended in connection.ended), 2)
+
+
 def test_closing_while_its_first_store_is_opened(loop: PrivateLoop) -> None:
     """Nothing is said there any more, and nothing is left."""
     store, opened = MemoryStore(), threading.Event()

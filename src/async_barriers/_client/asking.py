@@ -34,8 +34,8 @@ async def became(session: Session, name: str, sequence: int) -> CommitRecord | N
         return found
     why = session.why_not or asking.error
     raise BarrierConnectionError(
-        f"{describe(name, sequence, session.prefix)}: rank {session.rank} asked the store what "
-        f"became of it, and had no answer within {seconds(session.init_secs)} ({told_by(why)}); "
+        f"{describe(name, sequence, session.prefix)}: rank {session.rank} asked the store for "
+        f"its outcome, and had no answer within {seconds(session.init_secs)} ({told_by(why)}); "
         "ask again once the process that hosts the store can be reached"
     ) from why
 

@@ -83,7 +83,7 @@ class ArrivalLog:
             except BarrierConnectionError as exc:
                 why = str(exc)
         if missing is None:
-            return f"who is missing cannot be told ({why})", ()
+            return f"the missing ranks are unknown ({why})", ()
         if not missing:
             return "every rank had entered, so look for one that is stopped or has given up", ()
         if begun < call:
@@ -151,7 +151,7 @@ class ArrivalLog:
 
     def abandon(self) -> None:
         """From any thread: give up a store that does not answer."""
-        self._lost = self._lost or "the group's store was given up"
+        self._lost = self._lost or "the group's store did not answer"
         self._given_up.set()
         if (store := self._store) is not None:
             store.interrupt()
@@ -169,7 +169,7 @@ class ArrivalLog:
         try:
             self._worker.submit(lambda: self._make(call, again), promise)
         except RuntimeError as exc:
-            error = BarrierConnectionError(f"the group's store was let go ({exc})")
+            error = BarrierConnectionError(f"the group's store was closed ({exc})")
             promise.settle(error=error)
         return promise
 

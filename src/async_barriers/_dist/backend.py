@@ -136,7 +136,7 @@ class Backend:
         self._stuck = True
         while not _has_ended(work):
             if self._given_up.is_set():
-                raise BarrierConnectionError("the collective was given up")
+                raise BarrierConnectionError("the collective was stopped")
             lookout.look()
         self._stuck = False
         try:

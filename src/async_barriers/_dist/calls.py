@@ -109,10 +109,10 @@ class Calls:
             self.break_for_good(str(exc))
             raise another(exc, "this DistBarrier") from exc.__cause__
         assert timeout is not None
-        self.break_for_good("its group never came about")
+        self.break_for_good("its group was not made")
         why, missing = await self.log.explain(CONNECTING, loop, loop.now() + UNDO_SECS)
         raise BarrierConnectionError(
-            f"no gloo group came about within {seconds(timeout)}: "
+            f"no gloo group was made within {seconds(timeout)}: "
             + (f"{plural_ranks(missing)} had not connected a DistBarrier" if missing else why)
         )
 

@@ -75,7 +75,7 @@ class Collectives:
             self._worker.submit(call, told)
             self._used = True
         except RuntimeError as exc:
-            told.settle(error=BarrierConnectionError(f"the group was let go ({exc})"))
+            told.settle(error=BarrierConnectionError(f"the group was closed ({exc})"))
         return told
 
     def abandon(self) -> None:

@@ -66,7 +66,7 @@ class _Asking:
         while not promise.wait(_LOOK_UP_SECS) and not self._given_up.is_set():
             pass
         if self._given_up.is_set():
-            raise BarrierConnectionError("connecting was given up")
+            raise BarrierConnectionError("connecting was stopped")
         self._lookout.look()
         return promise.result()
 

@@ -18,7 +18,7 @@ from .._store.future import Effort
 from .._store.private_loop import PrivateLoop
 from .._store.threads import BlockingStore, innermost
 
-# How often to look whether connecting was given up.
+# How often to look whether connecting was stopped.
 _LOOK_UP_SECS = 0.1
 # How many barriers each group has had. A group that is gone is forgotten.
 _numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
@@ -97,7 +97,7 @@ def _await_answer(host: str, port: int, secs: float, given_up: threading.Event) 
     try:
         while not greeting.done and not given_up.is_set():
             loop.run(lambda: greeting.done, loop.now() + _LOOK_UP_SECS)
-        greeting.stop(BarrierConnectionError("connecting was given up"))
+        greeting.stop(BarrierConnectionError("connecting was stopped"))
         greeting.result().close()
     except NotUnderstood:
         pass  # c10d's own client may.

@@ -321,12 +321,14 @@ class ThreadedConnection:
                 if waiting and waiter is not None and not (reset and store.interruptible):
                     # Its own key wakes the thread that waits. Written again, in case the store only
                     # looks now and then and another client deletes it meanwhile.
+                    woken = False
                     for _ in range(_TRIES):
                         store.do(Set(key, _CLOSED))
-                        if waiter.ended.wait(_TRY_SECS):
+                        if woken := waiter.ended.wait(_TRY_SECS):
                             break
-                    # Do not delete the key if another connection waits for it by now.
-                    if store.do(Read(key)) == _CLOSED:
+                    # A wait that hangs must find the key when it goes on. And do not delete it if
+                    # another connection waits for it by now.
+                    if woken and store.do(Read(key)) == _CLOSED:
                         store.do(Delete(key))
             store.close()
 
