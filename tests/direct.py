@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from torch.distributed import Store
 
 from async_barriers._protocol.store import SILENT, Request
+from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.future import Effort, Future
-from async_barriers._store.threads import BlockingStore
 
 T = TypeVar("T")
 

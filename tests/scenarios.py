@@ -19,7 +19,7 @@ from async_barriers._client import joining, session, state
 from async_barriers._client.barrier import CrossingBarrier
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._client.session import Session
-from async_barriers._protocol import membership as members
+from async_barriers._protocol import claiming
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Life, State
 from async_barriers._protocol.store import Set
@@ -116,7 +116,9 @@ def modelled_world() -> Iterator[None]:
                 "process",
                 SimpleNamespace(new_life=_new_life, lives=_lives, holders=_Nobody()),
             )
-        patch.setattr(members, "secrets", SimpleNamespace(token_hex=lambda n: Host.running.token()))
+        patch.setattr(
+            claiming, "secrets", SimpleNamespace(token_hex=lambda n: Host.running.token())
+        )
         yield
 
 

@@ -19,10 +19,11 @@ from torch.distributed import DistStoreError, FileStore, Store, TCPStore
 
 from async_barriers import BarrierConnectionError
 from async_barriers._protocol.store import Add, Delete, Read, Set
-from async_barriers._store import threads
+from async_barriers._store import blocking_store
+from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection
-from async_barriers._store.threads import BlockingStore, ThreadedConnection
+from async_barriers._store.threads import ThreadedConnection
 
 
 def test_a_key_that_is_deleted_as_it_is_read(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_closing_while_its_first_store_is_opened(loop: PrivateLoop) -> None:
 
 def test_a_torch_that_hides_its_descriptor(tcp: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the store works, and cannot be interrupted."""
-    monkeypatch.setattr(threads, "_shared_socket", lambda store: None)
+    monkeypatch.setattr(blocking_store, "_shared_socket", lambda store: None)
     plain = BlockingStore(tcp.clone())  # type: ignore[attr-defined]
     assert not plain.interruptible
     plain.interrupt()

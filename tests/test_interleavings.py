@@ -16,8 +16,7 @@ from signal_scenarios import ObservedGate, SignalScenario
 from async_barriers._client import agreeing
 from async_barriers._client.entering import Entering
 from async_barriers._client.gate import Round
-from async_barriers._protocol import count, phase
-from async_barriers._protocol import membership as members
+from async_barriers._protocol import claiming, count, leaving, phase
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Membership, State
 from async_barriers._protocol.signal import Sent, sending
@@ -120,7 +119,7 @@ def test_a_generation_that_is_overwritten_is_found(monkeypatch: pytest.MonkeyPat
         return state
 
     two_that_join().wander(runs=RUNS)
-    monkeypatch.setattr(members, "_replaced", replaced)
+    monkeypatch.setattr(claiming, "_replaced", replaced)
     with pytest.raises(Violation, match=r"law (11|3)"):
         two_that_join().wander(runs=RUNS)
 
@@ -134,14 +133,14 @@ def two_that_join() -> Scenario:
 
 def test_a_ring_before_the_news_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that leaves wakes its peers, which look around before it has said so."""
-    leave = members.leave
+    leave = leaving.leave
 
     async def rings_first(store: Store, membership: Membership, *args: Any, **kwargs: Any) -> bool:
         await store.call(SetMany(membership.bells, b"left"), Read(membership.keys.state))
         return await leave(store, membership, *args, **kwargs)
 
-    monkeypatch.setattr(members, "leave", rings_first)
-    monkeypatch.setattr(members, "SetMany", lambda keys, value: SetMany([], value))
+    monkeypatch.setattr(leaving, "leave", rings_first)
+    monkeypatch.setattr(leaving, "SetMany", lambda keys, value: SetMany([], value))
     scenario = Scenario(2)
     scenario.rank("0", scenario.closes())
     scenario.rank("1", scenario.crosses())

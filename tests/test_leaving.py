@@ -33,7 +33,7 @@ from async_barriers import (
     BrokenBarrierError,
     StoreBarrier,
 )
-from async_barriers._protocol import membership
+from async_barriers._protocol import leaving
 
 in_process = pytest.mark.anyio
 as_processes = pytest.mark.processes
@@ -63,7 +63,7 @@ class Struck(Exception):
 async def test_closing_that_is_struck(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal handler's exception, before a word is said: it is begun anew."""
     said: list[object] = []
-    leave = membership.leave
+    leave = leaving.leave
 
     def struck(*args: Any, **options: Any) -> Any:
         said.append(args)
@@ -75,7 +75,7 @@ async def test_closing_that_is_struck(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting = tasks.start(ranks[1].execute_barrier)
         await anyio.sleep(0.05)
         with monkeypatch.context() as patch:
-            patch.setattr(membership, "leave", struck)
+            patch.setattr(leaving, "leave", struck)
             with contextlib.suppress(Struck):
                 await ranks[0].aclose()
             error = await waiting.raised(BrokenBarrierError)

@@ -22,8 +22,8 @@ from async_barriers._protocol.store import (
     SetMany,
 )
 from async_barriers._store import copies
+from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.private_loop import PrivateLoop
-from async_barriers._store.threads import BlockingStore
 
 
 @pytest.fixture

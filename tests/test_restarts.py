@@ -26,6 +26,7 @@ from async_barriers import (
     TCPStoreBarrier,
 )
 from async_barriers._client import process
+from async_barriers._protocol import claiming, leaving
 from async_barriers._protocol import membership as members
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Life, Membership
@@ -102,7 +103,7 @@ class Joining:
     ) -> Membership:
         life = Life(secrets.token_hex(8), "somewhere", 1000 + rank, **options)
         joined = run(
-            members.join(
+            claiming.join(
                 self.store,
                 self.keys,
                 rank,
@@ -160,12 +161,12 @@ def test_one_that_left_holds_nothing() -> None:
     who comes then does not count what came before."""
     place = Joining()
     first, peer = place.join(0), place.join(1)
-    assert run(members.leave(place.store, first, "done", hosts=False))
+    assert run(leaving.leave(place.store, first, "done", hosts=False))
     second = place.join(0)
     assert second.state.number == 1
     third = place.join(1, before=peer)
     for one in (second, third):
-        run(members.leave(place.store, one, "done", hosts=False))
+        run(leaving.leave(place.store, one, "done", hosts=False))
     left = [key for key in place.memory.data.values if not key.endswith("/state")]
     assert left == []
     assert place.join(0).state.number == 2

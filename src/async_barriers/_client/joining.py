@@ -13,6 +13,7 @@ from .._errors import (
     describe,
     told_by,
 )
+from .._protocol import claiming
 from .._protocol import membership as members
 from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership, State
@@ -100,7 +101,7 @@ class Joining(Listening):
         life = process.new_life(self.run_id)
         self._claiming = True
         try:
-            joined = await members.join(
+            joined = await claiming.join(
                 store,
                 self.keys,
                 self.rank,

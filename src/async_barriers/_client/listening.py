@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
+from .._protocol import leaving
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import Count
@@ -304,7 +305,7 @@ class Listening(Breaking):
             return
         with contextlib.suppress(BarrierConnectionError):
             await self._flush()
-            await members.release_host(bell, membership)
+            await leaving.release_host(bell, membership)
 
 
 def _named(name: str) -> bytes:

@@ -13,7 +13,7 @@ import time
 from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
-from .._protocol import membership as members
+from .._protocol import leaving
 from .._protocol.store import Delete, Read
 from .._store.future import Future
 from .._store.loops import Loop
@@ -121,7 +121,7 @@ class Session(Joining):
             return
         # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
-        goodbye = self.start(members.leave(bell, membership, reason, hosts=hosts))
+        goodbye = self.start(leaving.leave(bell, membership, reason, hosts=hosts))
         if not await within(loop, goodbye, deadline - self._now()):
             return
         if goodbye.result() and hosts:
@@ -138,7 +138,7 @@ class Session(Joining):
         bell, membership = self._bell, self.membership
         if bell is not None and bell.lost is None and membership is not None:
             await within(loop, self.start(self._flush()), deadline - self._now())
-            parting = self.start(members.part(bell, membership))
+            parting = self.start(leaving.part(bell, membership))
             await within(loop, parting, deadline - self._now())
 
     def _closed_error(self, phase: Phase) -> BarrierClosedError:

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from .._errors import BarrierConnectionError, plural_ranks
 from .._protocol.store import Add, Append, Delete, Read, Set
+from .._store.blocking_store import BlockingStore
 from .._store.loops import Loop
 from .._store.promises import told
-from .._store.threads import BlockingStore
 from .._store.worker import Promise, Worker
 from .departures import MOMENT_SECS, Gone, decode
 from .group import Group

@@ -12,11 +12,11 @@ from torch.distributed import Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
 from .._launch import group_store
+from .._store.blocking_store import BlockingStore, innermost
 from .._store.connecting import NotUnderstood, connect
 from .._store.copies import copy_of
 from .._store.future import Effort
 from .._store.private_loop import PrivateLoop
-from .._store.threads import BlockingStore, innermost
 
 # How often to look whether connecting was stopped.
 _LOOK_UP_SECS = 0.1

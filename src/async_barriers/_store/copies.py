@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
-from .threads import innermost
+from .blocking_store import innermost
 
 _NAMESPACE = "async_barriers/namespace"
 

@@ -14,10 +14,11 @@ from .._errors import BarrierConnectionError, seconds, told_by
 from .._protocol.keys import measured
 from .._system import holder_of, hosted_here
 from . import connecting, copies
+from .blocking_store import innermost
 from .connecting import NotUnderstood, in_thread
 from .connection import SocketConnection
 from .loops import Loop
-from .threads import ThreadedConnection, innermost
+from .threads import ThreadedConnection
 from .waiting import sleep
 
 Connection = SocketConnection | ThreadedConnection

@@ -1,0 +1,203 @@
+"""Claiming a rank in the present generation, or in the next; see `membership`.
+
+A newcomer asks the life that holds its rank, where the machine cannot tell whether it is there.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .._errors import BarrierError
+from .keys import Keys
+from .membership import (
+    FIELD,
+    JOINED,
+    Life,
+    Member,
+    Membership,
+    State,
+    bells_of,
+    member_of,
+    state_of,
+)
+from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
+from .verdict import RUBBISH, number
+
+# Whether the process of a life lives; None if only that process can tell.
+Lives = Callable[["Life"], bool | None]
+# Wait for a key, so many seconds at most; return whether it came.
+WaitFor = Callable[[str, float], Any]
+
+ANSWERS_SECS = 1.0
+
+
+async def join(
+    store: Store,
+    keys: Keys,
+    rank: int,
+    world_size: int,
+    life: Life,
+    *,
+    lives: Lives,
+    wait_for: WaitFor,
+    before: Membership | None = None,
+) -> Membership:
+    """Claim ``rank`` in the present generation; end that first if another life held the rank there.
+
+    :param life: a life that has not claimed a rank yet
+    :param before: the membership that this process had before, if any
+    :raises BarrierError: another living process holds the rank, or the ranks have another world
+        size or run; or something else wrote to our keys
+    """
+    try:
+        return await _join(store, keys, rank, world_size, life, lives, wait_for, before)
+    except RUBBISH as exc:
+        raise BarrierError(
+            f"something else wrote to the keys of barrier {keys.prefix!r} in the store ({exc!r}); "
+            "choose another prefix, or delete the keys under " + repr(keys.root)
+        ) from exc
+
+
+async def _join(
+    store: Store,
+    keys: Keys,
+    rank: int,
+    world_size: int,
+    life: Life,
+    lives: Lives,
+    wait_for: WaitFor,
+    before: Membership | None,
+) -> Membership:
+    while True:
+        found, held = await store.call(Read(keys.state), Read(keys.member(rank)))
+        if not found or number(found) is not None:
+            # No rank is there. If all have left, as `clear` says, this is a restart.
+            first = number(found) or 0
+            by = rank if first else None
+            state = State(first, _identity(first), world_size, life.run_id, by, life)
+            if await _replaced(store, keys, found, state) is None:
+                continue
+            found = state.encode()
+        state = state_of(found)
+        _check_run(keys, rank, life, state)
+        if state.world_size != world_size:
+            # If no process with the other size lives, the whole job came back with this size.
+            other = await _anyone(store, keys, state, lives, wait_for)
+            if other is not None:
+                raise BarrierError(
+                    f"rank {rank} of barrier {keys.prefix!r} was built with world size "
+                    f"{world_size}, but its peers with {state.world_size} (rank {other}, which "
+                    "lives, is one of them); all ranks must give the same"
+                )
+            await _end(store, keys, state, found, rank, world_size, life)
+            continue
+        holder = None if held is None else member_of(held)
+        ours = holder is None or holder.left or holder == (before and before.claim)
+        if (
+            holder is not None
+            and not ours
+            and await _answers(store, keys, rank, holder, lives, wait_for)
+        ):
+            raise BarrierError(
+                f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which is alive; "
+                f"{life} is refused. Look for two processes with this rank, or for another job on "
+                "this port; close a barrier before you build it again"
+            )
+        if holder is not None and holder.generation == state.identity:
+            await _end(store, keys, state, found, rank, world_size, life)
+            continue
+        claim = Member(life, state.identity)
+        mine = claim.encode()
+        (now,) = await store.call(CompareSet(keys.member(rank), held or b"", mine))
+        if now != mine:
+            continue
+        own = keys.generation(state.identity)
+        requests: list[Request] = [Add(own.roll, JOINED)]
+        if not store.waits:
+            requests.append(Add(own.threaded, 1))
+        if holder is not None:
+            # No other process deletes those of a life that is gone.
+            old = keys.generation(holder.generation)
+            spent = [old.bell(rank), old.asked(rank), old.answer(f"{rank}")]
+            requests.append(DeleteMany(spent))
+        roll, *_, current = await store.call(*requests, Read(keys.state))
+        if current != found:
+            # The generation ended meanwhile, and our claim with it.
+            await store.call(DeleteMany([own.roll, own.threaded]))
+            before = Membership(keys, rank, world_size, claim, state, False)
+            life = replace(life, token=secrets.token_hex(8))
+            continue
+        complete = roll & FIELD == world_size
+        if complete and state.number:
+            # Ranks that joined before wait for that.
+            await store.call(SetMany(bells_of(keys, state), b"all"))
+        return Membership(keys, rank, world_size, claim, state, complete)
+
+
+def _check_run(keys: Keys, rank: int, life: Life, state: State) -> None:
+    if None not in (life.run_id, state.run_id) and life.run_id != state.run_id:
+        who = "" if state.life is None else f" ({state.life} began it)"
+        raise BarrierError(
+            f"rank {rank} of barrier {keys.prefix!r} is of run {life.run_id!r} ({life}), but its "
+            f"keys are those of run {state.run_id!r}{who}; it is refused. Is this another job's "
+            "store? Give each job a port or a prefix of its own"
+        )
+
+
+def _identity(number: int) -> str:
+    return f"{number}-{secrets.token_hex(8)}"
+
+
+async def _replaced(store: Store, keys: Keys, found: bytes | None, state: State) -> State | None:
+    """Put ``state`` in place of the one found; None if another process was faster."""
+    (now,) = await store.call(CompareSet(keys.state, found or b"", state.encode()))
+    return state if now == state.encode() else None
+
+
+async def _end(
+    store: Store, keys: Keys, state: State, found: bytes, rank: int, world_size: int, life: Life
+) -> None:
+    after_it = state.number + 1
+    # A run's name outlives its generations.
+    run_id = state.run_id if life.run_id is None else life.run_id
+    after = State(after_it, _identity(after_it), world_size, run_id, rank, life)
+    if await _replaced(store, keys, found, after) is not None:
+        own = keys.generation(state.identity)
+        await store.call(
+            SetMany(bells_of(keys, state), b"over"),
+            DeleteMany(own.common),
+        )
+
+
+async def _anyone(
+    store: Store, keys: Keys, state: State, lives: Lives, wait_for: WaitFor
+) -> int | None:
+    """A member of the generation that lives and has an open barrier."""
+    ranks = range(state.world_size)
+    for rank, held in zip(
+        ranks, await store.call(*(Read(keys.member(r)) for r in ranks)), strict=True
+    ):
+        member = None if held is None else member_of(held)
+        if member is None or member.left or member.generation != state.identity:
+            continue
+        if await _answers(store, keys, rank, member, lives, wait_for):
+            return rank
+    return None
+
+
+async def _answers(
+    store: Store, keys: Keys, rank: int, member: Member, lives: Lives, wait_for: WaitFor
+) -> bool:
+    """Whether a life is there: by this machine's knowledge, or by its own answer."""
+    known = lives(member.life)
+    if known is not None:
+        return known
+    own = keys.generation(member.generation)
+    answer = own.answer(secrets.token_hex(8))
+    await store.call(Append(own.asked(rank), answer.encode() + b"\n"), Set(own.bell(rank), b"?"))
+    came = bool(await wait_for(answer, ANSWERS_SECS))
+    await store.call(Delete(answer))
+    return came

@@ -1,0 +1,98 @@
+"""Leaving a generation; the last rank that is gone deletes its keys. See `membership`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from .._errors import in_one_line
+from .membership import FIELD, GONE, HOST, LEFT, Membership
+from .store import Add, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
+
+
+async def leave(store: Store, membership: Membership, reason: str, *, hosts: bool) -> bool:
+    """Say that this rank can never be waited for again.
+
+    Only the first rank that leaves wakes the others: no phase is released without it, so later ones
+    would tell nothing new.
+
+    :param hosts: the store ends with this process
+    :return: whether a rank is left that may still need the store
+    """
+    keys, rank, own = membership.keys, membership.rank, membership.own
+    gone = replace(membership.claim, left=True).encode()
+    closed = json.dumps({"rank": rank, "reason": in_one_line(reason)}).encode()
+    requests: list[Request] = [
+        # Not a plain write: another life may hold the rank by now.
+        CompareSet(keys.member(rank), membership.claim.encode(), gone),
+        CompareSet(own.closed, b"", closed),
+        Add(own.roll, LEFT + GONE + (HOST if hosts else 0)),
+        Read(keys.state),
+    ]
+    if hosts:
+        # A rank that sees that also sees which rank left first.
+        requests.insert(2, Set(own.host_leaves, b"1"))
+    _, first, roll, found = await store.call(*requests)
+    if found != membership.state.encode():
+        # The generation is over, so no rank uses what was just written.
+        await store.call(Delete(own.roll), Delete(own.closed), Delete(own.bell(rank)))
+        return False
+    if await _counted(store, membership, roll):
+        return False
+    if first == closed or hosts:
+        (now,) = await store.call(SetMany(membership.bells, b"left"), Read(keys.state))
+        if now != found:
+            # The last rank has cleared up meanwhile.
+            await store.call(DeleteMany(membership.bells))
+    return bool(roll // LEFT & FIELD < roll & FIELD)
+
+
+async def release_host(store: Store, membership: Membership) -> None:
+    """Need the store no more, without having left; see `leave`."""
+    (roll,) = await store.call(Add(membership.own.roll, LEFT))
+    await _counted(store, membership, roll)
+
+
+async def part(store: Store, membership: Membership) -> None:
+    """Be gone, after `release_host`."""
+    (roll,) = await store.call(Add(membership.own.roll, GONE))
+    await _counted(store, membership, roll)
+
+
+async def _counted(store: Store, membership: Membership, roll: int) -> bool:
+    """Do the work of the last rank that leaves; return whether that is this rank."""
+    joined = roll & FIELD
+    if roll // HOST & FIELD and roll // LEFT & FIELD >= joined:
+        await store.call(Set(membership.own.all_left, b"1"))
+    # In the first generation a rank may come later that has to learn that others have left.
+    members = joined if membership.state.number else membership.world_size
+    if roll // GONE & FIELD < members:
+        return False
+    await clear(store, membership)
+    return True
+
+
+async def clear(store: Store, membership: Membership) -> None:
+    """Delete the keys of a generation that all its members have left.
+
+    The state becomes the number of the next generation. It is not deleted: a newcomer may just have
+    put its own there.
+    """
+    keys, own = membership.keys, membership.own
+    after = b"%d" % (membership.state.number + 1)
+    (now,) = await store.call(CompareSet(keys.state, membership.state.encode(), after))
+    if now != after:
+        return  # A newcomer was faster.
+    spent = own.common
+    for rank in range(membership.world_size):
+        spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
+    await store.call(DeleteMany(spent))
+    # Delete the claims, if they are still those of this generation.
+    ranks = range(membership.world_size)
+    found = await store.call(*(Read(keys.member(rank)) for rank in ranks))
+    old = [
+        keys.member(rank)
+        for rank, held in zip(ranks, found, strict=True)
+        if held is not None and membership.state.identity.encode() in held
+    ]
+    await store.call(DeleteMany(old))

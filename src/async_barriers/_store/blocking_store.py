@@ -1,0 +1,157 @@
+"""A torch store of any kind, with the operations of the protocol; each call blocks.
+
+Only this module and `connecting` call c10d stores. Only they know c10d's exceptions, and turn each
+into a `BarrierConnectionError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
+
+from .._errors import BarrierConnectionError, told_by
+from .._protocol.store import (
+    Add,
+    Append,
+    CompareSet,
+    Delete,
+    DeleteMany,
+    Read,
+    Request,
+    Set,
+    SetMany,
+)
+from .wire import ABSENT
+
+# c10d knows no endless wait, and its milliseconds must fit a C int.
+_FOREVER = timedelta(days=7)
+
+
+class BlockingStore:
+    """A torch store of any kind, with the operations of the protocol; each call blocks."""
+
+    def __init__(self, store: Store) -> None:
+        # torch's stubs lack half of the stores' methods.
+        self._store: Any = store
+        self._base = innermost(store)
+        # One operation, and over a TCPStore one round trip; check and get take three. And get
+        # waits, without end, for a key that is deleted between the two.
+        self._reads_at_once = isinstance(self._base, TCPStore | HashStore | FileStore)
+        # FileStore's own append is a get and a set: two ranks may lose a line to each other.
+        self._appends = isinstance(self._base, TCPStore | HashStore)
+        self._socket = _shared_socket(self._base) if isinstance(self._base, TCPStore) else None
+        if self._socket is not None:
+            store.set_timeout(_FOREVER)
+
+    def do(self, request: Request) -> Any:
+        """The answer to the request."""
+        store = self._store
+        try:
+            if isinstance(request, Append):
+                return self._append(request)
+            if isinstance(request, Set):
+                return store.set(request.key, request.value)
+            if isinstance(request, SetMany):
+                for key in request.keys:
+                    store.set(key, request.value)
+                return None
+            if isinstance(request, Add):
+                return int(store.add(request.key, request.amount))
+            if isinstance(request, CompareSet):
+                return _bytes(store.compare_set(request.key, request.expected, request.desired))
+            if isinstance(request, Read):
+                return self._read(request.key)
+            assert isinstance(request, Delete | DeleteMany)
+            for key in [request.key] if isinstance(request, Delete) else request.keys:
+                store.delete_key(key)
+            return None
+        except Exception as exc:
+            # The traceback must not keep the store, and with it the socket, from being closed.
+            del store
+            raise lost(exc) from exc
+
+    def wait(self, key: str) -> None:
+        """Block until ``key`` exists."""
+        while True:
+            try:
+                self._store.wait([key], _FOREVER)
+                return
+            except Exception as exc:
+                if not _timed_out(exc):
+                    raise lost(exc) from exc
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether `interrupt` can end a call."""
+        return self._socket is not None
+
+    def interrupt(self) -> None:
+        """From any thread: end the call under way, if that is possible."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        del self._store, self._base
+        if self._socket is not None:
+            self._socket.close()
+
+    def _append(self, request: Append) -> None:
+        if self._appends:
+            self._store.append(request.key, request.value)
+            return
+        current = self._read(request.key) or b""
+        while True:
+            wanted = current + request.value
+            winner = _bytes(self._store.compare_set(request.key, current, wanted))
+            if winner == wanted:
+                return
+            current = winner
+
+    def _read(self, key: str) -> bytes | None:
+        if self._reads_at_once:
+            value = _bytes(self._store.compare_set(key, ABSENT, ABSENT))
+            return None if value == ABSENT else value
+        if not self._store.check([key]):
+            return None
+        return _bytes(self._store.get(key))
+
+
+def _shared_socket(store: TCPStore) -> socket.socket | None:
+    """A copy of c10d's own descriptor, which only its repr has: it ends a call that c10d would
+    never return from."""
+    found = re.search(r"fd=(\d+)", repr(store))
+    if found is None:
+        return None
+    # After `socket.setdefaulttimeout` Python would make it non-blocking for both; with this flag it
+    # believes that it is so already.
+    kind = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
+    return socket.socket(socket.AF_INET, kind, fileno=os.dup(int(found[1])))
+
+
+def innermost(store: Store) -> Store:
+    """The store that PrefixStores are around, if they are."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def _timed_out(exc: BaseException | None) -> bool:
+    # c10d and FileStore say it only in words, each in an error class of its own.
+    said = str(exc).lower()
+    return exc is not None and "timeout" in said and "wait" in said
+
+
+def lost(exc: BaseException) -> BarrierConnectionError:
+    return BarrierConnectionError(f"the store was lost ({told_by(exc)})")
+
+
+def _bytes(value: bytes | str) -> bytes:
+    # A store written in Python may return other values than c10d.
+    return value.encode() if isinstance(value, str) else bytes(value)
