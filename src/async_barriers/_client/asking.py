@@ -69,6 +69,3 @@ async def _look(
     if found is None:
         session.outcomes.explain(log, session.prefix, name, sequence)
     return found
-
-
-__all__ = ["became"]

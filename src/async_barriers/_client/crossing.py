@@ -415,6 +415,3 @@ class Crossing:
             return ()
         absent: tuple[int, ...] = asking.result()
         return absent
-
-
-__all__ = ["Crossing"]

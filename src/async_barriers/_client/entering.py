@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from .._errors import BarrierConnectionError, BarrierError
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE, GATHER
+from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Entry, Forgotten
 from .._protocol.store import Add, Delete, Read, Request, Set, SetMany
 from .._protocol.verdict import Broken, Released, Verdict, number
@@ -96,7 +97,7 @@ class Entering(Pool):
         connection.on_lost = partial(self._phase_lost, phase)
         connection.on_wake = partial(self._woken, phase)
         phase.entered = True
-        phase.large = len(payload) > phases.SMALL_BYTES
+        phase.large = len(payload) > SMALL_BYTES
         entry = phase.entry
         if phase.step is not None:
             connection.outbox.append(
@@ -240,8 +241,7 @@ class Entering(Pool):
             broken = not isinstance(phase.verdict, Released)
             large: list[int] = []
             if phase.entry.kind == GATHER and not broken:
-                small = phases.SMALL_BYTES
-                large = [r for r, p in (phase.brought or {}).items() if len(p) > small]
+                large = [r for r, p in (phase.brought or {}).items() if len(p) > SMALL_BYTES]
             spent = phases.spent(phase.entry, broken=broken, large=large)
             if connection.lost is not None and self._idle:
                 # What was due there goes out here; see `_stand`.

@@ -119,6 +119,3 @@ def _holds(log: Log, record: Record) -> bool:
 
 def _nothing(answers: list[Any]) -> None:
     pass
-
-
-__all__ = ["Outcomes"]

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
-from .._protocol.count import COMMIT
 from .._protocol.keys import PhaseKeys
 from .._protocol.membership import Membership
 from .._protocol.phase import Entry
@@ -189,6 +188,3 @@ def in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionErro
     )
     error.__cause__ = exc.__cause__
     return error
-
-
-__all__ = ["COMMIT", "Phase", "Turns"]

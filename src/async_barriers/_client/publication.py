@@ -135,6 +135,3 @@ class Publication:
             raise another(error, self._about)
         if type(error) is BarrierError:
             raise BarrierError(f"{self._about}: {error}") from error
-
-
-__all__ = ["Publication"]

@@ -73,6 +73,3 @@ def kind_of(exc: BaseException, rank: int, *, left: bool, over: bool) -> str:
             return LEFT
         return GAVE_UP if exc.rank == rank else PEER
     return CONNECTION if isinstance(exc, BarrierError) else GAVE_UP
-
-
-__all__ = ["GAVE_UP", "Tally", "kind_of"]

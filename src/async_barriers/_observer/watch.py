@@ -269,6 +269,3 @@ class Watch:
         if self._connection is not None:
             self._connection.forsake()
         self._loop = None
-
-
-__all__ = ["CONNECT_SECS", "Watch"]

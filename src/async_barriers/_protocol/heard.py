@@ -66,6 +66,3 @@ def _heard(row: list[object]) -> Heard:
     if not right:
         raise ValueError(row)
     return Heard(MissingRank(rank, host, pid, state, doing, ago), idle)  # type: ignore[arg-type]
-
-
-__all__ = ["MOST", "Heard", "decode_rows", "encode_rows"]

@@ -15,7 +15,7 @@ from .._errors import BarrierConnectionError
 from . import count as counts
 from .count import CALLS, COMMIT, EXECUTE, Count
 from .keys import PhaseKeys
-from .payloads import SMALL_BYTES, bringing, brought
+from .payloads import bringing, brought
 from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, Store
 from .verdict import (
     Broken,
@@ -353,22 +353,3 @@ def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Requ
         names.append(keys.brought)
     names += map(keys.payload, large)
     return [DeleteMany(names)]
-
-
-__all__ = [
-    "SMALL_BYTES",
-    "Entry",
-    "Forgotten",
-    "collect",
-    "confirm",
-    "entered",
-    "entering",
-    "give_up",
-    "hear",
-    "judge",
-    "look",
-    "released",
-    "settle",
-    "spent",
-    "survey",
-]

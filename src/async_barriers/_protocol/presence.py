@@ -96,13 +96,3 @@ async def answers(store: Store, keys: Sequence[str]) -> dict[int, Answer]:
     """The answers that have come by now."""
     said = await store.call(*map(Read, keys))
     return decode_answers(b"".join(value or b"" for value in said))
-
-
-__all__ = [
-    "Answer",
-    "answers",
-    "ask",
-    "claims",
-    "decode_answers",
-    "encode_answer",
-]

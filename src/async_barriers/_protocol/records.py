@@ -203,21 +203,3 @@ async def public(store: Store, keys: Keys, record: Record) -> CommitRecord | Non
         if result is None:
             return None
     return CommitRecord(record.name, record.sequence, result, record.leader, record.world_size)
-
-
-__all__ = [
-    "KEPT",
-    "NEWS",
-    "SMALL_RESULT_BYTES",
-    "Log",
-    "Record",
-    "announcing",
-    "awaited",
-    "cut",
-    "decode",
-    "encode",
-    "is_to_cut",
-    "looking",
-    "noting",
-    "public",
-]
