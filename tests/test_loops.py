@@ -25,9 +25,8 @@ Test = Callable[[], Awaitable[None]]
 
 def on_uvloop(test: Test) -> None:
     # It is not built for every Python.
-    uvloop = pytest.importorskip("uvloop")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(test())  # type: ignore[arg-type]
+    pytest.importorskip("uvloop")
+    anyio.run(test, backend="asyncio", backend_options={"use_uvloop": True})
 
 
 LOOPS: dict[str, Callable[[Test], Any]] = {

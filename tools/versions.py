@@ -204,6 +204,8 @@ def run(
     named = [f"{name}=={version}" if version else name for name, version in chosen]
     # Type checkers need this package, and the tests do not.
     named += ["torch_checkpointing"] if row.types and types else []
+    # There are no builds of it without a GIL.
+    named += [] if python.endswith("t") else ["uvloop"]
     environment = Environment(folder, row.torch, python, wheel, *named, *TOOLS)
     what = describe(environment.python)
     command: list[str | Path] = [environment.python, "-m", "pytest", "-q", "--tb=short"]
