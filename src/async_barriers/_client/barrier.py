@@ -18,6 +18,7 @@ from .._checks import (
     Timeout,
     check_call_timeout,
     check_publish,
+    check_run_id,
     check_step,
     check_timeout,
     check_world,
@@ -81,8 +82,7 @@ class CrossingBarrier(Barrier):
             raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
-        if run_id is not None and not isinstance(run_id, str):
-            raise TypeError(f"run_id must be a string or None, not {run_id!r}")
+        check_run_id(run_id)
         self.prefix = prefix
         self._source = source
         self._keys = Keys(prefix, source.namespace)
