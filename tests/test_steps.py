@@ -94,6 +94,36 @@ async def test_steps_may_be_awaited_at_once_in_any_order() -> None:
         assert sorted(sequences) == sorted([*range(8)] * 2)
 
 
+async def test_two_calls_of_one_rank_for_one_step() -> None:
+    """The second is refused, and the first goes on: two arrivals would break it for all."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        first = tasks.start(partial(ranks[0].execute_barrier, "x", step=3))
+        await anyio.sleep(0.05)
+        for call in (ranks[0].execute_barrier, partial(ranks[0].all_gather, b"")):
+            error = await over_at_once(call(name="x", step=3))
+            assert (error.sequence, error.rank) == (3, 0)
+            assert "awaits step 3 already" in error.reason
+        await ranks[1].execute_barrier("x", step=3)
+        assert (await first.returned()).sequence == 3
+
+
+async def test_what_is_decided_now_for_who_has_not_connected() -> None:
+    """The store is reached, for which law 5 leaves a second; only then can it be told."""
+    server = serve()
+    late = one(server, 1, 2)
+    async with one(server, 0, 2) as early, Tasks() as tasks:
+        waiting = tasks.start(partial(early.execute_barrier, "x"))
+        await anyio.sleep(0.1)
+        assert (await late.execute_barrier("x", timeout_secs=0)).sequence == 0
+        await waiting.returned()
+        await late.aclose()
+    alone = one(server, 0, 2, prefix="alone")
+    with pytest.raises(BarrierTimeoutError) as caught:
+        await alone.execute_barrier(timeout_secs=0)
+    assert caught.value.missing_ranks == (1,)
+    await alone.aclose()
+
+
 async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
     """It is told at once, and both steps are named; the others are not harmed."""
     async with job(serve(), 2) as ranks:

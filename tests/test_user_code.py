@@ -16,7 +16,12 @@ import trio
 from reports import TOLD_SECS, job, one, serve
 from worlds import Tasks, gather
 
-from async_barriers import BarrierError, BarrierProgress, BrokenBarrierError
+from async_barriers import (
+    BarrierError,
+    BarrierProgress,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -230,6 +235,23 @@ async def test_what_is_a_result(result: bytes | None) -> None:
         assert results == [result or b""] * 2
 
 
+async def test_a_publish_that_fails_by_another_barrier() -> None:
+    """Its error says of which barrier it is, on the leader too."""
+    server = serve()
+    async with job(server, 2, prefix="save") as ranks, Tasks() as tasks:
+        inner = one(server, 0, 2, prefix="index")
+
+        async def publish(payloads: object) -> None:
+            await inner.execute_barrier("x", timeout_secs=0.3)
+
+        calls = [tasks.start(partial(rank.commit, publish)) for rank in ranks]
+        error = await calls[0].raised(BarrierTimeoutError)
+        assert (error.prefix, error.name) == ("index", "x")
+        assert str(error).startswith("barrier 'index/x' #0")
+        assert "'index/x'" in (await calls[1].raised(BrokenBarrierError)).reason
+        await inner.aclose()
+
+
 # -- on_progress -----------------------------------------------------------------------------------
 
 
@@ -255,5 +277,6 @@ async def test_on_progress_that_raises(caplog: pytest.LogCaptureFixture) -> None
 
 async def test_what_cannot_be_called_on_progress() -> None:
     """It is refused where the barrier is built."""
-    with pytest.raises(TypeError, match="on_progress"):
-        one(serve(), 0, 2, on_progress="often")
+    for wrong in ("often", upload):
+        with pytest.raises(TypeError, match="on_progress"):
+            one(serve(), 0, 2, on_progress=wrong)

@@ -32,6 +32,7 @@ from .._errors import (
 )
 from .._protocol.count import COMMIT, GATHER, MAX_RANKS
 from .._protocol.keys import Keys, check_name, check_prefix
+from .._publish import is_async
 from .._store.loops import loop_here
 from .._store.promises import told
 from .._store.sources import Beside, PassedIn, Source, StoreAt
@@ -82,6 +83,8 @@ class CrossingBarrier(Barrier):
             raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
+        if is_async(on_progress):
+            raise TypeError(f"on_progress is not awaited: {on_progress!r} is a coroutine function")
         check_run_id(run_id)
         self.prefix = prefix
         self._source = source

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from .._errors import BarrierConnectionError, BarrierError
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE, GATHER
 from .._protocol.payloads import SMALL_BYTES
@@ -37,6 +37,10 @@ class Entering(Pool):
         :param hold: called with it before anything else can come between
         """
         assert self.turns is not None
+        if step is not None and self.open and self.awaited(name, step) is not None:
+            # Two arrivals of one rank would break it for all.
+            reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
+            raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
         phase = self.turns.begin(name, step, kind, leader)
         if hold is not None:
             hold(phase)
