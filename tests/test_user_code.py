@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 import threading
 import time
@@ -11,12 +12,14 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import trio
 from reports import TOLD_SECS, job, one, serve
 from worlds import Tasks, gather
 
 from async_barriers import (
+    BarrierClosedError,
     BarrierError,
     BarrierProgress,
     BarrierTimeoutError,
@@ -165,6 +168,23 @@ async def test_a_plain_function_publishes() -> None:
         assert thread.startswith("async_barriers")
 
 
+async def test_what_publishes_sees_its_callers_context() -> None:
+    """A plain function too, as in `asyncio.to_thread`: a trace or a logging id stays."""
+    job_id = contextvars.ContextVar("job_id", default="none")
+    job_id.set("job 7")
+
+    async def awaited(payloads: object) -> bytes:
+        return job_id.get().encode()
+
+    def plain(payloads: object) -> bytes:
+        return job_id.get().encode()
+
+    async with job(serve(), 2) as ranks:
+        for publish in (awaited, plain):
+            results = await gather(partial(rank.commit, publish) for rank in ranks)
+            assert results == [b"job 7"] * 2
+
+
 async def test_a_plain_function_that_fails() -> None:
     """Its exception is the leader's, and its peers are told."""
 
@@ -280,3 +300,34 @@ async def test_what_cannot_be_called_on_progress() -> None:
     for wrong in ("often", upload):
         with pytest.raises(TypeError, match="on_progress"):
             one(serve(), 0, 2, on_progress=wrong)
+
+
+# -- event loops -----------------------------------------------------------------------------------
+
+
+async def test_two_loops_at_once() -> None:
+    """The second is told so while the first waits, which goes on; closing there ends the waiting."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+
+        async def elsewhere(call: Callable[[], Awaitable[object]]) -> object:
+            async def main() -> object:
+                return await call()
+
+            return await anyio.to_thread.run_sync(anyio.run, main)
+
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await anyio.sleep(0.05)
+        with pytest.raises(RuntimeError, match="in use on the event loop of another thread"):
+            await elsewhere(partial(ranks[0].execute_barrier, "y"))
+        await ranks[1].execute_barrier("x")
+        assert (await waiting.returned()).sequence == 0
+        # One after the other is allowed.
+        results = await gather(
+            [partial(elsewhere, ranks[0].execute_barrier), ranks[1].execute_barrier]
+        )
+        assert len({str(result)[:40] for result in results}) == 1
+
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "z"))
+        await anyio.sleep(0.05)
+        await elsewhere(ranks[1].aclose)
+        await waiting.raised(BarrierClosedError)

@@ -7,6 +7,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import anyio
@@ -241,6 +242,10 @@ class CrossingBarrier(Barrier):
             raise
         if session.loop is None:
             session.leave(reason)
+            return
+        if session.busy_elsewhere:
+            # Which ends the calls that are under way there.
+            session.loop.post(partial(session.leave, reason))
             return
         loop = session.use()
         began = loop.now()
