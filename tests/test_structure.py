@@ -44,7 +44,7 @@ LARGER_ROOMS = {
     "_barrier": 335,
     "_client.agreeing": 360,
     "_client.barrier": 455,
-    "_client.crossing": 420,
+    "_client.crossing": 426,
     "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,

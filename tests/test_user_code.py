@@ -306,7 +306,7 @@ async def test_what_cannot_be_called_on_progress() -> None:
 
 
 async def test_two_loops_at_once() -> None:
-    """The second is told so while the first waits, which goes on; closing there ends the waiting."""
+    """The second is told so while the first waits, which goes on. Closing there ends the wait."""
     async with job(serve(), 2) as ranks, Tasks() as tasks:
 
         async def elsewhere(call: Callable[[], Awaitable[object]]) -> object:
@@ -321,12 +321,6 @@ async def test_two_loops_at_once() -> None:
             await elsewhere(partial(ranks[0].execute_barrier, "y"))
         await ranks[1].execute_barrier("x")
         assert (await waiting.returned()).sequence == 0
-        # One after the other is allowed.
-        results = await gather(
-            [partial(elsewhere, ranks[0].execute_barrier), ranks[1].execute_barrier]
-        )
-        assert len({str(result)[:40] for result in results}) == 1
-
         waiting = tasks.start(partial(ranks[1].execute_barrier, "z"))
         await anyio.sleep(0.05)
         await elsewhere(ranks[1].aclose)
