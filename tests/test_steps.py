@@ -94,6 +94,30 @@ async def test_steps_may_be_awaited_at_once_in_any_order() -> None:
         assert sorted(sequences) == sorted([*range(8)] * 2)
 
 
+async def test_steps_that_broke_leave_no_keys() -> None:
+    """Of a name for each: once all have learned it, each rank refuses earlier steps by itself."""
+    server = serve()
+
+    async def broken(ranks: list[StoreBarrier], names: range) -> None:
+        for number in names:
+            call = {"name": f"step-{number}", "step": number}
+            assert await ranks[0].abort("no disk", **call)
+            for rank in ranks[1:]:
+                assert (await over_at_once(rank.execute_barrier(**call))).rank == 0
+
+    async with job(server, 3) as ranks:
+        await broken(ranks, range(100, 105))
+        await anyio.sleep(0.6)
+        before = server.num_keys()
+        await broken(ranks, range(105, 135))
+        with anyio.fail_after(5):
+            while server.num_keys() > before:
+                await anyio.sleep(0.02)
+        for rank in ranks:
+            error = await over_at_once(rank.execute_barrier("step-134", step=133))
+            assert "step 134, a later one" in error.reason
+
+
 async def test_two_calls_of_one_rank_for_one_step() -> None:
     """The second is refused, and the first goes on: two arrivals would break it for all."""
     async with job(serve(), 2) as ranks, Tasks() as tasks:

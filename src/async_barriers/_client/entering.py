@@ -11,7 +11,7 @@ from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE, GATHER
 from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Entry, Forgotten
-from .._protocol.store import Add, Delete, Read, Request, Set, SetMany
+from .._protocol.store import Add, CompareSet, Delete, Read, Request, Set, SetMany
 from .._protocol.verdict import Broken, Released, Verdict, number
 from .._store.future import Future
 from .._store.sources import Connection
@@ -251,7 +251,21 @@ class Entering(Pool):
                 # What was due there goes out here; see `_stand`.
                 connection = self._idle[-1]
             connection.outbox.append((spent, nothing))
+            if phase.step is not None and broken:
+                self._forget_latest(phase, connection)
             self._tidy_soon()
+
+    def _forget_latest(self, phase: Phase, connection: Connection) -> None:
+        """All have learned that this step was broken, and refuse those before it by themselves."""
+        latest = phase.membership.own.latest(phase.name)
+
+        def emptied(answers: list[Any]) -> None:
+            # At once, since a later step may be written there.
+            if answers[0] == b"":
+                connection.call(Delete(latest))
+
+        empty = CompareSet(latest, b"%d" % phase.step, b"")
+        connection.outbox.append(([empty], emptied))
 
     def _clear_early(self, turns: Turns) -> None:
         """Delete what was tried too early, on the connection where it was, or what took its place.
