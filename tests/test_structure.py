@@ -50,12 +50,12 @@ LARGER_ROOMS = {
     "_portal": 410,
     "_protocol.phase": 375,
     "_store.connection": 395,
-    "_store.loops": 430,
+    "_store.loops": 445,
     "blocking": 345,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 8_700
+CORE_LINES = 8_790
 
 
 def wing_of(name: str) -> str:
