@@ -100,10 +100,10 @@ async def test_steps_that_broke_leave_no_keys() -> None:
 
     async def broken(ranks: list[StoreBarrier], names: range) -> None:
         for number in names:
-            call = {"name": f"step-{number}", "step": number}
-            assert await ranks[0].abort("no disk", **call)
+            name = f"step-{number}"
+            assert await ranks[0].abort("no disk", name, step=number)
             for rank in ranks[1:]:
-                assert (await over_at_once(rank.execute_barrier(**call))).rank == 0
+                assert (await over_at_once(rank.execute_barrier(name, step=number))).rank == 0
 
     async with job(server, 3) as ranks:
         await broken(ranks, range(100, 105))

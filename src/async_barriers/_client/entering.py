@@ -252,10 +252,10 @@ class Entering(Pool):
                 connection = self._idle[-1]
             connection.outbox.append((spent, nothing))
             if phase.step is not None and broken:
-                self._forget_latest(phase, connection)
+                self._forget_latest(phase, phase.step, connection)
             self._tidy_soon()
 
-    def _forget_latest(self, phase: Phase, connection: Connection) -> None:
+    def _forget_latest(self, phase: Phase, step: int, connection: Connection) -> None:
         """All have learned that this step was broken, and refuse those before it by themselves."""
         latest = phase.membership.own.latest(phase.name)
 
@@ -264,7 +264,7 @@ class Entering(Pool):
             if answers[0] == b"":
                 connection.call(Delete(latest))
 
-        empty = CompareSet(latest, b"%d" % phase.step, b"")
+        empty = CompareSet(latest, b"%d" % step, b"")
         connection.outbox.append(([empty], emptied))
 
     def _clear_early(self, turns: Turns) -> None:

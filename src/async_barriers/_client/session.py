@@ -109,10 +109,9 @@ class Session(Joining):
         bell = self._bell
         # What was asked last need not hang; and c10d complains of a wait that is cut off.
         until = self._now() + min(_MOMENT_SECS, (deadline - self._now()) / 2)
-        while bell is not None and bell.lost is None and bell.unsaid:
+        while bell is not None and bell.lost is None and bell.unsaid and self._now() < until:
             answered = bell.call(Read(self.keys.state))
-            if not await within(loop, answered, until - self._now()):
-                break
+            await within(loop, answered, until - self._now())
         if bell is None or bell.lost is not None or bell.unsaid:
             opened = self.start(self._open(loop, deadline))
             if not await within(loop, opened, deadline - self._now()):
