@@ -208,7 +208,8 @@ class Timer:
 class Loop:
     """The event loop of a process; its clock goes on where the scheduler says so."""
 
-    ended = False
+    ended = elsewhere = False
+    lets_go = True
 
     def __init__(self, host: Host) -> None:
         self._host = host

@@ -60,6 +60,8 @@ def test_an_unknown_type_is_named_with_the_known_ones() -> None:
         ValueError, match=r"'tpc'; known are \['dist_barrier', 'store', 'tcp_store'"
     ):
         create_barrier_from_config(BarrierConfig("tpc"))
+    with pytest.raises(ValueError, match="unknown barrier type"):
+        create_barrier_from_config(BarrierConfig(["tcp_store"]))  # type: ignore[arg-type]
 
 
 def test_an_unknown_argument_is_named_with_the_known_ones() -> None:
@@ -126,6 +128,13 @@ async def test_a_barrier_of_ones_own_needs_one_method_only() -> None:
         ("tcpstore_port", "http", "tcpstore_port must be an integer"),
         ("tcpstore_port", 1.5, "tcpstore_port must be an integer, not 1.5"),
         ("master_address", "", "master_address is ''"),
+        ("master_address", "node\0", "it must be a host name or an IP address"),
+        ("master_address", "n" * 64, "which is no host name"),
+        ("master_address", "\ud800", "which is no host name"),
+        ("run_id", 3, "run_id must be a string or None, not 3"),
+        ("run_id", "r" * 1025, "run_id has 1025 characters; at most 1024 are allowed"),
+        ("worker_threads", "0", "worker_threads must be True or False, not '0'"),
+        ("timeout_secs", 10**400, "timeout_secs is inf"),
         ("timeout_secs", -5, "timeout_secs is -5; it must be positive and finite, or None"),
         ("timeout_secs", float("nan"), "timeout_secs is nan"),
         ("timeout_secs", float("inf"), "timeout_secs is inf"),
@@ -142,7 +151,10 @@ def test_bad_input_is_refused_when_it_is_built(argument: str, value: Any, messag
 
 
 def test_a_store_barrier_needs_a_store() -> None:
-    """Anything else is refused at once."""
+    """Anything else is refused at once, as is what would be taken for a flag that is set."""
+    for wrong in ("0", 1, None):
+        with pytest.raises(TypeError, match="worker_threads must be True or False"):
+            StoreBarrier(HashStore(), rank=0, world_size=1, worker_threads=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"store must be a torch\.distributed\.Store"):
         StoreBarrier("localhost", rank=0, world_size=1)  # type: ignore[arg-type]
     StoreBarrier(HashStore(), rank=0, world_size=1)

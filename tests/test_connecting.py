@@ -203,3 +203,15 @@ def test_a_port_that_is_taken(loop: PrivateLoop) -> None:
     assert isinstance(error, CannotHost)
     assert f"could not host the store at 127.0.0.1:{port} after" in str(error)
     assert "the port is held by process" in str(error)
+
+
+def test_hosting_under_a_name_that_does_not_resolve(
+    loop: PrivateLoop, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is an error that says so, and c10d prints nothing of it: its client needs no name."""
+    source = StoreAt("no-such-host.invalid", free_port(), True, hosts=True)
+    error = finished(loop, source.open(loop, loop.now() + 1.0), 5.0).error
+    assert isinstance(error, BarrierConnectionError)
+    assert "no store answers at no-such-host.invalid" in str(error)
+    source.let_go()
+    assert capfd.readouterr().err == ""

@@ -34,6 +34,7 @@ from async_barriers import (
     StoreBarrier,
 )
 from async_barriers._protocol import leaving
+from async_barriers._protocol.store import Read
 
 in_process = pytest.mark.anyio
 as_processes = pytest.mark.processes
@@ -336,3 +337,16 @@ async def test_one_that_left_before_the_others_came() -> None:
             await late.execute_barrier("x")
         assert caught.value.rank == 1
         assert time.monotonic() < began + 2
+
+
+@in_process
+async def test_leaving_with_an_answer_yet_to_come(capfd: pytest.CaptureFixture[str]) -> None:
+    """As while a rank reports: c10d's wait is ended in good order, and nothing is printed of it."""
+    async with job(serve(), 2, worker_threads=True) as ranks:
+        await gather(rank.execute_barrier for rank in ranks)
+        for rank in ranks:
+            bell = rank._session._bell
+            assert bell is not None
+            bell.call(*[Read(rank._session.keys.state)] * 50)
+            await rank.aclose()
+    assert "failed on SocketImpl" not in capfd.readouterr().err

@@ -99,9 +99,14 @@ class Joining:
         return came
 
     def join(
-        self, rank: int, world_size: int = 2, before: Membership | None = None, **options: Any
+        self,
+        rank: int,
+        world_size: int = 2,
+        before: Membership | None = None,
+        life: Life | None = None,
+        **options: Any,
     ) -> Membership:
-        life = Life(secrets.token_hex(8), "somewhere", 1000 + rank, **options)
+        life = life or Life(secrets.token_hex(8), "somewhere", 1000 + rank, **options)
         joined = run(
             claiming.join(
                 self.store,
@@ -226,6 +231,31 @@ def test_a_world_that_changes_its_size() -> None:
     assert [one.state.number for one in joined] == [1, 1]
     with pytest.raises(BarrierError, match="world size 3, but its peers with 2"):
         place.join(2, 3, before=old[2])
+
+
+@pytest.mark.parametrize("overtaken", [True, False], ids=["as it joins", "later"])
+def test_one_that_is_refused_for_its_size_holds_no_rank(overtaken: bool) -> None:
+    """It had claimed it before others of another size came; it lives on, and a right one joins."""
+    place = Joining()
+
+    def overtake(operation: str, key: str) -> None:
+        if operation == "add" and key.endswith("/roll"):
+            place.memory.data.hook = None
+            place.join(1, 3)
+            place.alive.add(life.token)
+
+    life = Life("the refused one's", "somewhere", 1)
+    before = None
+    if overtaken:
+        place.memory.data.hook = overtake
+    else:
+        before = place.join(0)
+        place.die(before)
+        place.join(1, 3)
+        place.alive.add(before.claim.life.token)
+    with pytest.raises(BarrierError, match="world size 2, but its peers with 3"):
+        place.join(0, 2, before=before, life=life)
+    assert place.join(0, 3).state.number == 1
 
 
 def test_another_run_is_never_a_restart() -> None:

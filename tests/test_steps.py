@@ -94,6 +94,60 @@ async def test_steps_may_be_awaited_at_once_in_any_order() -> None:
         assert sorted(sequences) == sorted([*range(8)] * 2)
 
 
+async def test_steps_that_broke_leave_no_keys() -> None:
+    """Of a name for each: once all have learned it, each rank refuses earlier steps by itself."""
+    server = serve()
+
+    async def broken(ranks: list[StoreBarrier], names: range) -> None:
+        for number in names:
+            name = f"step-{number}"
+            assert await ranks[0].abort("no disk", name, step=number)
+            for rank in ranks[1:]:
+                assert (await over_at_once(rank.execute_barrier(name, step=number))).rank == 0
+
+    async with job(server, 3) as ranks:
+        await broken(ranks, range(100, 105))
+        await anyio.sleep(0.6)
+        before = server.num_keys()
+        await broken(ranks, range(105, 135))
+        with anyio.fail_after(5):
+            while server.num_keys() > before:
+                await anyio.sleep(0.02)
+        for rank in ranks:
+            error = await over_at_once(rank.execute_barrier("step-134", step=133))
+            assert "step 134, a later one" in error.reason
+
+
+async def test_two_calls_of_one_rank_for_one_step() -> None:
+    """The second is refused, and the first goes on: two arrivals would break it for all."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        first = tasks.start(partial(ranks[0].execute_barrier, "x", step=3))
+        await anyio.sleep(0.05)
+        for call in (ranks[0].execute_barrier, partial(ranks[0].all_gather, b"")):
+            error = await over_at_once(call(name="x", step=3))
+            assert (error.sequence, error.rank) == (3, 0)
+            assert "awaits step 3 already" in error.reason
+        await ranks[1].execute_barrier("x", step=3)
+        assert (await first.returned()).sequence == 3
+
+
+async def test_what_is_decided_now_for_who_has_not_connected() -> None:
+    """The store is reached, for which law 5 leaves a second; only then can it be told."""
+    server = serve()
+    late = one(server, 1, 2)
+    async with one(server, 0, 2) as early, Tasks() as tasks:
+        waiting = tasks.start(partial(early.execute_barrier, "x"))
+        await anyio.sleep(0.1)
+        assert (await late.execute_barrier("x", timeout_secs=0)).sequence == 0
+        await waiting.returned()
+        await late.aclose()
+    alone = one(server, 0, 2, prefix="alone")
+    with pytest.raises(BarrierTimeoutError) as caught:
+        await alone.execute_barrier(timeout_secs=0)
+    assert caught.value.missing_ranks == (1,)
+    await alone.aclose()
+
+
 async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
     """It is told at once, and both steps are named; the others are not harmed."""
     async with job(serve(), 2) as ranks:

@@ -44,18 +44,18 @@ LARGER_ROOMS = {
     "_barrier": 335,
     "_client.agreeing": 360,
     "_client.barrier": 455,
-    "_client.crossing": 420,
+    "_client.crossing": 426,
     "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
     "_protocol.phase": 375,
     "_store.connection": 395,
-    "_store.loops": 430,
+    "_store.loops": 445,
     "blocking": 345,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 8_700
+CORE_LINES = 8_790
 
 
 def wing_of(name: str) -> str:

@@ -69,6 +69,10 @@ async def test_a_world_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="timeout_secs is -1; it must be positive"):
         async with local_barriers(1, timeout_secs=-1):
             pass
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"world size is {size}; it must be at least 1"):
+            async with local_barriers(size):
+                pass
     store = FaultyStore(HashStore())
     store.fail("check")
     with pytest.raises(BarrierConnectionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 import threading
 import time
@@ -11,12 +12,19 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import trio
 from reports import TOLD_SECS, job, one, serve
 from worlds import Tasks, gather
 
-from async_barriers import BarrierError, BarrierProgress, BrokenBarrierError
+from async_barriers import (
+    BarrierClosedError,
+    BarrierError,
+    BarrierProgress,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -160,6 +168,23 @@ async def test_a_plain_function_publishes() -> None:
         assert thread.startswith("async_barriers")
 
 
+async def test_what_publishes_sees_its_callers_context() -> None:
+    """A plain function too, as in `asyncio.to_thread`: a trace or a logging id stays."""
+    job_id = contextvars.ContextVar("job_id", default="none")
+    job_id.set("job 7")
+
+    async def awaited(payloads: object) -> bytes:
+        return job_id.get().encode()
+
+    def plain(payloads: object) -> bytes:
+        return job_id.get().encode()
+
+    async with job(serve(), 2) as ranks:
+        for publish in (awaited, plain):
+            results = await gather(partial(rank.commit, publish) for rank in ranks)
+            assert results == [b"job 7"] * 2
+
+
 async def test_a_plain_function_that_fails() -> None:
     """Its exception is the leader's, and its peers are told."""
 
@@ -230,6 +255,23 @@ async def test_what_is_a_result(result: bytes | None) -> None:
         assert results == [result or b""] * 2
 
 
+async def test_a_publish_that_fails_by_another_barrier() -> None:
+    """Its error says of which barrier it is, on the leader too."""
+    server = serve()
+    async with job(server, 2, prefix="save") as ranks, Tasks() as tasks:
+        inner = one(server, 0, 2, prefix="index")
+
+        async def publish(payloads: object) -> None:
+            await inner.execute_barrier("x", timeout_secs=0.3)
+
+        calls = [tasks.start(partial(rank.commit, publish)) for rank in ranks]
+        error = await calls[0].raised(BarrierTimeoutError)
+        assert (error.prefix, error.name) == ("index", "x")
+        assert str(error).startswith("barrier 'index/x' #0")
+        assert "'index/x'" in (await calls[1].raised(BrokenBarrierError)).reason
+        await inner.aclose()
+
+
 # -- on_progress -----------------------------------------------------------------------------------
 
 
@@ -255,5 +297,31 @@ async def test_on_progress_that_raises(caplog: pytest.LogCaptureFixture) -> None
 
 async def test_what_cannot_be_called_on_progress() -> None:
     """It is refused where the barrier is built."""
-    with pytest.raises(TypeError, match="on_progress"):
-        one(serve(), 0, 2, on_progress="often")
+    for wrong in ("often", upload):
+        with pytest.raises(TypeError, match="on_progress"):
+            one(serve(), 0, 2, on_progress=wrong)
+
+
+# -- event loops -----------------------------------------------------------------------------------
+
+
+async def test_two_loops_at_once() -> None:
+    """The second is told so while the first waits, which goes on. Closing there ends the wait."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+
+        async def elsewhere(call: Callable[[], Awaitable[object]]) -> object:
+            async def main() -> object:
+                return await call()
+
+            return await anyio.to_thread.run_sync(anyio.run, main)
+
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await anyio.sleep(0.05)
+        with pytest.raises(RuntimeError, match="in use on the event loop of another thread"):
+            await elsewhere(partial(ranks[0].execute_barrier, "y"))
+        await ranks[1].execute_barrier("x")
+        assert (await waiting.returned()).sequence == 0
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "z"))
+        await anyio.sleep(0.05)
+        await elsewhere(ranks[1].aclose)
+        await waiting.raised(BarrierClosedError)

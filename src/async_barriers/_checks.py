@@ -9,6 +9,8 @@ from typing import Final
 # c10d drops a connection that sends more than 8 MiB; half of it is a round figure.
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
 
+MAX_RUN_ID = 1024
+
 
 class Configured(Enum):
     """Stands for "the timeout the barrier was built with", since None means "no deadline"."""
@@ -29,9 +31,13 @@ def check_timeout(what: str, value: float | None) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{what} must be a number of seconds or None, not {value!r}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{what} is {value}; it must be positive and finite, or None")
-    return float(value)
+    try:
+        secs = float(value)
+    except OverflowError:  # An integer that no float can hold.
+        secs = math.inf
+    if not (secs > 0 and math.isfinite(secs)):
+        raise ValueError(f"{what} is {secs:g}; it must be positive and finite, or None")
+    return secs
 
 
 def check_call_timeout(value: float | None) -> float | None:
@@ -58,6 +64,35 @@ def check_publish(publish: object) -> None:
         raise TypeError(
             f"publish must be a function or a coroutine function, not {type(publish).__name__}"
         )
+
+
+def check_flag(what: str, value: bool) -> bool:
+    """Refuse what is neither True nor False: the text "0" would be taken for True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, not {value!r}")
+    return value
+
+
+def check_address(what: str, host: str) -> str:
+    """Refuse what no name look-up takes, without looking it up."""
+    if not (isinstance(host, str) and host and "\0" not in host):
+        raise ValueError(f"{what} is {host!r}; it must be a host name or an IP address")
+    try:
+        host.encode("idna")
+    except UnicodeError as exc:
+        raise ValueError(f"{what} is {host!r}, which is no host name: {exc}") from exc
+    return host
+
+
+def check_run_id(run_id: str | None) -> str | None:
+    """Refuse what is no name for a run; each process of the job writes it to the store."""
+    if run_id is None:
+        return None
+    if not isinstance(run_id, str):
+        raise TypeError(f"run_id must be a string or None, not {run_id!r}")
+    if len(run_id) > MAX_RUN_ID:
+        raise ValueError(f"run_id has {len(run_id)} characters; at most {MAX_RUN_ID} are allowed")
+    return run_id
 
 
 def check_world(rank: int, world_size: int) -> None:

@@ -55,7 +55,7 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     barrier_type = barrier_config.barrier_type
     if barrier_type is None:
         return None
-    if barrier_type not in BARRIER_REGISTRY:
+    if not isinstance(barrier_type, str) or barrier_type not in BARRIER_REGISTRY:
         raise ValueError(
             f"unknown barrier type {barrier_type!r}; known are {sorted(BARRIER_REGISTRY)}"
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.distributed import Store, distributed_c10d
 
+from ._checks import check_address
 from ._store.sources import StoreAt
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,7 +50,7 @@ def from_environment() -> Launched:
     # torchrun's agent may host the store itself; then no process of the job does.
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = StoreAt(
-        os.environ["MASTER_ADDR"],
+        check_address("MASTER_ADDR", os.environ["MASTER_ADDR"]),
         port,
         os.environ.get("USE_LIBUV", "1") == "1",
         hosts=rank == 0 and not agent_hosts,
@@ -72,7 +73,8 @@ def store_from_environment() -> StoreAt:
             "environment; set MASTER_ADDR and MASTER_PORT to those of the job that is to be "
             "observed, or give a store to CommitObserver()"
         )
-    return StoreAt(os.environ["MASTER_ADDR"], _port(), True, hosts=False)
+    host = check_address("MASTER_ADDR", os.environ["MASTER_ADDR"])
+    return StoreAt(host, _port(), True, hosts=False)
 
 
 def _port() -> int:

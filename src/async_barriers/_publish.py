@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -40,8 +41,12 @@ class Publishing:
         return await returned if inspect.isawaitable(returned) else returned
 
     async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:
+        # As `asyncio.to_thread` does.
+        context = contextvars.copy_context()
         try:
-            called = in_own_thread("publish", functools.partial(self._publish, payloads))
+            called = in_own_thread(
+                "publish", functools.partial(context.run, self._publish, payloads)
+            )
         except RuntimeError as exc:
             raise BarrierError(
                 f"{self._about()}: publish needs a thread, and none can be started "

@@ -11,8 +11,6 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-import anyio
-
 from ._barrier import Barrier, Publish, _given
 from ._checks import (
     CONFIGURED,
@@ -34,8 +32,6 @@ __all__ = ["BlockingBarrier"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_CONNECT_SECS = 0.8
 
 # Modules that define barriers which this class stands in for; none is imported here.
 _ABSTRACT_BARRIERS = (
@@ -307,8 +303,6 @@ class BlockingBarrier:
         given = _given(check_step(step), CONFIGURED if stalled is None else stalled)
         self._guards.take_turn(name, step)
         call = functools.partial(call, **given, timeout_secs=timeout)
-        if timeout == 0:
-            call = functools.partial(_connected, self._barrier, call)
         return self._portal.call(call)
 
     def _fail(self, exc: BaseException, name: str, step: int | None) -> None:
@@ -316,13 +310,6 @@ class BlockingBarrier:
         # The caller's own exception matters more.
         with contextlib.suppress(BarrierError):
             self._portal.call(functools.partial(self._barrier._fail, reason_of(exc), name, step))
-
-
-async def _connected(barrier: Barrier, call: Callable[[], Awaitable[T]]) -> T:
-    # With 0, only a store that was reached can answer; law 5 leaves a second.
-    with anyio.move_on_after(_CONNECT_SECS):
-        await barrier.connect()
-    return await call()
 
 
 def _described(barrier: Barrier) -> str:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch.distributed import Store
 
 from . import _launch
-from ._checks import check_call_timeout
+from ._checks import check_call_timeout, check_flag
 from ._errors import BarrierError, BarrierTimeoutError, describe
 from ._observer.watch import CONNECT_SECS, Watch
 from ._protocol.keys import Keys, check_name, check_prefix
@@ -45,6 +45,7 @@ class CommitObserver:
     def __init__(
         self, store: Store, *, prefix: str = "barrier", worker_threads: bool = False
     ) -> None:
+        check_flag("worker_threads", worker_threads)
         source: Source
         if isinstance(store, StoreAt):
             source = store

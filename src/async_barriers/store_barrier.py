@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, TypeVar
 from torch.distributed import ProcessGroup, Store
 
 from . import _launch
+from ._checks import check_address, check_flag
 from ._client.barrier import CrossingBarrier
 from ._config import register_barrier
 from ._store.sources import PassedIn, Source, StoreAt
@@ -60,6 +61,7 @@ class StoreBarrier(CrossingBarrier):
         run_id: str | None = None,
         worker_threads: bool = False,
     ) -> None:
+        check_flag("worker_threads", worker_threads)
         source: Source
         if isinstance(store, StoreAt):
             source = store
@@ -210,21 +212,14 @@ class TCPStoreBarrier(CrossingBarrier):
         run_id: str | None = None,
         worker_threads: bool = False,
     ) -> None:
-        if not isinstance(use_checkpoint_barrier_tcpstore_libuv, bool):
-            raise TypeError(
-                "use_checkpoint_barrier_tcpstore_libuv must be True or False, not "
-                f"{use_checkpoint_barrier_tcpstore_libuv!r}"
-            )
-        if not (isinstance(master_address, str) and master_address):
-            raise ValueError(
-                f"master_address is {master_address!r}; it must be a host name or an IP address"
-            )
         own_store = StoreAt(
-            master_address,
+            check_address("master_address", master_address),
             _checked_port(tcpstore_port),
-            use_checkpoint_barrier_tcpstore_libuv,
+            check_flag(
+                "use_checkpoint_barrier_tcpstore_libuv", use_checkpoint_barrier_tcpstore_libuv
+            ),
             hosts=global_rank == 0,
-            worker_threads=worker_threads,
+            worker_threads=check_flag("worker_threads", worker_threads),
         )
         super().__init__(
             own_store,

@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 from torch.distributed import HashStore, Store
 
+from ._checks import check_world
 from ._store.copies import copy_of
 from .store_barrier import StoreBarrier
 
@@ -40,6 +41,7 @@ async def local_barriers(
     **Cancellation:** cancels the body. Leaving closes all barriers, which breaks the phases that
     are still awaited.
     """
+    check_world(0, world_size)
     meeting_point = HashStore() if store is None else store
     barriers = [
         StoreBarrier(meeting_point, rank=rank, world_size=world_size, **options)

@@ -55,6 +55,7 @@ class Agent:
     """
 
     def __init__(self, beside: CrossingBarrier, name: str) -> None:
+        check_name(beside._keys, name)
         self._barrier = beside.beside(f"signal {name}")
         check_name(self._barrier._keys, name)
         self.gate = Gate()

@@ -7,6 +7,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import anyio
@@ -18,6 +19,7 @@ from .._checks import (
     Timeout,
     check_call_timeout,
     check_publish,
+    check_run_id,
     check_step,
     check_timeout,
     check_world,
@@ -31,6 +33,7 @@ from .._errors import (
 )
 from .._protocol.count import COMMIT, GATHER, MAX_RANKS
 from .._protocol.keys import Keys, check_name, check_prefix
+from .._publish import is_async
 from .._store.loops import loop_here
 from .._store.promises import told
 from .._store.sources import Beside, PassedIn, Source, StoreAt
@@ -81,8 +84,9 @@ class CrossingBarrier(Barrier):
             raise TypeError("timeout_barrier_init_secs must be a number of seconds, not None")
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be callable or None, not {on_progress!r}")
-        if run_id is not None and not isinstance(run_id, str):
-            raise TypeError(f"run_id must be a string or None, not {run_id!r}")
+        if is_async(on_progress):
+            raise TypeError(f"on_progress is not awaited: {on_progress!r} is a coroutine function")
+        check_run_id(run_id)
         self.prefix = prefix
         self._source = source
         self._keys = Keys(prefix, source.namespace)
@@ -238,6 +242,10 @@ class CrossingBarrier(Barrier):
             raise
         if session.loop is None:
             session.leave(reason)
+            return
+        if session.busy_elsewhere:
+            # Which ends the calls that are under way there.
+            session.loop.post(partial(session.leave, reason))
             return
         loop = session.use()
         began = loop.now()

@@ -144,7 +144,8 @@ class Crossing:
         """Count it, and have the error say which barrier it is of."""
         session, phase = self.session, self.phase
         if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
-            exc.prefix = session.prefix
+            # What publish raises may be of another barrier.
+            exc.prefix = exc.prefix or session.prefix
         left = session.closed_by
         why = kind_of(
             exc,
@@ -164,7 +165,11 @@ class Crossing:
         session, loop = self.session, self.loop
         # A peer that was told has used up the turn in which it was; a newcomer has yet to.
         self._rejoined = not session.has_joined
-        within_secs = max(0.0, min(self.deadline - loop.now(), session.init_secs))
+        deadline = self.deadline
+        if self.timeout_secs == 0:
+            # What is decided now only a store can tell that was reached.
+            deadline = self.started + UNDO_SECS
+        within_secs = max(0.0, min(deadline - loop.now(), session.init_secs))
         until = loop.now() + within_secs
         begun_before = session.joining
         while not session.stands:
@@ -172,7 +177,7 @@ class Crossing:
                 raise BarrierClosedError(describe(session.prefix))
             joining = session.join()
             # What fails with the time that there is says why.
-            if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, self.deadline)):
+            if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, deadline)):
                 if (closed := session.closed_by) is not None:
                     raise self._broken(closed.rank, closed.reason)
                 why = session.why_not

@@ -6,12 +6,12 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from .._errors import BarrierConnectionError, BarrierError
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE, GATHER
 from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Entry, Forgotten
-from .._protocol.store import Add, Delete, Read, Request, Set, SetMany
+from .._protocol.store import Add, CompareSet, Delete, Read, Request, Set, SetMany
 from .._protocol.verdict import Broken, Released, Verdict, number
 from .._store.future import Future
 from .._store.sources import Connection
@@ -37,6 +37,10 @@ class Entering(Pool):
         :param hold: called with it before anything else can come between
         """
         assert self.turns is not None
+        if step is not None and self.open and self.awaited(name, step) is not None:
+            # Two arrivals of one rank would break it for all.
+            reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
+            raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
         phase = self.turns.begin(name, step, kind, leader)
         if hold is not None:
             hold(phase)
@@ -247,7 +251,21 @@ class Entering(Pool):
                 # What was due there goes out here; see `_stand`.
                 connection = self._idle[-1]
             connection.outbox.append((spent, nothing))
+            if phase.step is not None and broken:
+                self._forget_latest(phase, phase.step, connection)
             self._tidy_soon()
+
+    def _forget_latest(self, phase: Phase, step: int, connection: Connection) -> None:
+        """All have learned that this step was broken, and refuse those before it by themselves."""
+        latest = phase.membership.own.latest(phase.name)
+
+        def emptied(answers: list[Any]) -> None:
+            # At once, since a later step may be written there.
+            if answers[0] == b"":
+                connection.call(Delete(latest))
+
+        empty = CompareSet(latest, b"%d" % step, b"")
+        connection.outbox.append(([empty], emptied))
 
     def _clear_early(self, turns: Turns) -> None:
         """Delete what was tried too early, on the connection where it was, or what took its place.

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _LEAVE_SECS = 1.0
 _LEAVE_SILENT_SECS = 0.6
 _LAST_SECS = 0.1
+_MOMENT_SECS = 0.25
 _EXIT_SECS = 0.5
 
 
@@ -106,6 +107,11 @@ class Session(Joining):
         if membership is None:
             return
         bell = self._bell
+        # What was asked last need not hang; and c10d complains of a wait that is cut off.
+        until = self._now() + min(_MOMENT_SECS, (deadline - self._now()) / 2)
+        while bell is not None and bell.lost is None and bell.unsaid and self._now() < until:
+            answered = bell.call(Read(self.keys.state))
+            await within(loop, answered, until - self._now())
         if bell is None or bell.lost is not None or bell.unsaid:
             opened = self.start(self._open(loop, deadline))
             if not await within(loop, opened, deadline - self._now()):

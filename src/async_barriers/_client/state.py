@@ -114,7 +114,23 @@ class SessionState:
                 f"is process {os.getpid()}, forked from there: build a barrier in the process "
                 "that uses it"
             )
+        if self.busy_elsewhere:
+            raise RuntimeError(
+                f"barrier {self.prefix!r} is in use on the event loop of another thread, and "
+                "belongs to one at a time: await it there, or build another barrier for this one"
+            )
         return self._move(loop_here(loop))
+
+    @property
+    def busy_elsewhere(self) -> bool:
+        """Whether it cannot be taken from a loop that another thread runs: calls are under way
+        there, or the loop lets no socket go."""
+        loop = self.loop
+        if loop is None or not loop.elsewhere:
+            return False
+        awaited = any(p.waiter is not None and not p.decided for p in list(self.open))
+        held = not loop.lets_go and any(each.waits for each in self._connections())
+        return awaited or held or not self.stands
 
     def _move(self, loop: Loop) -> Loop:
         self._not_at_end()

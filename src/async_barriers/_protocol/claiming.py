@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .._errors import BarrierError
+from .._errors import BarrierConnectionError, BarrierError
 from .keys import Keys
 from .membership import (
     FIELD,
@@ -52,8 +52,16 @@ async def join(
     :raises BarrierError: another living process holds the rank, or the ranks have another world
         size or run; or something else wrote to our keys
     """
+    claims = [] if before is None else [before.claim]
     try:
-        return await _join(store, keys, rank, world_size, life, lives, wait_for, before)
+        return await _join(store, keys, rank, world_size, life, lives, wait_for, before, claims)
+    except BarrierError as exc:
+        if claims and not isinstance(exc, BarrierConnectionError):
+            # It was refused and lives on, but not as this rank: another process may claim that.
+            left = [(claim, replace(claim, left=True)) for claim in claims]
+            key = keys.member(rank)
+            await store.call(*(CompareSet(key, was.encode(), now.encode()) for was, now in left))
+        raise
     except RUBBISH as exc:
         raise BarrierError(
             f"something else wrote to the keys of barrier {keys.prefix!r} in the store ({exc!r}); "
@@ -70,7 +78,9 @@ async def _join(
     lives: Lives,
     wait_for: WaitFor,
     before: Membership | None,
+    claims: list[Member],
 ) -> Membership:
+    """:param claims: gets each claim that it writes"""
     while True:
         found, held = await store.call(Read(keys.state), Read(keys.member(rank)))
         if not found or number(found) is not None:
@@ -110,6 +120,7 @@ async def _join(
             await _end(store, keys, state, found, rank, world_size, life)
             continue
         claim = Member(life, state.identity)
+        claims.append(claim)
         mine = claim.encode()
         (now,) = await store.call(CompareSet(keys.member(rank), held or b"", mine))
         if now != mine:

@@ -26,6 +26,9 @@ from .worker import in_own_thread
 _RETRY_SECS = 0.1
 # How long to try one address before the next one is tried as well.
 _HEAD_START_SECS = 0.25
+# For c10d's own client of the server that it hosts. It would look a name up, and print that it
+# cannot; and the name that others know this machine by need not lead here from here.
+_HERE = "127.0.0.1"
 _HOSTED_TIMEOUT = timedelta(seconds=300)
 
 Addresses = list[tuple[Any, ...]]
@@ -221,8 +224,8 @@ async def connect_by_threads(
     return connection
 
 
-def host_store(host: str, port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
-    """The server of a TCPStore in this process; blocks.
+def host_store(port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
+    """The server of a TCPStore in this process, at all its addresses; blocks.
 
     :param shared: whether others in this process may host at the same port: all get one server
     :raises OSError: the port is taken, or cannot be listened at
@@ -232,7 +235,7 @@ def host_store(host: str, port: int, use_libuv: bool, *, shared: bool) -> TCPSto
         _probe_port(port)
     try:
         return TCPStore(
-            host,
+            _HERE,
             port,
             is_master=True,
             timeout=_HOSTED_TIMEOUT,

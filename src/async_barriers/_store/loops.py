@@ -11,6 +11,7 @@ import importlib
 import math
 import socket
 import sys
+import threading
 from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -50,6 +51,16 @@ class Loop(Protocol):
     @property
     def ended(self) -> bool: ...
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another thread than this one runs it."""
+        ...
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether another thread may call `unwatch`."""
+        ...
+
     def now(self) -> float: ...
     def here(self) -> bool: ...
     def watch_readable(self, sock: socket.socket, callback: Callback) -> None: ...
@@ -78,8 +89,11 @@ class AsyncioLoop:
     the next one: crossings that take microseconds need it set once in half a minute.
     """
 
+    lets_go = True
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self._thread = threading.get_ident()
         # Without a frame in between.
         self.now = loop.time
         self.deadlines: dict[AsyncioWaiter, float] = {}
@@ -93,6 +107,10 @@ class AsyncioLoop:
     @property
     def ended(self) -> bool:
         return self.loop.is_closed()
+
+    @property
+    def elsewhere(self) -> bool:
+        return self.loop.is_running() and threading.get_ident() != self._thread
 
     def here(self) -> bool:
         # trio may run as a guest inside asyncio's loop, but in none of its tasks.
@@ -233,17 +251,24 @@ class AsyncioWaiter:
 class TrioLoop:
     """trio, through system tasks: they outlive the caller and end with the loop."""
 
+    lets_go = False
+
     def __init__(self) -> None:
         import trio
 
         self.trio: Any = trio
         self._token = trio.lowlevel.current_trio_token()
         self.ended = False
+        self._thread = threading.get_ident()
         self._scopes: dict[tuple[int, str], Any] = {}
         self._ends: list[Callback] = []
         self._watches_end = False
         self.waiting: dict[TrioWaiter, None] = {}
         self._clock = trio.lowlevel.current_clock()
+
+    @property
+    def elsewhere(self) -> bool:
+        return not self.ended and threading.get_ident() != self._thread
 
     def now(self) -> float:
         return float(self._clock.current_time())

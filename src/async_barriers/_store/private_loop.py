@@ -25,7 +25,8 @@ class _PrivateTimer:
 class PrivateLoop:
     """A loop that blocks its thread, for the last work when there is no other loop."""
 
-    ended = False
+    ended = elsewhere = False
+    lets_go = True
 
     def __init__(self) -> None:
         self._poll = select.poll()

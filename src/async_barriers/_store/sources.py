@@ -196,9 +196,7 @@ class StoreAt:
             if self._server is not None:
                 return self._server
             try:
-                hosting = partial(
-                    connecting.host_store, host, port, self._use_libuv, shared=self._shared
-                )
+                hosting = partial(connecting.host_store, port, self._use_libuv, shared=self._shared)
                 # Not held by this frame, which the traceback of an earlier attempt may keep: the
                 # port is free when no reference to the server is left.
                 return cast(TCPStore, await in_thread(loop, "host", hosting))
