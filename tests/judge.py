@@ -267,6 +267,14 @@ def one_process_of_a_rank(record: Record) -> Iterator[Violation]:
             yield Violation(11, f"{call} was refused: {call.exit['error']}")
 
 
+def _left_with_its_host(record: Record, call: Call) -> bool:
+    """Whether it was told of the rank that left with the store: by law 3 it is, and no store can
+    tell it any more what had broken the phase before."""
+    gone = [since for since, until in record.cuts[None] if until == record.last]
+    left = "closed its barrier" in str(call.exit.get("detail"))
+    return left and any(since < record.end_of(call) for since in gone)
+
+
 def one_verdict(record: Record) -> Iterator[Violation]:
     """Law 2: all who learn a verdict learn the same one."""
     for phase, calls in record.phases.items():
@@ -279,8 +287,10 @@ def one_verdict(record: Record) -> Iterator[Violation]:
             continue
         details: dict[str, Call] = {}
         for call in calls:
-            if call.learned is not None and call.exit.get("detail") is not None:
-                details.setdefault(str(call.exit["detail"]), call)
+            detail = call.exit.get("detail")
+            if call.learned is None or detail is None or _left_with_its_host(record, call):
+                continue
+            details.setdefault(str(detail), call)
         # What was tried too early is deleted when all have joined, and may be broken again after.
         if len(details) > 1 and phase[2] >= 0:
             yield Violation(2, " but ".join(f"{c} was told {w!r}" for w, c in details.items()))

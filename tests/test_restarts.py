@@ -309,6 +309,29 @@ async def test_a_life_elsewhere_is_asked(shared: World, monkeypatch: pytest.Monk
     assert await crosses([second, ranks[1]]) == 0
 
 
+@pytest.mark.parametrize("by", ["its process", "another process"])
+async def test_closing_after_the_end_of_its_generation(
+    memory: World, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """It gives up its rank then, too: a new barrier takes it."""
+    ranks = await memory.barriers(2)
+    crash(ranks[1])
+    ranks[1] = memory.barrier(1, 2)
+    await ranks[1].connect()
+
+    async def over() -> bool:
+        return ranks[0]._session.turns is None
+
+    await until(over)
+    await ranks[0].aclose()
+    if by == "another process":
+        # Which sees that this one lives.
+        monkeypatch.setattr(process, "lives", lambda life: True)
+    ranks[0] = memory.barrier(0, 2)
+    await ranks[0].connect()
+    assert await crosses(ranks) == 0
+
+
 @pytest.mark.parametrize("do", ["execute_barrier", "commit", "all_gather"])
 async def test_who_waits_for_the_others_to_come_back(memory: World, do: str) -> None:
     """It meets them with what it had brought, though that was numbered otherwise (law 11)."""

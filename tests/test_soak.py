@@ -168,6 +168,19 @@ def test_law_2_two_reasons(log: Log) -> None:
     assert log.violations() == [2]
 
 
+def test_law_2_holds_while_there_is_a_store(log: Log) -> None:
+    """A rank that comes when the store is gone with the rank that hosted it learns that it left."""
+    log.call(0, 1.0, 2.0, "cancelled", stopped=1.5)
+    log.call(0, 2.0, 2.1, "done", do="close", phase=None)
+    log.call(1, 1.0, 2.0, "broken", blamed=0, detail="broken by 0: its task was cancelled")
+    left = {"blamed": 0, "detail": "broken by 0: it closed its barrier"}
+    log.call(2, 2.5, 3.0, "broken", **left)
+    assert log.violations() == [2]
+    log.driver(2.1, "cut", rank=None, how="host")
+    log.driver(9.0, "ended", rank=2, life=2)
+    assert log.violations() == []
+
+
 def test_law_3_an_arrival_that_counts_after_a_cancellation(log: Log) -> None:
     """Who had returned, cancelled, makes up for nobody who enters later."""
     log.call(0, 1.0, 1.6, "cancelled", stopped=1.5)

@@ -225,7 +225,10 @@ class Crossing:
         phase = session.begin(self.name, self.step, self.kind, self.leader, self._hold)
         await self._undone(phase, session.give_up(phase, closed_by.reason, by=closed_by.rank))
         if not phase.decided:
-            raise exc
+            if session.host_left:
+                raise exc  # No store will ever say more.
+            # Another reason may stand there, which its peers have learned.
+            raise self._lost(phase, phase.lost) from exc
         self.accept(phase)
 
     def _broken(self, rank: int | None, reason: str) -> BrokenBarrierError:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import leaving
+from .._protocol.membership import Membership
 from .._protocol.store import Delete, Read
 from .._store.future import Future
 from .._store.loops import Loop
@@ -38,6 +39,9 @@ _EXIT_SECS = 0.5
 
 class Session(Joining):
     """All that a connected barrier has."""
+
+    # What this rank was when it last said that it leaves.
+    _left_as: Membership | None = None
 
     @cached_property
     def presence(self) -> Presence:
@@ -101,10 +105,9 @@ class Session(Joining):
     async def _say_goodbye(
         self, loop: Loop, reason: str, deadline: float, peers_deadline: float
     ) -> None:
-        membership = self.membership or self._claimed
-        if membership is None and self._closed_by is not None:
-            membership = self._before
-        if membership is None:
+        # The one before holds its rank also if its generation is over.
+        membership = self.membership or self._claimed or self._before
+        if membership is None or membership is self._left_as:
             return
         bell = self._bell
         # What was asked last need not hang; and c10d complains of a wait that is cut off.
@@ -130,6 +133,7 @@ class Session(Joining):
         goodbye = self.start(leaving.leave(bell, membership, reason, hosts=hosts))
         if not await within(loop, goodbye, deadline - self._now()):
             return
+        self._left_as = membership
         if goodbye.result() and hosts:
             # A rank that clears up ends the state first.
             all_left, state = membership.own.all_left, membership.state.encode()
@@ -164,7 +168,7 @@ class Session(Joining):
         self._idle, self._bell = [], None
         self._announced.clear()
         self.open.clear()
-        for membership in (self.membership, self._claimed):
+        for membership in (self.membership, self._claimed, self._before):
             if membership is not None:
                 process.holders.pop(membership.claim.life.token, None)
         self.turns = self._claimed = None

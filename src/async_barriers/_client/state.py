@@ -220,6 +220,11 @@ class SessionState:
         return self._closed_by
 
     @property
+    def host_left(self) -> bool:
+        """Whether this rank has let the rank go that hosts the store, and the store with it."""
+        return self._drained
+
+    @property
     def patience_secs(self) -> float:
         """How long what has to be undone may hold up its caller.
 
