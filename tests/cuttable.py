@@ -1,6 +1,6 @@
-"""A way to a port that can be cut, for ranks as they are when a network fails them.
+"""A way to a port that a test can cut, as when a network fails.
 
-It forwards what clients send on loopback, in one thread for all ways, and needs no rights.
+It forwards what clients send on loopback, in one thread for all ways. It needs no privileges.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-# ``hold``: nothing passes, and all of it does when the way is healed, as TCP does when packets
-# were dropped. ``hole``: nothing passes, for ever, and the connections that were there are reset
-# when the way is healed. ``reset``: connections are reset, and so are new ones until then.
+# ``hold``: nothing passes until the way is healed, and then everything does, as with TCP when
+# packets were dropped. ``hole``: nothing passes any more, and healing resets the connections that
+# were open. ``reset``: connections are reset, and new ones too until the way is healed.
 Cut = Literal["hold", "hole", "reset"]
 _CHUNK = 1 << 16
 _RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: on, 0 s, so that closing sends RST
@@ -42,7 +42,7 @@ class Ways:
         return way
 
     def close(self) -> None:
-        """Reset whatever is open, and end the thread."""
+        """Reset the open connections, and end the thread."""
         for way in self._ways:
             way.close()
         self.order(lambda: setattr(self, "_open", False))
@@ -52,7 +52,7 @@ class Ways:
             end.close()
 
     def order(self, what: Callable[[], None]) -> None:
-        """Have the thread do it, and wait until it has: it alone touches the connections."""
+        """Run ``what`` in the thread, and wait for it: only the thread touches connections."""
         done = threading.Event()
         with self._lock:
             self._orders += [what, done.set]
@@ -60,7 +60,7 @@ class Ways:
         done.wait()
 
     def watch(self, end: socket.socket, events: int, then: Callable[[], None]) -> None:
-        """Call ``then`` in the thread when ``end`` is ready; with no ``events``, no more."""
+        """Call ``then`` in the thread when ``end`` is ready; no ``events`` ends that."""
         watched = end in self._selector.get_map()
         if events and watched:
             self._selector.modify(end, events, then)
@@ -79,7 +79,7 @@ class Ways:
     def _forward(self) -> None:
         while self._open:
             for key, _ in self._selector.select():
-                # An earlier one of this round may have closed it.
+                # An earlier callback of this round may have closed it.
                 end = key.fileobj
                 assert isinstance(end, socket.socket)
                 if end.fileno() >= 0 and end in self._selector.get_map():
@@ -100,7 +100,7 @@ class Way:
         ways.order(lambda: ways.watch(self._listener, selectors.EVENT_READ, self._accept))
 
     def cut(self, how: Cut) -> None:
-        """From now on nothing passes."""
+        """Let nothing pass from now on."""
 
         def do() -> None:
             self._cut = how
@@ -113,7 +113,7 @@ class Way:
         self._ways.order(do)
 
     def heal(self) -> None:
-        """From now on everything passes again."""
+        """Let everything pass again."""
 
         def do() -> None:
             was, self._cut = self._cut, None
@@ -126,7 +126,7 @@ class Way:
         self._ways.order(do)
 
     def close(self) -> None:
-        """Reset whatever is open, and listen no more."""
+        """Reset the open connections, and stop listening."""
 
         def do() -> None:
             self._ways.watch(self._listener, 0, self._accept)
@@ -166,7 +166,7 @@ class _Pair:
         self._ways = ways
         self._ends = (client, server)
         self._gone = gone
-        # What was read from one end and not yet taken by the other.
+        # Bytes that were read from one end, and that the other has not taken yet.
         self._unsent = {client: b"", server: b""}
         self._open = True
         for end in self._ends:
@@ -177,7 +177,7 @@ class _Pair:
         client, server = self._ends
         for end in self._ends:
             if self._unsent[end]:
-                # Nothing else passes until this is out: c10d's messages are small.
+                # Nothing else passes until these bytes are sent: c10d's messages are small.
                 self._ways.watch(end, selectors.EVENT_WRITE, partial(self._send_rest, end))
                 return
         self._ways.watch(client, selectors.EVENT_READ, lambda: self._pass_on(client, server))
@@ -207,7 +207,7 @@ class _Pair:
         except OSError:
             chunk = b""
         if not chunk:
-            # Half-open connections are not worth telling apart here.
+            # Nothing here needs half-open connections.
             self.close()
             return
         self._unsent[other] = chunk
@@ -221,7 +221,7 @@ class _Pair:
             self.resume()
 
     def _send(self, end: socket.socket) -> bool:
-        """Send what was read; whether something is left."""
+        """Send the bytes that were read; return whether some are left."""
         try:
             sent = end.send(self._unsent[end])
         except BlockingIOError:

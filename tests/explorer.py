@@ -1,23 +1,23 @@
-"""Every order in which messages of a few processes can reach a store, and answers can reach them.
+"""Explores every order in which a few processes' messages and a store's answers can arrive.
 
 A state is a value: what the store holds, what is under way on each connection, how far each
 process has come (`replayed`), and what the laws remember. `explore` visits every state that can be
-reached, depth first; a violation is told by its schedule. Steps are
+reached, depth first, and shows a violation as its schedule. Steps are
 
 * a message reaches the store, which applies it as a whole (a TCPStore) or request by request;
 * an answer, or the news that an awaited key was written, reaches the process, which goes on until
-  it has nothing left but to wait;
-* a process begins a task, a task is cancelled, its deadline passes, a connection breaks, another
-  process takes the place of one that is dead: whenever that is possible;
-* the timer rings that does so first, when no message is under way.
+  it can only wait;
+* a process begins a task, a task is cancelled, its deadline passes, a connection breaks, or a
+  process replaces a dead one: whenever that is possible;
+* the earliest timer rings, when no message is under way.
 
 Not explored are
 
-* ways to a state seen before, since what follows is the same;
-* what others do before an answer reaches a process that can be told nothing else;
-* crashes as steps of their own. A process that stops for ever cannot be told from one that is not
-  scheduled any more, nor what it had sent from what never arrives. So where only one process can
-  still move, that is an end in which it crashed.
+* other ways to a state that was seen before, since the same follows;
+* steps of other processes before an answer, if the process can only receive that answer;
+* crashes as steps of their own. A crashed process looks like one that is not scheduled any more,
+  and its lost messages look like messages that never arrive. So a state in which only one process
+  can still move is an end in which that process crashed.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from replayed import Effect, Event, Node, Process, Spec
 
 from async_barriers._protocol.store import SILENT, CompareSet, Request
 
-# Far more than any scenario needs; what goes round for ever stops here.
+# Far more than any scenario needs; an endless loop stops here.
 _MAX_STEPS = 1000
 _MAX_STATES = 5_000_000
 
 
 class Violation(AssertionError):
-    """A law is broken; with a schedule that does it."""
+    """A law is broken; the message has a schedule that breaks it."""
 
 
 class Link(NamedTuple):
-    """A connection, as far as something is under way on it.
+    """What is under way on a connection.
 
-    :ivar queue: messages that have not reached the store, with how far the first one has come
-    :ivar replies: what has not reached the process
-    :ivar waits: the key that the server watches for it, and for which message
+    :ivar queue: messages that have not reached the store, and how far the first one has come
+    :ivar replies: answers and news that have not reached the process
+    :ivar waits: the key that the server watches for it, and the message that asked for it
     """
 
     process: int
@@ -62,7 +62,7 @@ class Link(NamedTuple):
 
 
 class State(NamedTuple):
-    """All there is; the numbers are those of values in the `System`'s table."""
+    """The whole state; each number stands for a value in the `System`'s table."""
 
     store: int
     links: tuple[Link, ...]
@@ -73,7 +73,7 @@ class State(NamedTuple):
 
 
 class Move(NamedTuple):
-    """One step: of which process, and what."""
+    """One step of one process."""
 
     kind: str
     process: int
@@ -93,16 +93,16 @@ class View(NamedTuple):
 
 
 class Laws(Protocol):
-    """What has to be so: an `AssertionError` where it is not."""
+    """The laws; each method raises an `AssertionError` if one is broken."""
 
     def served(self, remembered: Any, spec: Spec, request: Request, store: Contents) -> Any:
-        """Judge what a request did to the store; what is to be remembered from then on."""
+        """Judge what a request did to the store; return what to remember from then on."""
 
     def noted(self, view: View, spec: Spec, note: Event) -> None:
         """Judge what a process did in the last step."""
 
     def at_end(self, view: View) -> None:
-        """Judge a state that nothing need follow."""
+        """Judge a state in which everything may stop for ever."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ class System:
     # -- the beginning ---------------------------------------------------------------------
 
     def begin(self) -> State:
-        """All that happens before the scenario begins, in one order."""
+        """Run all that happens before the scenario begins, in one order."""
         count = len(self.specs)
         lives = tuple("comes" if spec.replaces else "lives" for spec in self.specs)
         state = State(self._number(()), (), (0,) * count, lives, self._number(None))
@@ -203,7 +203,7 @@ class System:
     # -- moves -----------------------------------------------------------------------------
 
     def moves(self, state: State) -> list[Move]:
-        """All steps that are possible; of those that commute with all others, one is enough."""
+        """All possible steps; if one commutes with all others, it alone is enough."""
         found: list[Move] = []
         late: list[Move] = []
         earliest = math.inf
@@ -239,12 +239,12 @@ class System:
         return found + late if quiet or self._hasty else found
 
     def place(self, state: State, move: Move) -> tuple[int, int]:
-        """The connection on which a step is; 0 for what is on none."""
+        """The process and the connection of a step; 0 if it uses none."""
         on = move.kind in ("serve", "deliver")
         return move.process, state.links[move.link].number if on else 0
 
     def crashed(self, state: State, moves: list[Move]) -> list[tuple[str, ...]]:
-        """Who may have crashed if this is an end; () stands for nobody."""
+        """The processes that may have crashed if this is an end; () stands for none."""
         movers = {m.process for m in moves if m.kind != "may" and state.lives[m.process] != "dead"}
         if not movers:
             return [()]
@@ -309,7 +309,7 @@ class System:
     def _apply(
         self, store: int, message: int, begun: tuple[Any, ...], remembered: int, process: int
     ) -> tuple[int, tuple[Any, ...], tuple[str, ...], int]:
-        """Apply a message, or the next request of it."""
+        """Apply a message, or its next request."""
         contents: Contents = dict(self._things[store])
         memory = self._things[remembered]
         requests = self._things[message].requests[len(begun) :]
@@ -379,7 +379,7 @@ class System:
 
 
 def _with(links: tuple[Link, ...], old: Link, new: Link) -> tuple[Link, ...]:
-    """``new`` in the place of ``old``, as far as there is something to say of it."""
+    """Put ``new`` in the place of ``old``; drop it if nothing is under way on it."""
     if new.queue or new.replies or new.waits is not None:
         if old in links:
             at = links.index(old)
@@ -409,9 +409,9 @@ Path = tuple[Any, Move] | None
 def explore(system: System, *, shortest: bool = False, switches: int | None = None) -> Report:
     """Visit all states.
 
-    :param shortest: breadth first, so that a violation is told with the fewest steps
-    :param switches: how often a connection may be left on which something is under way, for another
-        one or another process; as often as is possible if None (Musuvathi and Qadeer 2007)
+    :param shortest: breadth first, so that a violation has the fewest steps
+    :param switches: how often a schedule may leave a connection that has something under way for
+        another one or another process; without limit if None (Musuvathi and Qadeer 2007)
     :raises Violation: a law does not hold, or a process raised
     """
     report = Report()
@@ -419,7 +419,7 @@ def explore(system: System, *, shortest: bool = False, switches: int | None = No
     left = switches or 0
     frontier: deque[tuple[State, Path, int, tuple[int, int], int]] = deque()
     frontier.append((system.begin(), None, 0, (0, 0), left))
-    # With how many switches left each was met.
+    # For each state, how many switches were left when it was met.
     seen: dict[int, int] = {}
     while frontier:
         state, path, depth, at, left = frontier.popleft() if shortest else frontier.pop()
@@ -455,7 +455,7 @@ def explore(system: System, *, shortest: bool = False, switches: int | None = No
 
 
 def wander(system: System, *, runs: int, seed: int) -> Report:
-    """Go one way at random, again and again, where there are too many states to visit all.
+    """Follow random schedules, for scenarios with too many states to visit all.
 
     :raises Violation: as `explore`
     """

@@ -1,25 +1,25 @@
-"""Whether what ranks and a driver logged keeps the laws; pure, and knows nothing of the library.
+"""Judges by the logs of ranks and a driver whether the laws hold; uses nothing of the library.
 
 A log is a line of JSON per event; lines may come in any order, and the last one of a process
 that was killed may be cut. ``t`` is the monotonic clock, which is one for all processes.
 
-The driver says ``soak`` (size, init_secs), and what it did to ``rank``: ``stop`` and
+The driver logs ``soak`` (size, init_secs), and what it did to ``rank``: ``stop`` and
 ``continue``, ``cut`` and ``healed`` (its way to the store), ``kill``, ``usurp`` (it started another
-``life`` for a rank whose process lives); and ``late`` where the machine itself stood still from
-``since`` on. ``rank`` is None where it was done to all.
+``life`` for a rank whose process lives); and ``late`` if the machine itself stood still from
+``since`` on. ``rank`` is None if it was done to all.
 
-A rank (``rank``, and ``life``, one per process) says
+A rank (``rank``, and ``life``, one per process) logs
 
 * ``joined`` a ``generation``, and ``joining`` before it tries; ``ended`` when its program is over;
 * ``call``, before: a number, what it will ``do``, the ``name``, and ``within`` how many seconds
   (None: no deadline) it has to return;
 * ``enter`` or ``forgo``, before the store hears of it: in which ``generation`` and ``sequence``
-  the call takes part, and whether it enters or only breaks the phase. What is tried before all
-  have joined again has numbers below 0; it is said again where it then counts;
+  the call takes part, and whether it enters or only breaks the phase. An attempt before all have
+  joined again has a number below 0; it is logged again when it counts;
 * ``cancel`` and ``fail``, before that is done to a call; ``publishing`` before its publish runs;
 * ``exit``: how the call ended, as ``outcome``: released (with ``detail``), broken (``detail``;
-  ``blamed``, or ``missing`` and ``timeout_secs``), done (of what has no verdict), cancelled,
-  failed, closed, lost, refused, or foreign, what should never escape; with ``in_doubt``.
+  ``blamed``, or ``missing`` and ``timeout_secs``), done (it has no verdict), cancelled, failed,
+  closed, lost, refused, or foreign (an error that must not escape); with ``in_doubt``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-# Laws 4, 5 and 8 allow one second; some more for a machine that runs many processes.
+# Laws 4, 5 and 8 allow one second; the slack is for a machine that runs many processes.
 LAW_SECS = 1.0
 SLACK_SECS = 0.5
 # A rank that was cut off a moment ago is joining again.
 RECOVERY_SECS = 2.0
-# A break that was asked for by cancelling, and took longer than this, may not have been heard.
+# If a cancelled call takes longer than this to end, the store may not have its break.
 HEARD_SECS = 0.7
 EXIT_SECS = 2.0
 
@@ -46,7 +46,7 @@ Window = tuple[float, float]
 
 @dataclass(frozen=True)
 class Violation:
-    """What was seen to break a law; law 0 is none's: what no program may do."""
+    """What breaks a law; law 0 stands for what no program may do."""
 
     law: int
     text: str
@@ -92,13 +92,13 @@ class Call:
         if self.outcome in ("released", "broken") and not self.exit["in_doubt"]:
             return str(self.outcome)
         if self.entered is not None and self.outcome in ("lost", "closed"):
-            # "In doubt" is what it would have to say if its peers could have been released.
+            # It would have to say "in doubt" if its peers could have been released.
             return None if self.exit["in_doubt"] else "broken"
         return None
 
 
 class Record:
-    """What all the lines say."""
+    """The contents of all lines."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.size = 0
@@ -185,13 +185,13 @@ class Record:
                 self.leavings.append((generation, t, call.rank))
 
     def end_of(self, call: Call) -> float:
-        """When it returned; or, where it never did, until when it could have."""
+        """When it returned; if it never did, the end of its process or of the log."""
         if call.ended is not None:
             return call.ended
         return self.ends.get((call.rank, call.life), self.last)
 
     def stood(self, rank: int, since: float, until: float) -> float:
-        """How long ``rank`` could do nothing, in that time."""
+        """How long ``rank`` could do nothing between ``since`` and ``until``."""
         windows = sorted(self.stops.get(rank, []) + self.stops.get(None, []))
         total, reached = 0.0, since
         for began, ended in windows:
@@ -200,12 +200,12 @@ class Record:
         return total
 
     def cut_off(self, rank: int, since: float, until: float) -> bool:
-        """Whether ``rank`` may have had no way to the store, in that time."""
+        """Whether ``rank`` may have had no way to the store between ``since`` and ``until``."""
         windows = self.cuts.get(rank, []) + self.cuts.get(None, [])
         return any(a < until and b + RECOVERY_SECS > since for a, b in windows)
 
     def hampered(self, rank: int, since: float, until: float) -> bool:
-        """Whether a break may have been kept from the store, in that time."""
+        """Whether a break may have been kept from the store between ``since`` and ``until``."""
         return self.cut_off(rank, since, until) or self.stood(rank, since, until) > 0
 
 
@@ -214,15 +214,15 @@ def _parsed(lines: Iterable[str]) -> Iterator[Event]:
         try:
             event = json.loads(line)
         except ValueError:
-            # The last words of a process that was killed. What it did not get to say, it had
-            # not done either: each line is written before the store hears of it.
+            # The last line of a process that was killed. It had not done yet what this line was
+            # to say: each line is written before the store hears of it.
             continue
         if isinstance(event, dict):
             yield event
 
 
 def judge(lines: Iterable[str]) -> list[Violation]:
-    """What in these logs breaks laws 1 to 5 (and 8, and what no law needs to name)."""
+    """All that breaks laws 1 to 5 in these logs (and 8, and what no law needs to name)."""
     return judge_record(Record(lines))
 
 
@@ -249,7 +249,7 @@ def safety(record: Record) -> Iterator[Violation]:
             yield Violation(1, f"{twice[0]} takes part again in {twice[1]}")
         entered = {call.rank: call.entered for call in calls if call.entered is not None}
         for call in calls:
-            # Publishing is a release, in a way.
+            # Publishing counts as a release.
             passed = call.published or call.ended
             if passed is None or not (call.published or call.outcome == "released"):
                 continue
@@ -259,7 +259,7 @@ def safety(record: Record) -> Iterator[Violation]:
 
 
 def one_process_of_a_rank(record: Record) -> Iterator[Violation]:
-    """Law 1: of two that live the second one is refused; and (law 11) nobody else ever is."""
+    """Law 1: the second living process of a rank is refused; law 11: no other process is."""
     for rank, life in sorted(record.usurpers & record.lives):
         yield Violation(1, f"rank {rank} (life {life}) joined, though another process has its rank")
     for call in record.calls.values():
@@ -276,7 +276,7 @@ def _left_with_its_host(record: Record, call: Call) -> bool:
 
 
 def one_verdict(record: Record) -> Iterator[Violation]:
-    """Law 2: all who learn a verdict learn the same one."""
+    """Law 2: all ranks that learn a verdict learn the same one."""
     for phase, calls in record.phases.items():
         told: dict[str, Call] = {}
         for call in calls:
@@ -291,13 +291,13 @@ def one_verdict(record: Record) -> Iterator[Violation]:
             if call.learned is None or detail is None or _left_with_its_host(record, call):
                 continue
             details.setdefault(str(detail), call)
-        # What was tried too early is deleted when all have joined, and may be broken again after.
+        # A phase that is tried too early is deleted when all have joined, and may break again then.
         if len(details) > 1 and phase[2] >= 0:
             yield Violation(2, " but ".join(f"{c} was told {w!r}" for w, c in details.items()))
 
 
 def who_gives_up_breaks(record: Record) -> Iterator[Violation]:
-    """Law 3: who stopped waiting counts no more, and only such a rank is blamed."""
+    """Law 3: a rank that stopped waiting counts no more, and only such a rank is blamed."""
     for calls in record.phases.values():
         released = [call for call in calls if call.outcome == "released"]
         last = max((call.entered or 0.0, call.rank) for call in calls)
@@ -326,7 +326,7 @@ def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation
     timeout = call.exit.get("timeout_secs")
     if timeout is not None:
         fired = any(c.within == timeout and c.began + timeout <= learned for c in calls)
-        # How long a rank waits for those that have not joined again after a restart.
+        # The other deadline is for ranks that have not joined again after a restart.
         if not (fired or (timeout == record.init_secs and began + timeout <= learned)):
             yield Violation(3, f"{call} timed out after {timeout:g} s, before any deadline")
         return
@@ -339,14 +339,14 @@ def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation
             for c in record.stopped[blamed]
         )
         or any(c.began <= learned and record.end_of(c) >= began for c in record.left[blamed])
-        # Who left cannot be waited for again in that generation.
+        # A rank that left cannot be waited for again in that generation.
         or any(
             call.phase and (g, who) == (call.phase[1], blamed) and t <= learned
             for g, t, who in record.leavings
         )
         or any(t <= learned for t in record.joining[blamed][1:])
         or record.cut_off(blamed, began, learned)
-        # All that had joined again have left again, so that nobody knows which it was.
+        # All ranks that had joined again have left again, so nobody knows which one broke it.
         or (blamed is None and any(t <= learned for g, t, _ in record.joined if g))
     )
     if not excused:
@@ -354,7 +354,7 @@ def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation
 
 
 def fail_fast(record: Record) -> Iterator[Violation]:
-    """Law 4: a break reaches all that wait, and all that come later, within a second."""
+    """Law 4: a break reaches all ranks that wait or come later within a second."""
     for calls in record.phases.values():
         known = [t for call in calls if (t := _break_known(record, call)) is not None]
         if known:
@@ -370,7 +370,7 @@ def fail_fast(record: Record) -> Iterator[Violation]:
 
 
 def _break_known(record: Record, call: Call) -> float | None:
-    """When the break was in the store, at the latest, as far as this call shows."""
+    """The latest time at which the store had the break, as far as this call shows."""
     if call.ended is None or record.hampered(call.rank, call.ended - RECOVERY_SECS, call.ended):
         return None
     told = call.outcome == "broken" and not call.exit["in_doubt"]
@@ -379,7 +379,7 @@ def _break_known(record: Record, call: Call) -> float | None:
 
 
 def _restarts(record: Record) -> Iterator[Violation]:
-    """Who waits for a process that is gone is told when it joins again (law 11)."""
+    """Law 11: a rank that waits for a process that is gone is told when its rank joins again."""
     first: dict[int, tuple[float, int]] = {}
     for generation, t, rank in record.joined:
         if generation and not record.hampered(rank, t - RECOVERY_SECS, t):
@@ -403,7 +403,7 @@ def _heard(record: Record, call: Call, since: float, what: str) -> Iterator[Viol
 
 
 def bounded(record: Record) -> Iterator[Violation]:
-    """Law 5: every call returns within its deadline and a second; a cancelled one in a second."""
+    """Law 5: a call returns within a second of its deadline, or of its cancellation."""
     for call in record.calls.values():
         end = record.end_of(call)
         if call.within is not None:
@@ -422,7 +422,7 @@ def _late(
 
 
 def nothing_foreign(record: Record) -> Iterator[Violation]:
-    """No error but the library's own comes out of a call."""
+    """A call raises only the library's own errors."""
     for call in record.calls.values():
         if call.outcome == "foreign":
             yield Violation(0, f"{call} raised {call.exit['detail']}")

@@ -1,8 +1,8 @@
-"""A store and an event loop as a scheduler moves them: what the library takes for its own.
+"""A modelled store and event loop, which a scheduler moves and the library uses as real ones.
 
-`answered` is what a store does with one request. `Connection`, `Loop` and `Waiter` stand where the
-library has sockets or threads, and an event loop. What is sent leaves through a `Host` (see
-`replayed`), which is one process of the job; what comes back comes when the scheduler says so.
+`answered` is what a store does with one request. `Connection`, `Loop` and `Waiter` replace the
+library's sockets or threads, and its event loop. Messages leave through a `Host` (see `replayed`),
+which is one process of the job; answers arrive when the scheduler says so.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Contents = dict[str, bytes]
 
 
 class Message(NamedTuple):
-    """What goes out in one piece.
+    """Requests that go out in one piece.
 
-    :ivar wait: a key to wait for from then on; what the connection waited for before is forgotten
-    :ivar answered: whether something comes back
+    :ivar wait: a key to wait for from then on, in place of the former one
+    :ivar answered: whether an answer comes back
     """
 
     number: int
@@ -41,7 +41,7 @@ class Message(NamedTuple):
 
 
 def answered(contents: Contents, request: Request) -> tuple[Any, list[str]]:
-    """Apply a request; what it is answered by, and the keys at which it wakes who waits."""
+    """Apply a request; return its answer, and the keys whose waiters it wakes."""
     if isinstance(request, SetMany):
         for key in request.keys:
             contents[key] = request.value
@@ -82,7 +82,7 @@ class Host(Protocol):
 
 
 class Connection:
-    """As `SocketConnection`; where it does not wait, as `ThreadedConnection`."""
+    """As `SocketConnection`; if it does not wait, as `ThreadedConnection`."""
 
     def __init__(self, host: Host, number: int, *, waits: bool) -> None:
         self.number = number
@@ -93,10 +93,10 @@ class Connection:
         self.lost: BarrierConnectionError | None = None
         self._host = host
         self._awaited: str | None = None
-        # Messages, counted; and those that are not answered yet.
+        # The number of messages, and those without an answer yet.
         self._sent = 0
         self._due: dict[int, tuple[Any, Future[list[Any]], str | None]] = {}
-        # A thread that waits, on a connection of its own.
+        # Whether a thread waits, on a connection of its own.
         self._thread_waits = False
 
     def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
@@ -123,7 +123,7 @@ class Connection:
         return said
 
     def hears(self, number: int, answers: tuple[Any, ...]) -> None:
-        """The answers to a message."""
+        """Take the answers to a message."""
         late, said, awaited = self._due.pop(number)
         rest = list(answers)
         for size, heard in late:
@@ -137,7 +137,7 @@ class Connection:
                 self._host.sends(-self.number, Message(number, (), awaited, False))
 
     def wakes(self, number: int) -> None:
-        """What a message waits for was written; what came after that one has cancelled it."""
+        """The key that a message waits for was written; a later message cancels the wait."""
         if not self.waits:
             self._thread_waits = False
             if self.on_wake is not None:
@@ -156,7 +156,7 @@ class Connection:
         self.on_wake = None
 
     def move(self, loop: object) -> None:
-        """There is one loop."""
+        """Does nothing, since there is one loop."""
 
     @property
     def unsaid(self) -> bool:
@@ -167,7 +167,7 @@ class Connection:
         self._end(BarrierConnectionError("this connection to the store was closed"), reset)
 
     def lose(self) -> None:
-        """It breaks."""
+        """Break the connection."""
         self._end(BarrierConnectionError("the connection to the store was lost"), True)
 
     def _end(self, error: BarrierConnectionError, reset: bool) -> None:
@@ -195,7 +195,7 @@ def _frozen(request: Request) -> Request:
 
 
 class Timer:
-    """Something that will be called."""
+    """A callback and the time when it is called."""
 
     def __init__(self, when: float, callback: Callable[[], object]) -> None:
         self.when = when
@@ -206,7 +206,7 @@ class Timer:
 
 
 class Loop:
-    """The event loop of a process; its clock goes on where the scheduler says so."""
+    """The event loop of a process; the scheduler moves its clock."""
 
     ended = elsewhere = False
     lets_go = True
@@ -227,7 +227,7 @@ class Loop:
         return timer
 
     def next_timer(self) -> Timer | None:
-        """The one that rings first."""
+        """The timer that rings first."""
         self.timers = [timer for timer in self.timers if timer.callback is not None]
         return min(self.timers, key=lambda timer: timer.when, default=None)
 

@@ -1,7 +1,7 @@
-"""Network namespaces that lose packets without a word: a hub, and spokes that are joined to it.
+"""Network namespaces that silently lose packets: a hub, and spokes that are joined to it.
 
-Everything that a store and its ranks send between two namespaces crosses a pair of virtual
-interfaces, and is dropped where it arrives: no reset, no error, as from a cable that is cut.
+All packets between two namespaces cross a pair of virtual interfaces. A cut drops them where they
+arrive: there is no reset and no error, as with a cable that is cut.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# On the hub's loopback interface, so that all spokes know it by one address.
+# On the hub's loopback interface, so that it has the same address for all spokes.
 HUB_ADDRESS = "10.77.0.1"
 _CLONE_NEWNET = 0x40000000
-# Where a user's PATH lacks the directories of root's tools.
+# A user's PATH may lack the directories of root's tools.
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 
 class Network:
-    """A namespace where the store is, and ``spokes`` others; undone on leaving."""
+    """A namespace with the store, and ``spokes`` others; leaving the context removes them."""
 
     def __init__(self, spokes: int) -> None:
         unique = uuid.uuid4().hex[:8]
@@ -56,7 +56,7 @@ class Network:
         self._undo.close()
 
     def heal(self) -> None:
-        """Lose nothing more, anywhere."""
+        """Stop losing packets, in every namespace."""
         for spoke in self.spokes:
             spoke.heal()
 
@@ -72,7 +72,7 @@ class Spoke:
         self._lossy: list[tuple[str, str]] = []
 
     def join(self) -> None:
-        """Lay the cable. Both ends are made where they belong, so no name meets another's."""
+        """Connect it to the hub. Each end is made in its own namespace, so names cannot clash."""
         far = ("dev", "far")
         near = ("dev", self._port)
         _run(
@@ -86,23 +86,23 @@ class Spoke:
         _run("ip", "-n", self.name, "route", "add", HUB_ADDRESS, *far, "src", self._address)
 
     def cut(self, how: str) -> None:
-        """Lose what the hub says ("deaf"), what this spoke says ("mute"), or "both"."""
+        """Lose the packets of the hub ("deaf"), of this spoke ("mute"), or of "both"."""
         ends = {"deaf": (self.name, "far"), "mute": (self._hub, self._port)}
         for end in ends.values() if how == "both" else [ends[how]]:
             _lose("--append", *end)
             self._lossy.append(end)
 
     def heal(self) -> None:
-        """Lose nothing more."""
+        """Stop losing packets."""
         while self._lossy:
             _lose("--delete", *self._lossy.pop())
 
 
 def enter(namespace: str) -> None:
-    """Have this thread, and the threads it starts, make their sockets in ``namespace``."""
+    """Move this thread, and the threads that it starts, into ``namespace`` for new sockets."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{namespace}") as handle:
-        # Python itself has it from 3.12 on.
+        # Python has os.setns only from 3.12 on.
         if libc.setns(handle.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
@@ -123,7 +123,7 @@ def inside(namespace: str, call: Callable[[], T]) -> T:
 
 
 def what_is_lacking() -> str | None:
-    """Why no network can be made here; None where one can."""
+    """Why no network can be made here; None if one can."""
     for tool in ("ip", "iptables"):
         if shutil.which(tool, path=_PATH) is None:
             return f"{tool} is not installed"
@@ -138,7 +138,7 @@ def what_is_lacking() -> str | None:
 
 
 def _lose(do: str, namespace: str, interface: str) -> None:
-    # In a namespace by `ip netns`, since that is where iptables looks for its tables.
+    # Enter the namespace with `ip netns`, since iptables looks for its tables there.
     _run(
         *("ip", "netns", "exec", namespace, "iptables", "--wait", do, "INPUT"),
         *("--in-interface", interface, "--jump", "DROP"),

@@ -1,4 +1,4 @@
-"""Ranks as real processes, that do what a test tells them, line by line; see rank_process.py."""
+"""Ranks as real processes that do what a test tells them, line by line; see rank_process.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from async_barriers._protocol.keys import GenerationKeys, Keys
 T = TypeVar("T")
 
 BACKENDS = ("asyncio", "trio")
-# What no process may leave on its stderr, however it ends.
+# No process may leave these on its stderr, however it ends.
 CRASHES = (
     "terminate called",
     "Fatal Python error",
@@ -38,16 +38,16 @@ CRASHES = (
     "never retrieved",
 )
 NO_HOST_NAME = "The hostname of the client socket cannot be retrieved"
-# Law 8 says two seconds. A process that is traced saves what it covered as it ends.
+# Law 8 says two seconds. A process that is traced also saves its coverage as it ends.
 EXIT_SECS = 2.7 if "COVERAGE_PROCESS_CONFIG" in os.environ else 2.0
 # Laws 4, 5 and 8: how long after a break, a deadline or a cancellation an await may end.
 GRACE_SECS = 1.0
-# For what has no bound of its own; a machine that is busy needs some of it.
+# For waits that have no bound of their own; a busy machine needs some of it.
 PATIENCE_SECS = 15.0
 
 
 class Forge:
-    """Where ranks come from; one process for all tests."""
+    """The process that forks all ranks; one for all tests."""
 
     def __init__(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,12 +55,12 @@ class Forge:
             self._process = subprocess.Popen(
                 [sys.executable, rank_process.__file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                # c10d looks its peers' names up; no attempt, no wait for a resolver that is slow.
+                # c10d looks its peers' names up; without attempts no slow resolver holds it up.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "RES_OPTIONS": "attempts:0"},
             )
 
     def fork(self, options: Mapping[str, Any], fds: Sequence[int]) -> int:
-        """A new process, with ``fds`` as its stdin, stdout and stderr; its id."""
+        """Start a process, with ``fds`` as its stdin, stdout and stderr; return its id."""
         socket.send_fds(self._channel, [json.dumps(options).encode()], fds)
         return int(self._channel.recv(64))
 
@@ -97,14 +97,14 @@ class Rank:
         assert self.event() == {"event": "connected"}, self.stderr
 
     def start(self, do: str, **arguments: Any) -> Call:
-        """Have it do something; it goes on taking commands meanwhile."""
+        """Tell it to do something; it takes other commands meanwhile."""
         self._asked += 1
         command = {"ask": self._asked, "do": do, **arguments}
         os.write(self._stdin, json.dumps(command).encode() + b"\n")
         return Call(self, self._asked)
 
     def do(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """What came of it."""
+        """Tell it to do something, and return the answer."""
         return self.start(do, **arguments).answer()
 
     def answer_to(self, number: int, within_secs: float) -> dict[str, Any]:
@@ -112,17 +112,17 @@ class Rank:
         return self._answers[number]
 
     def answered(self, number: int) -> bool:
-        """Whether it has said already what came of it."""
+        """Whether it has answered command ``number`` already."""
         self._read(0.0)
         return number in self._answers
 
     def event(self, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
-        """The next thing that it says unasked."""
+        """The next event that it reports by itself."""
         self._hear(lambda: bool(self.events), within_secs)
         return self.events.pop(0)
 
     def has_said(self, event: str) -> bool:
-        """Whether it has said ``event`` by now."""
+        """Whether it has reported ``event`` by now."""
         self._read(0.0)
         return {"event": event} in self.events
 
@@ -132,8 +132,8 @@ class Rank:
         return ") Z " not in Path(f"/proc/{self.pid}/stat").read_text()
 
     def signal(self, number: signal.Signals) -> float:
-        """Send it a signal; when, on the monotonic clock."""
-        # A process is reaped here and nowhere else, so the id cannot be another's.
+        """Send it a signal; return the time, on the monotonic clock."""
+        # Only this class reaps the process, so the id cannot be another process's.
         assert self.exit_code is None
         os.kill(self.pid, number)
         return time.monotonic()
@@ -148,14 +148,14 @@ class Rank:
                 states = [(task / "stat").read_text() for task in tasks.iterdir()]
             except (FileNotFoundError, ProcessLookupError):
                 return False  # one that has just ended
-            # The state follows the command, which stands in brackets and may hold anything. A
+            # The state follows the command, which is in brackets and may contain anything. A
             # process that was about to end may be dead instead.
             return all(state.rpartition(")")[2].split()[0] in "TZX" for state in states)
 
         until(none_runs)
 
     def strike(self, blow: Signals) -> float:
-        """Kill or stop it, and wait until it is dead or stopped; when that was begun."""
+        """Kill or stop it, and wait until it is; return the time before that."""
         began = time.monotonic()
         if blow == signal.SIGSTOP:
             self.stop()
@@ -165,7 +165,7 @@ class Rank:
         return began
 
     def exit(self, by: float) -> int:
-        """Its exit code; an error if it still runs at ``by`` (on the monotonic clock)."""
+        """Its exit code; fails if it still runs at ``by`` (on the monotonic clock)."""
         if self.exit_code is None:
             if not self._ended(by):
                 last_words = self._last_words()
@@ -174,7 +174,7 @@ class Rank:
         return self.exit_code
 
     def is_refused(self, first: Rank) -> None:
-        """It ends with an error that names it, and the process that has its rank."""
+        """Check that it ends with an error that names it and the process that has its rank."""
         assert self.exit(time.monotonic() + EXIT_SECS + GRACE_SECS) == 1
         host = socket.gethostname()
         for said in (
@@ -186,7 +186,7 @@ class Rank:
     def _ended(self, by: float) -> bool:
         process = os.pidfd_open(self.pid)
         try:
-            # A busy machine is no fault of the process.
+            # The process is not to blame for a busy machine.
             for until in (by, by + waited_for_processor(self.pid)):
                 if select.select([process], [], [], max(0.0, until - time.monotonic()))[0]:
                     return True
@@ -195,7 +195,7 @@ class Rank:
             os.close(process)
 
     def _last_words(self) -> str:
-        """Abort it if it still runs; what it wrote, the stacks of all its threads at the end."""
+        """Its stderr; if it still runs, abort it first, so that its threads' stacks come last."""
         if self.exit_code is None:
             self.signal(signal.SIGABRT)
             self.signal(signal.SIGCONT)
@@ -204,12 +204,12 @@ class Rank:
 
     @property
     def stderr(self) -> str:
-        """What it wrote there, but for what c10d says of a resolver that knows no names."""
+        """Its stderr, without c10d's complaints about a resolver that knows no names."""
         lines = os.pread(self._stderr.fileno(), 1 << 20, 0).decode().splitlines(keepends=True)
         return "".join(line for line in lines if NO_HOST_NAME not in line)
 
     def dispose(self) -> None:
-        """End it, if it has not ended, and let go of it."""
+        """End it, if it has not ended, and close its files."""
         if self.exit_code is None:
             self.signal(signal.SIGKILL)
             self.exit(time.monotonic() + PATIENCE_SECS)
@@ -226,13 +226,13 @@ class Rank:
                 raise AssertionError(f"rank {self.number} {how}\n{self._last_words()}")
 
     def _read(self, within_secs: float) -> bool:
-        """Take in what it said; False at the end of its stdout."""
+        """Read what it reported; False at the end of its stdout."""
         if not select.select([self._stdout], [], [], within_secs)[0]:
             return True
         chunk = os.read(self._stdout, 1 << 20)
         *lines, self._partial = (self._partial + chunk).split(b"\n")
         for line in lines:
-            # Whatever else were printed would be no JSON.
+            # Anything else that is printed is not JSON, and fails here.
             said = json.loads(line)
             if "to" in said:
                 self._answers[said.pop("to")] = said
@@ -242,7 +242,7 @@ class Rank:
 
 
 class Call:
-    """Something that a rank was told to do."""
+    """A command to a rank."""
 
     def __init__(self, rank: Rank, number: int) -> None:
         self.rank = rank
@@ -254,17 +254,17 @@ class Call:
         return self.rank.answered(self.number)
 
     def answer(self, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
-        """Its result, or the facts of the error, with the times of both ends of the call."""
+        """The result or the facts of the error, with the times when the call began and ended."""
         return self.rank.answer_to(self.number, within_secs)
 
     def released(self, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
-        """The result that it has to end in."""
+        """The result; fails if it ended in an error."""
         answer = self.answer(within_secs)
         assert "error" not in answer, answer
         return answer
 
     def error(self, kind: str, within_secs: float = PATIENCE_SECS) -> dict[str, Any]:
-        """The facts of the error that it has to end in."""
+        """The facts of the error of ``kind`` that it must end in."""
         answer = self.answer(within_secs)
         assert answer.get("error") == kind, answer
         return answer
@@ -273,8 +273,8 @@ class Call:
 class Job:
     """All ranks of one world, and the store where they meet.
 
-    ``homes`` are the network namespaces that the ranks live in, if not this process's; the
-    store is where rank 0 is, at ``host``. With a larger ``world_size``, the last ranks never come.
+    ``homes`` are the network namespaces of the ranks, if not this process's. The store is where
+    rank 0 is, at ``host``. With a larger ``world_size``, the last ranks never come.
     """
 
     def __init__(
@@ -322,8 +322,8 @@ class Job:
             rank.dispose()
 
     def start(self, lanes: int) -> Job:
-        """Fork all ranks, the backends taking turns, and have each open ``lanes`` connections,
-        so that no deadline in a test depends on how long it takes to make one."""
+        """Fork all ranks, on alternating backends. Each opens ``lanes`` connections, so that no
+        deadline in a test depends on the time to connect."""
         self.ranks = [self._fork(number) for number in range(self.size)]
         for rank in self.ranks:
             rank.connects()
@@ -342,7 +342,7 @@ class Job:
         return Rank(self._forge, {**who, **self._options, **options})
 
     def another(self, number: int, **options: Any) -> Rank:
-        """A process with the number of a rank that has one already."""
+        """A second process with the number of a rank."""
         rank = self._fork(number, **options)
         self._former.append(rank)
         return rank
@@ -359,11 +359,11 @@ class Job:
         return self._observer
 
     def lose_store(self) -> None:
-        """End the server of the store, which is this process's."""
+        """End the server of the store, which runs in this process."""
         self._observer = None
 
     def starts(self, ranks: Iterable[int], do: str = "cross", **arguments: Any) -> list[Call]:
-        """Have several ranks start the same."""
+        """Tell several ranks to start the same."""
         return [self.ranks[number].start(do, **arguments) for number in ranks]
 
     def state(self) -> dict[str, Any]:
@@ -380,7 +380,7 @@ class Job:
     ) -> None:
         """Wait until ``ranks`` have arrived in a phase that is not over.
 
-        In a generation that not all have joined yet, phases are numbered apart.
+        Until all have joined a generation, its phases are numbered apart.
         """
         store = self.store
 
@@ -392,7 +392,7 @@ class Job:
             for label in (f"{sequence}", f"e{sequence}"):
                 log = own.phase(name, label).log
                 value = store.compare_set(log, "?", "?")
-                # Behind the number may stand what kind of call it made.
+                # The kind of call may follow the rank's number.
                 if value != b"?" and {*ranks} <= {int(x.split()[0]) for x in value.splitlines()}:
                     return True
             return False
@@ -400,16 +400,16 @@ class Job:
         until(they_have)
 
     def crosses(self, name: str = "") -> list[dict[str, Any]]:
-        """Have all cross ``name``; their results, which agree on the phase."""
+        """Tell all to cross ``name``; return their results, which agree on the phase."""
         calls = self.starts(range(self.size), name=name)
         answers = [call.released() for call in calls]
         assert len({(a["name"], a["sequence"]) for a in answers}) == 1, answers
-        # Who waited for nobody may not know who came last.
+        # A rank that waited for nobody may not know which rank came last.
         assert len({a["last_rank"] for a in answers} - {None}) <= 1, answers
         return answers
 
     def come_back(self, *numbers: int, **options: Any) -> None:
-        """Start ranks' processes anew, all at once; the former ones have ended, or live on."""
+        """Start the ranks' processes anew, all at once, whether the former ones live or not."""
         self._former += [self.ranks[number] for number in numbers]
         for number in numbers:
             self.ranks[number] = self._fork(number, **options)
@@ -417,7 +417,7 @@ class Job:
             self.ranks[number].connects()
 
     def all_join(self, generation: int, *, but: int | None = None) -> None:
-        """Have every rank that is not told yet hear of the end of its generation, and join."""
+        """Make every rank that has not joined yet hear that its generation is over, and join."""
         store = self.store
         numbers = [number for number in range(self.size) if number != but]
         keys = [Keys(PREFIX).member(number) for number in numbers]
@@ -433,10 +433,10 @@ class Job:
         until(they_have)
 
     def ends(self, within_secs: float | None = None, *, quietly: bool = True) -> None:
-        """Have all ranks still alive end; each exits with 0 and has printed nothing."""
+        """Tell all living ranks to end; each must exit with 0 and print nothing."""
         left = [rank for rank in self.ranks if rank.exit_code is None]
         if within_secs is None:
-            # Two processors that end many interpreters at once take their time for that alone.
+            # Two processors need time to end many interpreters at once.
             within_secs = EXIT_SECS * max(1, (len(left) + 1) // 2)
         for rank in left:
             rank.start("end")
@@ -448,7 +448,7 @@ class Job:
             assert not (quietly and rank.stderr), rank.stderr
 
 
-# Forks all ranks of a world, which end with the test.
+# Forks all ranks of a world. They end with the test.
 StartJob = Callable[..., Job]
 
 
@@ -459,7 +459,7 @@ def until(
 ) -> None:
     """Wait for ``condition``; a bound that is missed is an error, never luck.
 
-    :param else_say: what stands in that error
+    :param else_say: the text of that error
     """
     deadline = time.monotonic() + within_secs
     while not condition():

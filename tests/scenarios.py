@@ -1,4 +1,4 @@
-"""What the ranks of a job do: programs over the barriers that ship, on a modelled store."""
+"""Programs that the ranks of a job run, with the library's own barriers on a modelled store."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Source:
 
 
 class ObservedSession(Session):
-    """A session of which the laws hear what it learns."""
+    """A session that notes what it learns, for the laws."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._host = Host.running
-        # In the same order every time.
+        # An ordered set, so that every run has the same order.
         self._efforts: Any = _Ordered()
 
     def settle(self, phase: Phase, verdict: Any = None, *, error: Any = None) -> None:
@@ -98,7 +98,7 @@ def _lives(life: Life) -> bool | None:
 
 @contextlib.contextmanager
 def modelled_world() -> Iterator[None]:
-    """Where the library has an event loop and a machine, it has the model's."""
+    """Give the library the model's event loop and processes in place of the real ones."""
     anyio = SimpleNamespace(
         CancelScope=CancelScope, get_cancelled_exc_class=get_cancelled_exc_class
     )
@@ -127,7 +127,7 @@ class _Nobody(dict[str, Any]):
 
 
 class Scenario(PhaseLaws):
-    """Who does what."""
+    """The processes of a job, and what each of them does."""
 
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size)
@@ -137,7 +137,7 @@ class Scenario(PhaseLaws):
         return modelled_world()
 
     def barrier(self, host: Host) -> Any:
-        """That of a process; one for all its tasks."""
+        """The barrier of a process; all its tasks share it."""
         if host.barrier is None:
             host.barrier = CrossingBarrier(
                 Source(host),  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ class Scenario(PhaseLaws):
         self.specs.append(Spec(name, int(name.split()[0]), jobs, **options))
 
     def restarted(self) -> None:
-        """A generation that a rank began which was restarted, and which nobody has joined yet."""
+        """Begin with a generation that a restarted rank began, and that nobody has joined yet."""
 
         async def first(host: Host) -> None:
             state = State(1, "1-past", self.world_size, None, 1)
@@ -169,7 +169,7 @@ class Scenario(PhaseLaws):
         self.specs.append(Spec("past", 0, (), first))
 
     def crosses(self, *names: str, times: int = 1, **options: Any) -> Job:
-        """Crossings, one after the other; what comes of each is noted."""
+        """Cross phases one after the other, and note the result of each."""
 
         async def run(host: Host) -> None:
             for number in range(times):
@@ -181,7 +181,7 @@ class Scenario(PhaseLaws):
         return Job(" ".join(("crosses", *names)), run, **options)
 
     def crosses_anew(self, times: int = 1, **options: Any) -> Job:
-        """Crossings until so many were released after a restart."""
+        """Cross phases until so many are released after a restart."""
 
         async def run(host: Host) -> None:
             tries = 0
@@ -222,7 +222,7 @@ class Scenario(PhaseLaws):
         return Job("closes", run, **options)
 
     def stray(self, rank: int) -> None:
-        """The arrival of ``rank`` is made once more."""
+        """Count the arrival of ``rank`` once more."""
 
         async def run(host: Host) -> None:
             await self.connect(host)
@@ -230,7 +230,7 @@ class Scenario(PhaseLaws):
         self.specs.append(Spec("stray", rank, (Job("stray", run),)))
 
     async def ends(self, host: Host, what: str, call: Any) -> Any:
-        """Note what becomes of a call."""
+        """Note how a call ends."""
         try:
             result = await call
         except BarrierError as exc:

@@ -1,4 +1,4 @@
-"""The server of a TCPStore, byte by byte and in the test's hands; no socket, no thread, no time."""
+"""The server of a TCPStore, which a test moves byte by byte; no socket, no thread, no time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SIZE = struct.Struct("=Q")
 
 
 class Server:
-    """What a server holds, and how it serves one client; a write by others is a method.
+    """A server with one client; `write` stands for the writes of others.
 
-    :ivar values: by key, which have a slash before each
+    :ivar values: by key, with a slash before each key
     :ivar waiting: the key that the client waits for
-    :ivar woken: the keys for whose waits a byte was sent
+    :ivar woken: the keys whose waits got their byte
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class Server:
         self.said = bytearray()
 
     def write(self, key: bytes, value: bytes) -> None:
-        """Set a key, and wake who waits for it."""
+        """Set a key, and wake the client if it waits for it."""
         self.values[key] = value
         if self.waiting == key:
             self._end_wait(key)
 
     def serve(self) -> bool:
-        """Answer the next request; whether there was a whole one."""
+        """Answer the next request; return whether there was a whole one."""
         at = 1
 
         def text() -> bytes:
@@ -98,7 +98,7 @@ class Server:
             self.waiting = None
             self.said += b"\1"
         else:
-            # A second one would overwrite the first, which is never answered then.
+            # A second wait would overwrite the first, which would never get its answer.
             assert self.waiting is None
             self.waiting = key
             if key in self.values:
@@ -111,10 +111,10 @@ class Server:
 
 
 class HandSocket:
-    """A non-blocking socket that takes and gives as many bytes as it is told.
+    """A non-blocking socket that sends and receives as many bytes as the test says.
 
-    :ivar room: how many can be sent
-    :ivar arrived: what can be received
+    :ivar room: how many bytes can be sent
+    :ivar arrived: the bytes that can be received
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class HandSocket:
 
 
 class HandLoop:
-    """A loop that calls nobody; its test does."""
+    """A loop that calls no callback; the test does."""
 
     ended = False
 
@@ -170,25 +170,25 @@ class Served:
         self.connection = SocketConnection(cast(Any, self.socket), cast(Any, self.loop), "the test")
 
     def arrive(self, most: int = 1 << 30) -> None:
-        """So many bytes reach the server."""
+        """Let up to ``most`` bytes reach the server."""
         self.server.heard += self.socket.sent[:most]
         del self.socket.sent[:most]
 
     def hear(self, most: int = 1 << 30) -> None:
-        """So many bytes reach the client, which reads them."""
+        """Let up to ``most`` bytes reach the client, which reads them."""
         self.socket.arrived += self.server.said[:most]
         del self.server.said[:most]
         if self.loop.readable is not None:
             self.loop.readable()
 
     def send(self, room: int = 1 << 30, *, told: bool = True) -> None:
-        """The client can send so many bytes more; whether it is ``told`` now, or not yet."""
+        """Let the client send ``room`` more bytes; it hears of that now if ``told``."""
         self.socket.room = room
         if told and self.loop.writable is not None:
             self.loop.writable()
 
     def exchange(self) -> None:
-        """All that is under way arrives."""
+        """Let everything under way arrive."""
         self.send()
         self.arrive()
         while self.server.serve():

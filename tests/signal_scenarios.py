@@ -1,7 +1,7 @@
-"""What ranks with a `StepSignal` do: the agreement that ships, on a modelled store.
+"""Programs of ranks with a `StepSignal`: the library's own agreement, on a modelled store.
 
-The thread that listens is a task here, beside the one that trains. Where both meet without a store
-in between, in `gate`, is for `test_step_signal`.
+The thread that listens is a task here, beside the one that trains. `test_step_signal` tests `gate`,
+where both meet without a store.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LISTENS = "listens"
 
 
 class Barrier(CrossingBarrier):
-    """The one beside it is at the same store, too."""
+    """A barrier whose companion is at the same store."""
 
     def __init__(self, host: Host, world_size: int) -> None:
         source: Any = Source(host)
@@ -42,7 +42,7 @@ class Barrier(CrossingBarrier):
 
 
 class Portal:
-    """Its thread is a task."""
+    """A portal whose thread is a task."""
 
     def __init__(self, name: object, last: Callable[[], Any]) -> None:
         self.ended: Promise[None] = Promise()
@@ -94,7 +94,7 @@ class Serving:
 
 
 class ObservedGate(Gate):
-    """Tells who has nothing more to do before it is stopped."""
+    """Wakes a task that has nothing more to do until the gate is stopped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,9 +134,9 @@ def modelled_signals(gate: type[ObservedGate]) -> Iterator[None]:
 class SignalScenario(Scenario):
     """Ranks train, some send, and all have to learn one step.
 
-    What becomes of a rank's n-th agreement is noted with n. Each reason is sent once.
+    The result of a rank's n-th agreement is noted with n. Each reason is sent once.
 
-    :ivar restarts: a rank comes back, so that one rank's n-th agreement need not be another's
+    :ivar restarts: a rank comes back, so that one rank's n-th agreement may not be another's n-th
     """
 
     restarts = False
@@ -146,7 +146,7 @@ class SignalScenario(Scenario):
         return modelled_signals(self.gate)
 
     def signal(self, host: Host) -> StepSignal:
-        """That of a process."""
+        """The signal of a process."""
         if host.signal is None:
             host.signal = StepSignal(Barrier(host, self.world_size))
         found: StepSignal = host.signal
@@ -175,11 +175,11 @@ class SignalScenario(Scenario):
         again: bool = False,
         **options: Any,
     ) -> Job:
-        """Calls `reached` with rising steps until so many agreements have ended.
+        """Call `reached` with rising steps until so many agreements have ended.
 
-        :param ahead: how many steps it may pass before it hears of each
-        :param away: and then it never calls again, as where a collective blocks it
-        :param again: it sends once more when a step was reached
+        :param ahead: how many steps it may pass before it hears of each agreement
+        :param away: it then never calls again, as if a collective blocked it
+        :param again: it sends once more after each step that is reached
         """
 
         async def run(host: Host) -> None:
@@ -230,7 +230,7 @@ class SignalScenario(Scenario):
         self.signal(host).send(reason)
 
     def dies(self, name: str) -> None:
-        """At any time."""
+        """Let this process die at any time."""
         self.specs.append(Spec(f"{name} is dead", int(name), (), replaces=name))
 
     def closes(self, later: int = 0, **options: Any) -> Job:
@@ -279,11 +279,11 @@ class SignalScenario(Scenario):
                 )
 
     def waiting(self, view: View) -> list[tuple[str, str]]:
-        """But for those who listen, who may do so for ever."""
+        """The tasks that wait, without those that listen: they may do so for ever."""
         return [(name, task) for name, task in super().waiting(view) if task != LISTENS]
 
     def left_behind(self, view: View) -> list[str]:
-        """Who is dead departs from no phase; the next life would end the generation."""
+        """A dead rank departs from no phase; its next life would end the generation."""
         return [] if "dead" in view.lives else super().left_behind(view)
 
 

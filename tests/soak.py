@@ -1,8 +1,8 @@
 """A soak: processes cross phases in random order while a driver gets in their way.
 
-``python tests/soak.py --minutes 30 --seed S --ranks 4``, or ``make soak MINUTES=30``. What is
-done to whom and when follows from the seed; how the processes' steps interleave does not. The
-logs are judged apart (judge.py), and kept where a law was broken.
+``python tests/soak.py --minutes 30 --seed S --ranks 4``, or ``make soak MINUTES=30``. The seed
+decides which faults hit which rank and when, not how the processes' steps interleave. judge.py
+judges the logs, which are kept if a law was broken.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from worlds import free_port
 INIT_SECS = 3.0
 EPISODE_SECS = 45.0
 HOSTED_SECS = 8.0
-# A rank whose host is gone is told to end when it has had the time to find out.
+# A rank whose host is gone has this long to find out before it is told to end.
 AFTER_HOST_SECS = 2.0
-# Who comes second has been refused, and its interpreter has ended.
+# By then the second process of a rank has been refused, and its interpreter has ended.
 REFUSED_SECS = 4.0
 HOST_EXIT_SECS = 3.0 + EXIT_SECS
-# The driver that wakes up later than this by itself knows that the machine is overloaded.
+# If the driver wakes up later than this, the machine is overloaded.
 LATE_SECS = 0.2
 
 
 @dataclass
 class Tally:
-    """What came of it all."""
+    """The results of all episodes."""
 
     phases: int = 0
     generations: int = 0
@@ -88,7 +88,7 @@ class Episode:
         self._ranks: dict[int, Rank] = {}
         self._life_of: dict[Rank, int] = {}
         self._all: list[Rank] = []
-        # Nothing else is done to a rank that is stopped, cut off or not there yet.
+        # Ranks that are stopped, cut off or not there yet are not in it, and get no other fault.
         self._ready: set[int] = set()
         self._starting: set[int] = set()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
@@ -99,7 +99,7 @@ class Episode:
         self._server: Rank | None = None
 
     def run(self, secs: float) -> None:
-        """Start all, get in their way for ``secs``, and end all."""
+        """Start all ranks, disturb them for ``secs``, and end all."""
         try:
             self._say("soak", size=self._size, init_secs=INIT_SECS, seed=self._seed)
             self._start_all()
@@ -168,14 +168,14 @@ class Episode:
         return rank
 
     def _tell(self, number: int, do: str, **arguments: object) -> None:
-        # What has ended by itself is found out later.
+        # A rank that has ended by itself is noticed later.
         try:
             self._ranks[number].start(do, **arguments)
         except BrokenPipeError:
             self._ready.discard(number)
 
     def _end_all(self) -> None:
-        # One after another: how long an interpreter takes to end is mostly the machine's to say.
+        # One after another, since the machine decides how long an interpreter takes to end.
         for rank in self._all:
             if rank.exit_code is not None or rank is self._server:
                 continue
@@ -185,7 +185,7 @@ class Episode:
             try:
                 code = rank.exit(time.monotonic() + allowed + SLACK_SECS)
             except AssertionError:
-                # It says where each of its threads is.
+                # It prints the stack of each of its threads.
                 rank.signal(signal.SIGUSR1)
                 self._sleep(0.2)
                 self._complain(rank, f"did not exit within {allowed:g} s\n{_last_words(rank)}")
@@ -203,7 +203,7 @@ class Episode:
     # -- faults ------------------------------------------------------------------------
 
     def _fault(self) -> None:
-        """Do one thing to one rank, or to all."""
+        """Cause one fault at one rank, or at all."""
         for number, rank in self._ranks.items():
             if number in self._starting and rank.has_said("ready"):
                 self._starting.discard(number)
@@ -223,7 +223,7 @@ class Episode:
         getattr(self, f"_{what}")(number)
 
     def _later(self, numbers: Iterable[int], secs: float, what: Callable[[], None]) -> None:
-        """Undo a fault; until then nothing else is done to these ranks."""
+        """Undo a fault later; until then these ranks get no other one."""
         self._ready.difference_update(numbers)
         heapq.heappush(self._due, (time.monotonic() + secs, len(self._undone), what))
         self._undone.append(what)
@@ -238,7 +238,7 @@ class Episode:
         self._tell(number, "fail", name=self._random.choice(NAMES[2:]))
 
     def _rebuild(self, number: int) -> None:
-        # Until it is built, nobody holds the rank.
+        # Nobody holds the rank until its barrier is built.
         self._ready.discard(number)
         self._starting.add(number)
         self._ranks[number].events.clear()
@@ -298,7 +298,7 @@ class Episode:
         self._tell(number, "end")
 
         def start_again() -> None:
-            # While it lives, it may hold its rank.
+            # A process that lives may still hold its rank.
             if rank.running:
                 self._later([number], 0.1, start_again)
             else:
@@ -307,7 +307,7 @@ class Episode:
         self._later([number], self._random.uniform(0.0, 1.5), start_again)
 
     def _usurp(self, number: int) -> None:
-        """Give a rank's number to another process as well; it has to be refused."""
+        """Start a second process with a rank's number; it must be refused."""
         holder = self._ranks[number]
         self._start(number)
         usurper, self._ranks[number] = self._ranks[number], holder
@@ -322,7 +322,7 @@ class Episode:
         self._later([number], REFUSED_SECS, look)
 
     def _end_host(self) -> None:
-        """Have rank 0 go, and the store that it hosts."""
+        """End rank 0, and with it the store that it hosts."""
         what = self._random.choice(("kill", "leave"))
         self.faults[f"host: {what}"] += 1
         self._say("cut", rank=None, how="host")
@@ -335,7 +335,7 @@ class Episode:
     # -- time --------------------------------------------------------------------------
 
     def _sleep(self, secs: float) -> None:
-        """Undo what is due meanwhile."""
+        """Sleep, and undo the faults that are due meanwhile."""
         until = time.monotonic() + secs
         while (now := time.monotonic()) < until:
             time.sleep(min(0.02, until - now))
@@ -348,9 +348,9 @@ class Episode:
         self._log.write(json.dumps({"t": time.monotonic(), "event": event, **facts}) + "\n")
 
 
-# One fault after another, or a while in which ranks get on; each as often.
+# Pauses between faults, equally often: some leave the ranks time to make progress.
 _PAUSES_SECS = (0.1, 0.2, 1.0)
-# What is done how often, relative to each other.
+# How often each fault happens, relative to the others.
 _WEIGHTS = {
     "cancel": 10,
     "abort": 5,
@@ -366,7 +366,7 @@ _WEIGHTS = {
 
 
 def _last_words(rank: Rank) -> str:
-    """The end of its stderr, but for what c10d says of connections that were cut."""
+    """The end of its stderr, without c10d's complaints about connections that were cut."""
     said = [line for line in rank.stderr.splitlines() if "frame #" not in line]
     return "\n".join(said[-60:])
 
@@ -388,7 +388,7 @@ def episode(
     *,
     hosted: bool,
 ) -> Tally:
-    """One job, and what the judge says to its logs in the directory ``logs``."""
+    """Run one job with its logs in the directory ``logs``, and judge them."""
     logs.mkdir()
     job = Episode(forge, logs, seed, size, backends, hosted)
     job.run(secs)
@@ -408,7 +408,7 @@ def episode(
 def soak(
     minutes: float, seed: str, size: int, backends: Sequence[str], logs: Path
 ) -> Iterator[Tally]:
-    """Episodes of less than a minute until the time is over, every fourth with its own store."""
+    """Run episodes of less than a minute until the time is over; rank 0 hosts every fourth."""
     over = time.monotonic() + minutes * 60
     forge = Forge()
     try:

@@ -13,19 +13,19 @@ from torch.distributed import DistStoreError, HashStore, Store
 Hook = Callable[[str, str], None]
 
 
-# torch 2.9 cannot tell which keys there are.
+# torch 2.9 cannot list the keys of a store.
 LISTS_KEYS = hasattr(HashStore, "list_keys")
 
 
 def keys_of(store: Any) -> list[str]:
-    """All keys that are in a store; the test is skipped where torch cannot tell."""
+    """All keys of a store; skips the test if torch cannot list them."""
     if not LISTS_KEYS:
         pytest.skip("this torch cannot list the keys of a store")
     return list(store.list_keys())
 
 
 class Data:
-    """What the clones of one store share."""
+    """The data that all clones of one store share."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -40,14 +40,14 @@ class Data:
         return self._lost
 
     def lose(self) -> None:
-        """All calls fail from now on, those under way too."""
+        """Make all calls fail from now on, also those under way."""
         with self.changed:
             self._lost = True
             self.changed.notify_all()
 
 
 class PlainStore(Store):
-    """A complete, thread-safe store, but for `clone`, which is not everybody's to give."""
+    """A complete, thread-safe store, except for `clone`, which not every store has."""
 
     def __init__(self, data: Data | None = None) -> None:
         super().__init__()
@@ -122,12 +122,12 @@ class PlainStore(Store):
             return list(self.data.values)
 
     def clone(self) -> Store:
-        # Word for word what c10d says where there is none. Left to c10d, a watch on its `clone`
-        # (see `unblocked`) is taken for ours, which calls c10d's, which calls it: 339 deep, where
-        # what garbage collection calls there fails.
+        # c10d's own words for a store without one. If c10d raised this itself, it would take a
+        # watch on its `clone` (see `unblocked`) for ours, and both would call each other, 339 deep:
+        # there even calls of the garbage collection fail.
         raise RuntimeError('Tried to call pure virtual function "::c10d::Store::clone"')
 
-    # What C++ code, such as a PrefixStore around this store, calls them.
+    # C++ code, such as a PrefixStore around this store, uses these names.
     deleteKey = delete_key
     getNumKeys = num_keys
 

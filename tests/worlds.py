@@ -54,14 +54,14 @@ class World:
 
     @property
     def store(self) -> Store:
-        """The users' own handle of the store."""
+        """The user's own handle of the store."""
         if self._store is None:
             self._store = TCPStore("127.0.0.1", self._port, wait_for_workers=False)
         return self._store
 
     @property
     def innermost(self) -> Store:
-        """The store without the users' prefix, where the keys of barriers are."""
+        """The store without the user's prefix, where the keys of barriers are."""
         store: Any = self.store
         beneath: Store = store.underlying_store if self.kind == "prefix" else store
         return beneath
@@ -94,7 +94,7 @@ class World:
         self, world_size: int, *, lanes: int = 1, prefix: str = PREFIX, **options: Any
     ) -> list[AnyBarrier]:
         """All ranks' barriers, with ``lanes`` connections each, so that no deadline in a test
-        depends on how long it takes to make one."""
+        depends on the time to connect."""
         ranks = [self.barrier(rank, world_size, prefix, **options) for rank in range(world_size)]
         await warm_up(ranks, lanes)
         return ranks
@@ -104,7 +104,7 @@ class World:
         return await anyio.to_thread.run_sync(function, *args, limiter=self._watching)
 
     def membership(self, prefix: str = PREFIX) -> Membership:
-        """That of some rank which has joined, in the latest generation."""
+        """The membership of some rank that has joined, in the latest generation."""
         joined = [
             barrier._session.membership
             for barrier in self.made
@@ -114,7 +114,7 @@ class World:
         return max(joined, key=lambda membership: membership.state.number)
 
     def keys(self, name: str = "", sequence: int | str = 0, prefix: str = PREFIX) -> PhaseKeys:
-        """Those of a phase in the latest generation."""
+        """The keys of a phase in the latest generation."""
         return self.membership(prefix).own.phase(name, str(sequence))
 
     async def read(self, key: str) -> bytes | None:
@@ -127,7 +127,7 @@ class World:
             observer: Any = self._observer
             if self.kind in ("file", "python", "python without clone"):
                 return bytes(observer.get(key)) if observer.check([key]) else None
-            # A key that goes between a check and a get would leave the get waiting for it.
+            # A get would wait for a key that is deleted between a check and the get.
             value: bytes = observer.compare_set(key, "\0", "\0")
             return None if value == b"\0" else value
 
@@ -151,7 +151,7 @@ class World:
         await until(there)
 
     async def gone(self, key: str) -> None:
-        """Wait until ``key`` is not there any more."""
+        """Wait until ``key`` is gone."""
 
         async def gone() -> bool:
             return await self.read(key) is None
@@ -198,10 +198,10 @@ async def close(ranks: Iterable[AnyBarrier]) -> None:
 
 
 def crash(barrier: AnyBarrier) -> None:
-    """End it as a process ends that is killed: nothing is said, and its claim stands.
+    """End it as a killed process ends: it says nothing, and its claim stands.
 
-    Whoever builds a barrier for its rank then is a newcomer after a life that is gone. Calls under
-    way in it end with an error that no process would live to see.
+    The next barrier of its rank is a newcomer after a life that is gone. Calls under way in the
+    crashed barrier end with an error that a killed process would not see.
     """
     session = barrier._session
     claim = session.membership
@@ -210,7 +210,7 @@ def crash(barrier: AnyBarrier) -> None:
     for effort in list(session._efforts):
         effort.stop(BarrierConnectionError("this process was killed"))
     for connection in session._connections():
-        # A call that waits in a store that is no TCPStore can be ended by its own key alone.
+        # In a store that is no TCPStore, only the awaited key ends a call that waits.
         connection.close(reset=isinstance(connection, SocketConnection))
     for phase in list(session.open):
         session.settle(phase, error=BarrierConnectionError("this process was killed"))
@@ -227,7 +227,7 @@ async def _nothing_to_say() -> None:
 
 
 async def gather(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
-    """Run all at once; their results in order. The first error cancels the rest."""
+    """Run all calls at once; return their results in order. The first error cancels the rest."""
     calls = list(calls)
     results: dict[int, T] = {}
 
@@ -244,7 +244,7 @@ class Outcome:
     """A call under way in a task of its own, and how it ended.
 
     :ivar secs: how long it took
-    :ivar own_secs: without the time in which others had the processor
+    :ivar own_secs: the same without the time in which others had the processor
     """
 
     def __init__(self) -> None:
@@ -267,7 +267,7 @@ class Outcome:
             self.ended.set()
 
     async def raised(self, kind: type[T]) -> T:
-        """Wait for the error that it has to end in."""
+        """Wait for the error that it must end in."""
         await self.ended.wait()
         if not isinstance(self.error, kind):
             raise AssertionError(f"{self.error!r} (value {self.value!r}) is no {kind.__name__}")
@@ -297,7 +297,7 @@ class Tasks(AsyncExitStack):
 
 
 def share(cases: Sequence[T], backend: str) -> list[T]:
-    """What there is time for: a quarter of them under one event loop, another quarter under the
+    """The cases that there is time for: a quarter under one event loop, another quarter under the
     other; with ``EVERY_CASE`` in the environment a half each."""
     drawn = random.Random(0).sample(cases, len(cases))
     return drawn[backend == "trio" :: 2 if "EVERY_CASE" in os.environ else 4]
@@ -311,8 +311,8 @@ async def until(condition: Callable[[], Awaitable[bool]], within_secs: float = 1
 
 
 def waited_for_processor(of: int | str) -> float:
-    """For how long, in seconds, a process's main thread could have run, and others did; 0 where
-    the system does not say.
+    """The seconds in which a process's main thread could have run, and others did; 0 if the system
+    does not say.
 
     :param of: its process id, or ``thread-self``
     """
@@ -323,18 +323,18 @@ def waited_for_processor(of: int | str) -> float:
     return int(stat.split()[1]) / 1e9
 
 
-# What an earlier test left behind is that one's fault.
+# Threads that an earlier test left behind are not this test's fault.
 _there_before: set[threading.Thread] = set()
 
 
 def library_threads() -> list[threading.Thread]:
-    """Its workers that this test has brought about; not the thread that starts them, which ends by
-    itself."""
+    """The library's workers that this test has caused; not the thread that starts them, which ends
+    by itself."""
     return [thread for thread in _library_threads() if thread not in _there_before]
 
 
 def begin_of_test() -> None:
-    """Leave out the threads that are there."""
+    """Ignore the threads that exist now."""
     _there_before.clear()
     _there_before.update(_library_threads())
 

@@ -14,12 +14,12 @@ from .._values import CommitRecord
 from .session import Session
 
 _RETRY_SECS = 0.2
-# What fails with the time that there is says why.
+# How much longer a call waits for an attempt, whose error says more than a timeout.
 _SAYS_WHY_SECS = 0.3
 
 
 async def became(session: Session, name: str, sequence: int) -> CommitRecord | None:
-    """as `Barrier.outcome`."""
+    """As `Barrier.outcome`."""
     if check_step(sequence) is None:
         raise TypeError("sequence must be an integer, not None")
     loop = session.use()
@@ -46,7 +46,7 @@ async def _ask(
     while True:
         connection: Connection | None = None
         try:
-            # Of its own: what hangs on those of the session is not waited for.
+            # A connection of its own: a call that hangs on one of the session's does not delay it.
             connection = await session.open_another(loop, deadline)
             return await _look(session, connection, name, sequence)
         except BarrierConnectionError:

@@ -50,9 +50,9 @@ from .tally import GAVE_UP
 from .watching import Watch, watching_for
 
 _CLOSED = "it closed its barrier"
-# How long closing waits for a publish that heeds its cancellation, also for a cancelled caller.
+# How long closing waits for a publish to heed its cancellation, even if the caller is cancelled.
 _STOP_SECS = 0.4
-# How long closing waits for what has a thread of its own.
+# How long closing waits for a companion's thread.
 _COMPANION_SECS = 2.0
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ class CrossingBarrier(Barrier):
             global_ranks,
         )
         self._closed = False
-        # What has a thread and a barrier of its own beside this one, and ends with it.
+        # Objects with a thread and a barrier of their own, which end with this barrier.
         self._companions: dict[str, Companion] = {}
         weakref.finalize(self, _retire_all, self._companions).atexit = False
-        # The same one most often.
+        # The name of most calls is the same as before.
         self._checked_name = ""
-        # A barrier that is dropped without aclose() has left, too.
+        # A barrier that is dropped without aclose() leaves, too.
         weakref.finalize(self, _abandon, self._session).atexit = False
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ class CrossingBarrier(Barrier):
         try:
             await self._crossing("", None, None).ready()
         except BrokenBarrierError:
-            # The store was reached; that a rank has left is said where it is waited for.
+            # The store was reached. A call that waits for the rank that left says so.
             if self._session.closed_by is None:
                 raise
 
@@ -237,7 +237,7 @@ class CrossingBarrier(Barrier):
         try:
             await self._end_companions(reason)
         except BaseException:
-            # It goes on by itself.
+            # Leaving goes on by itself.
             session.leave(reason)
             raise
         if session.loop is None:
@@ -252,11 +252,11 @@ class CrossingBarrier(Barrier):
         try:
             await self._stop_publishing()
             leaving = session.leave(reason, loop.now() - began)
-            # A host's peers have a moment to hear of their verdicts; the rest is short.
+            # A host gives its peers a moment to hear their verdicts; the rest is short.
             await settled(loop, leaving, loop.now() + PEERS_SECS + UNDO_SECS)
         except BaseException as exc:
-            # It goes on by itself; a caller that is cancelled sees most of it. A coroutine that is
-            # thrown away may not wait.
+            # Leaving goes on by itself, and a cancelled caller waits for most of it. A coroutine
+            # that is thrown away cannot wait.
             leaving = session.leave(reason, loop.now() - began)
             if not isinstance(exc, GeneratorExit):
                 with anyio.CancelScope(shield=True):
@@ -284,11 +284,11 @@ class CrossingBarrier(Barrier):
         )  # fmt: skip
 
     async def _stop_publishing(self) -> None:
-        # What was published must not be declared broken: publish itself has to end first.
+        # A phase that was published must not be declared broken, so publish has to end first.
         publications = [p.publishing for p in self._session.open if p.publishing is not None]
         for publication in publications:
             publication.stop(_CLOSED, closing=True)
-        # One that heeds its cancellation is settled soon, also for a caller who is cancelled.
+        # A publish that heeds its cancellation ends soon, so a cancelled caller waits for it, too.
         loop = self._session.loop
         assert loop is not None
         deadline = loop.now() + PEERS_SECS
@@ -301,7 +301,7 @@ class CrossingBarrier(Barrier):
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         session = self._session
         if self._closed:
-            # Its leaving has told the peers already.
+            # Leaving has told the peers already.
             return
         owes = True
         try:
@@ -312,7 +312,7 @@ class CrossingBarrier(Barrier):
             owes = False
             await self._break(crossing, phase, reason, session.patience_secs)
         except BarrierError as exc:
-            # The caller's own exception is on its way, and matters more than this one.
+            # The caller's own exception is being raised, and matters more than this one.
             what = describe(name, None, session.prefix)
             logger.warning("%s could not be broken for its peers: %s", what, exc)
             owes = owes and not isinstance(exc, BrokenBarrierError)
@@ -334,7 +334,7 @@ class CrossingBarrier(Barrier):
             session.forget(phase)
             session.tally.broke(GAVE_UP)
 
-    # -- their parts -------------------------------------------------------------------
+    # -- parts of the calls ------------------------------------------------------------
 
     def _check_call(self, name: str, step: int | None, timeout_secs: Timeout) -> float | None:
         if name is not self._checked_name:
@@ -394,14 +394,14 @@ class CrossingBarrier(Barrier):
                 session.tally.broke(GAVE_UP)
             return broke
         finally:
-            # Another call of this rank may await it still, as when a leader has the say.
+            # Another call of this rank may still await it, as when only the leader may settle it.
             if phase.waiter is None:
                 session.forget(phase)
 
     async def _publish(self, crossing: Crossing, phase: Phase, publish: Publish) -> bytes:
         session = self._session
         if self._closed:
-            # What closes says so to the peers.
+            # Closing tells the peers.
             phase.abandoned = True
             error = BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
             crossing.failed(error)
@@ -434,7 +434,7 @@ def _retire_all(companions: dict[str, Companion]) -> None:
 
 
 def _abandon(session: Session) -> None:
-    """A barrier was dropped: leave, wherever this is called."""
+    """Leave for a barrier that was dropped, in whatever thread this runs."""
     if session.foreign or session.closing:
         return
     loop = session.loop

@@ -1,4 +1,4 @@
-"""Giving up: breaking a phase, and a commit's word; both go on if the caller ends."""
+"""Breaking a phase, and settling a commit; both go on if the caller ends."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Breaking(Hearing):
         known: tuple[MissingRank, ...] = (),
         final: bool = True,
     ) -> Future[bool]:
-        """Break it, unless it is decided; done when that is known, and whether this call broke it.
+        """Break the phase, unless it is decided. The result says whether this call broke it.
 
         :param by: the rank to blame, if not this one
         :param known: what is known of the missing ranks
-        :param final: the caller goes in any case; else it waits on where all have come
+        :param final: the caller returns in any case; else it waits on if all ranks have entered
 
-        Goes on by itself until the store has been told, or this rank has lost its membership.
+        It goes on by itself until the store is told, or this rank has lost its membership.
         """
         blamed = self.rank if by is None else by
         broken = Broken(blamed, reason, timeout_secs, missing or (), known=known)
@@ -61,7 +61,7 @@ class Breaking(Hearing):
     ) -> bool:
         """As `give_up`.
 
-        :param final: the caller goes, whoever has come: a commit's leader then says so
+        :param final: the caller returns in any case; a commit's leader then settles it as broken
         """
         connection = phase.connection or self._bell
         again = False
@@ -70,39 +70,39 @@ class Breaking(Hearing):
                 if connection is None or connection.lost is not None:
                     connection = None
                     connection = await self._reopen_for(phase)
-                # On the connection that it entered on, its arrival comes first. What was begun too
-                # early is deleted when all have joined.
+                # On the connection that it entered on, its arrival comes first. A phase that began
+                # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
                 judged, ours = await phases.give_up(
                     connection, phase.entry, broken, entered=sure, names_missing=names
                 )
-                # One that was made on a connection that was lost may not have been told.
+                # The peers may not know of a break that was sent on a lost connection.
                 ours = ours or (again and isinstance(judged, Broken) and judged.rank == self.rank)
                 if ours:
                     await self._tell_of_break(connection, phase)
                 if isinstance(judged, Broken) and phase.early and phase.entered:
-                    # The log may have been deleted just then.
+                    # The log may have been deleted just then, and with it this rank's own entry.
                     others = tuple(rank for rank in judged.missing if rank != self.rank)
                     judged = replace(judged, missing=others)
                 break
             except Forgotten as exc:
                 if phase.early and connection is not None:
-                    # All have joined, and deleted it between two looks.
+                    # All have joined, and the phase was deleted between two reads.
                     continue
                 phase.giving_up = False
                 self.settle(phase, error=exc)
                 return False
             except BarrierConnectionError as exc:
-                # What was sent there may or may not have come; it is asked anew elsewhere.
+                # The requests may have arrived or not, so it asks again on another connection.
                 logger.debug("rank %d gives up anew: %s", self.rank, exc)
                 if self._over:
                     raise
                 connection, again = None, True
         if isinstance(judged, Count) and final and phase.entry.leads and not phase.differs:
-            # It has not begun to publish, and does not while it gives up. Nobody else can say so.
+            # It does not publish while it gives up, and only the leader can say so.
             judged, ours = await self.settle_commit(phase, broken), True
         if self._rings and not (ours or isinstance(judged, Broken)):
-            # Where all are in, the last one of them may not have come to say so.
+            # All are in, but the last rank may have died before it woke the others.
             connection.call(SetMany(phase.membership.bells, b"all in"))
         phase.giving_up = False
         if not isinstance(judged, Count):
@@ -115,7 +115,7 @@ class Breaking(Hearing):
         return ours
 
     async def _reopen_for(self, phase: Phase) -> Connection:
-        """A connection for a phase whose own was lost; one for all that need it."""
+        """A connection for a phase whose own was lost; all calls for the phase share it."""
         if phase.reopening is None or phase.reopening.done:
             if phase.connection is not None and phase.connection.lost is None:
                 return phase.connection
@@ -143,7 +143,7 @@ class Breaking(Hearing):
         self.tally.reconnections += 1
         connection.on_lost = None
         if phase not in self.open:
-            # It was forgotten meanwhile; what is under way for it may use this as long as it is.
+            # The phase was forgotten meanwhile. Calls for it that are under way may still use this.
             self._put_back(connection)
         if not await members.still_holds(connection, phase.membership):
             found = await connection.call(Read(self.keys.state), Read(phase.entry.keys.count))
@@ -155,14 +155,14 @@ class Breaking(Hearing):
         membership = phase.membership
         requests: list[Request] = []
         if phase.step is not None:
-            # Whoever comes for an earlier step learns it; until all are past this one.
+            # A rank that comes for an earlier step finds this, until all are past this step.
             key = membership.own.latest(phase.name)
             held = b""
             while True:
                 (now,) = await connection.call(CompareSet(key, held, b"%d" % phase.step))
                 if (number(now) or 0) >= phase.step:
                     break
-                # So answers a key that is absent: it was deleted meanwhile.
+                # This is the answer for an absent key: the key was deleted meanwhile.
                 held = b"" if now == held else now
         requests.append(SetMany(membership.bells, b"broken"))
         await connection.call(*requests, Read(phase.entry.keys.count))
@@ -178,7 +178,7 @@ class Breaking(Hearing):
         phase.wake()
 
     async def _recover(self, phase: Phase, error: BarrierConnectionError) -> None:
-        """The connection was lost on which this rank had entered: it cannot know whether it has."""
+        """Break the phase: its connection was lost, so this rank cannot know whether it entered."""
         broken = Broken(self.rank, "it lost its connection to the store")
         phase.giving_up = True
         try:
@@ -197,9 +197,9 @@ class Breaking(Hearing):
             phase.error = error
 
     def worry(self, phase: Phase) -> None:
-        """The store left a call unanswered: leave the connections behind that hang.
+        """The store left a call unanswered: close the connections that hang.
 
-        What this rank owes is said on new ones, once the store can be reached.
+        This rank tells its peers what it owes them on new ones, once the store can be reached.
         """
         self._doubtful = True
         phase.worried = True
@@ -221,7 +221,7 @@ class Breaking(Hearing):
             self.join()
 
     def give_word(self, phase: Phase, verdict: Verdict) -> Future[Verdict]:
-        """Settle a commit as its leader; goes on until the store knows."""
+        """Settle a commit as its leader; this goes on until the store has the verdict."""
         return self.owe(lambda: self.settle_commit(phase, verdict))
 
     async def settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
@@ -229,7 +229,7 @@ class Breaking(Hearing):
         return await self._using(phase, self._settle_commit(phase, verdict))
 
     async def _settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
-        # A store that hangs may take the first word late, or have taken it: there is no second one.
+        # A store that hangs may have the first verdict, or take it late: there is no second one.
         verdict = phase.word = phase.word or verdict
         connection = phase.connection or self._bell
         while True:

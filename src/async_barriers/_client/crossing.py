@@ -1,6 +1,6 @@
 """How a coroutine crosses one phase: deadline, cancellation, progress, errors.
 
-It breaks the phase where it stops waiting; the break itself goes on without it.
+A coroutine that stops waiting breaks the phase. The break goes on without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .state import UNDO_SECS
 from .tally import kind_of
 from .watching import LEAD_SECS, LEAD_SHARE, Watch, Watching
 
-# How long connecting that failed just in time has to say so.
+# How much longer a call waits for an attempt to connect, whose error says more than a timeout.
 _SAYS_WHY_SECS = 0.3
 
 
@@ -82,7 +82,7 @@ class Crossing:
         return self.loop.now() - self.started
 
     async def decided(self, payload: bytes = b"") -> Released | None:
-        """Enter, and wait for the release; None for the leader of a commit in which all are in.
+        """Enter, and wait for the release; None if this rank is to publish a commit.
 
         :raises BarrierError: as `Barrier.execute_barrier`
         """
@@ -111,7 +111,7 @@ class Crossing:
             except anyio.get_cancelled_exc_class():
                 raise
             except BaseException as another:
-                # A signal handler's, which struck here.
+                # A signal handler raised while the phase was being broken.
                 await self._stopped(another)
                 raise
             finally:
@@ -124,13 +124,13 @@ class Crossing:
                 session.forget(self.phase)
 
     async def gathered(self, payload: bytes) -> tuple[bytes, ...]:
-        """As `decided`; what all ranks brought, in their order."""
+        """As `decided`; return the payloads of all ranks, in their order."""
         released = await self.decided(payload)
         assert released is not None
         return self.brought
 
     def was_released(self) -> None:
-        """Count it."""
+        """Count this crossing as released."""
         phase, tally, secs = self.phase, self.session.tally, self.waited_secs
         tally.released += 1
         tally.released_at = self.started + secs
@@ -141,7 +141,7 @@ class Crossing:
         tally.came_last += tally.came_last_just_now
 
     def failed(self, exc: BaseException) -> None:
-        """Count it, and have the error say which barrier it is of."""
+        """Count this crossing as failed, and put the barrier's prefix into the error."""
         session, phase = self.session, self.phase
         if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
             # What publish raises may be of another barrier.
@@ -161,9 +161,9 @@ class Crossing:
         self.phase = phase
 
     async def ready(self) -> None:
-        """Join, or join again where the generation ended or the store was lost."""
+        """Join; join again if the generation ended or the store was lost."""
         session, loop = self.session, self.loop
-        # A peer that was told has used up the turn in which it was; a newcomer has yet to.
+        # A peer that heard of the restart has used up its turn; a newcomer has not.
         self._rejoined = not session.has_joined
         deadline = self.deadline
         if self.timeout_secs == 0:
@@ -176,7 +176,7 @@ class Crossing:
             if session.closing:
                 raise BarrierClosedError(describe(session.prefix))
             joining = session.join()
-            # What fails with the time that there is says why.
+            # An attempt that runs out of time says why, if it gets a moment more.
             if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, deadline)):
                 if (closed := session.closed_by) is not None:
                     raise self._broken(closed.rank, closed.reason)
@@ -192,7 +192,7 @@ class Crossing:
                 raise BarrierClosedError(describe(session.prefix))
             failed = isinstance(joining.error, BarrierConnectionError)
             if failed and joining is begun_before and loop.now() < until:
-                # It began with less time than this call has.
+                # Another call began this attempt, with less time than this call has.
                 begun_before = None
                 continue
             if joining.error is not None:
@@ -204,11 +204,11 @@ class Crossing:
                 )
 
     def _fresh(self, error: BaseException) -> BaseException:
-        """The same error for one more caller: a traceback must not grow with each."""
+        """A new error for each caller, so that its traceback does not grow with each."""
         if isinstance(error, BrokenBarrierError):
             return self._broken(error.rank, error.reason)
         if isinstance(error, BarrierConnectionError):
-            # What kind it is of is ours alone to know.
+            # The user knows the public class, not the private subclass of this error.
             return another(error, describe(self.name, self.step, self.session.prefix))
         again: BaseException = error
         if isinstance(error, BarrierError):
@@ -218,7 +218,7 @@ class Crossing:
         return again
 
     async def _after_a_rank_left(self, exc: BrokenBarrierError) -> None:
-        """Raise what came of the phase: another rank may have broken it before that one left."""
+        """Raise the phase's own error: a rank may have broken it before that other rank left."""
         session, closed_by = self.session, self.session.closed_by
         if session.turns is None or closed_by is None:
             raise exc
@@ -232,14 +232,14 @@ class Crossing:
         self.accept(phase)
 
     def _broken(self, rank: int | None, reason: str) -> BrokenBarrierError:
-        """Before it has begun: its step, or the number that it would have."""
+        """The error of a phase that has not begun: with its step, or the number it would have."""
         turns, sequence = self.session.turns, self.step
         if sequence is None:
             sequence = 0 if turns is None else turns.next_sequence(self.name)
         return BrokenBarrierError(self.name, sequence, rank, reason, prefix=self.session.prefix)
 
     def accept(self, phase: Phase) -> Released:
-        """The release; else the error that the verdict means."""
+        """Return the release, or raise the error that the verdict means."""
         error, verdict = phase.error, phase.verdict
         if error is not None:
             raise self._explained(phase, error)
@@ -271,11 +271,11 @@ class Crossing:
         return self._lost(phase, error, in_doubt=error.in_doubt)
 
     async def _wait(self, phase: Phase) -> None:
-        """Until it is decided, or the leader of a commit has the payloads of all."""
+        """Wait until it is decided, or until this rank, as the leader of a commit, can publish."""
         waiter = phase.waiter
         assert waiter is not None
         if phase.early:
-            # When to ask who has not joined again.
+            # At this time it asks which ranks have not joined again.
             self._ask_at = self.started + self.session.init_secs
         until = min(self.deadline, self._watch_at, self._ask_at)
         while True:
@@ -289,7 +289,7 @@ class Crossing:
                 return
 
     async def _look(self, phase: Phase) -> float:
-        """Do what is due while it waits; when to look again, at the latest."""
+        """Do what is due while it waits; return when to look again, at the latest."""
         session, now = self.session, self.loop.now()
         if phase.lost is None:
             self._lost_until = math.inf
@@ -319,7 +319,7 @@ class Crossing:
         return self._watching
 
     async def _stall(self, phase: Phase, watching: Watching) -> None:
-        """Break it, since ranks that are missing make no progress."""
+        """Break the phase, since missing ranks make no progress."""
         found, secs = watching.found, self.watch.stalled_secs
         assert found is not None
         who = told(found.known(watching.stalled), self.watch.global_ranks)
@@ -333,14 +333,14 @@ class Crossing:
         )
         watching.stalled = ()
         await self._give_up_or_doubt(phase, effort)
-        # Where all came in the meantime, it waits on.
+        # If all ranks have entered meanwhile, it waits on.
 
     async def _stopped(self, exc: BaseException) -> None:
         """Break the phase, since ``exc`` ended the waiting; ``exc`` goes on."""
         phase, session = self.phase, self.session
         if phase is None or phase.decided or isinstance(exc, BarrierError):
             return
-        # The turn is used up, also where it had not come to entering.
+        # The turn is used up, even if the rank has not entered.
         session.hold(phase)
         effort = session.give_up(phase, reason_of(exc))
         # A coroutine that is thrown away cannot wait; the break goes on without it.
@@ -348,8 +348,8 @@ class Crossing:
             await self._undone(phase, effort)
 
     async def _undone(self, phase: Phase, effort: Future[Any]) -> bool:
-        """Wait for what undoes, shielded, since it undoes what a cancelled caller did; bounded for
-        the same reason."""
+        """Wait for ``effort``, which undoes what a caller did. The caller may be cancelled, so the
+        wait is shielded and bounded."""
         with anyio.CancelScope(shield=True):
             done = await until_done(self.loop, effort, self.session.patience_secs)
         if not done:
@@ -386,7 +386,7 @@ class Crossing:
             absent,
         )
         await self._give_up_or_doubt(phase, effort)
-        # Where all came in the meantime, and the leader publishes, it waits on.
+        # If all ranks have entered meanwhile, and the leader publishes, it waits on.
 
     async def _give_up_or_doubt(self, phase: Phase, effort: Future[Any]) -> None:
         waiting = await self._undone(phase, effort)
@@ -407,7 +407,7 @@ class Crossing:
         return error
 
     async def _fetched(self, phase: Phase) -> tuple[bytes, ...]:
-        """What all ranks brought, in their order."""
+        """The payloads of all ranks, in their order."""
         fetching = self.session.start(self.session.payloads(phase))
         until = self.deadline + UNDO_SECS
         while not fetching.done and self.loop.now() < until:

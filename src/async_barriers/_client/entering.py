@@ -32,9 +32,9 @@ class Entering(Pool):
         leader: int = -1,
         hold: Callable[[Phase], object] | None = None,
     ) -> Phase:
-        """This rank's next phase of ``name``, or that of ``step``; where it `stands`.
+        """This rank's next phase of ``name``, or that of ``step``. The session must `stand`.
 
-        :param hold: called with it before anything else can come between
+        :param hold: called with the phase before anything else can happen
         """
         assert self.turns is not None
         if step is not None and self.open and self.awaited(name, step) is not None:
@@ -49,7 +49,7 @@ class Entering(Pool):
         return phase
 
     def hold(self, phase: Phase) -> None:
-        """See that a turn is counted, and known, wherever `begin` was interrupted."""
+        """Register the phase and count its turn, in case `begin` was interrupted."""
         self.open[phase] = None
         if self.turns is not None and self.turns.membership is phase.membership:
             self.turns.use(phase)
@@ -70,7 +70,7 @@ class Entering(Pool):
         return self.turns.too_late(name, step) is not None
 
     def enter(self, phase: Phase, payload: bytes = b"") -> None:
-        """Enter it; what comes of that wakes the phase's waiter."""
+        """Enter the phase; the result wakes the phase's waiter."""
         if phase.early:
             phase.payload = payload
         if self._idle:
@@ -115,17 +115,17 @@ class Entering(Pool):
     def _arrived(
         self, phase: Phase, entry: Entry, connection: Connection, said: Future[list[Any]]
     ) -> None:
-        """The store has counted this rank in."""
+        """The store has counted this rank's arrival."""
         if said.error is not None or phase.entry is not entry:
             return
         if phase.connection is not connection:
-            # It was decided and has departed; another phase may wait on this connection.
+            # The phase is over for this rank; another phase may wait on this connection.
             return
         count = phases.entered(entry, said.result())
         stopping = phase.decided or phase.giving_up
         if stopping and (isinstance(count, Broken) or not count.full(*entry.world)):
             return
-        # The last one to enter wakes the others, also where it does not wait any more.
+        # The last rank to enter wakes the others, even if it does not wait any more.
         if isinstance(count, Broken):
             phase.differs = entry.kind == COMMIT
             self._begin_giving_up(phase, count, False)
@@ -154,7 +154,7 @@ class Entering(Pool):
             self.start(self._past(phase, later))
 
     async def _past(self, phase: Phase, latest: int) -> None:
-        """A later step of the name was decided: this one will not be."""
+        """A later step of the name is decided, so this step never will be: give it up."""
         assert phase.step is not None
         turns = self.turns
         if turns is None or turns.membership is not phase.membership or latest <= phase.step:
@@ -165,7 +165,7 @@ class Entering(Pool):
             self._begin_giving_up(phase, Broken(self.rank, late.reason), False)
 
     def _announce(self, phase: Phase, connection: Connection, *requests: Request) -> None:
-        """Wake those who wait, and ring for those who only hear their bell."""
+        """Wake the ranks that wait for the phase's key, and ring for those that use their bell."""
         membership = phase.membership
         told = connection.call(*requests, Read(membership.own.threaded))
 
@@ -175,7 +175,7 @@ class Entering(Pool):
             if told.result()[0] is not None:
                 connection.call(SetMany(membership.bells, b"all in"))
             elif membership is self.membership:
-                # All have joined, so that nobody will be there to ring for.
+                # All have joined, and none of them waits for its bell alone.
                 self._rings = False
 
         told.when_done(ring)
@@ -183,7 +183,7 @@ class Entering(Pool):
     def settle(
         self, phase: Phase, verdict: Verdict | None = None, *, error: BarrierError | None = None
     ) -> None:
-        """What came of it; the first to be known stays."""
+        """Set the verdict or the error of a phase; the first one stays."""
         if not phase.decided:
             phase.verdict, phase.error, phase.decided = verdict, error, True
             turns = self.turns
@@ -196,9 +196,9 @@ class Entering(Pool):
             phase.wake()
 
     def forget(self, phase: Phase) -> None:
-        """Nobody on this rank waits for it any more: depart, and let its connection go.
+        """Nobody on this rank waits for it any more: depart, and put its connection back.
 
-        Not while its peers are still owed a word about it.
+        It waits as long as the peers have yet to be told of a break or a verdict.
         """
         unsettled = not (phase.decided or (phase.full and not phase.entry.leads))
         if phase.giving_up or phase.users or unsettled:
@@ -222,7 +222,7 @@ class Entering(Pool):
             self._tidy_soon()
 
     def _depart(self, phase: Phase, connection: Connection) -> None:
-        """Count this rank out, with the next message; the last one to be deletes the keys."""
+        """Count this rank out, with the next message; the last rank deletes the keys."""
         turns = self.turns
         if phase.early and turns is not None and turns.membership is phase.membership:
             turns.tried_early.append((phase.entry, connection))
@@ -236,7 +236,7 @@ class Entering(Pool):
             own = phase.entry.keys.payload(self.rank)
             connection.outbox.append(([Delete(own)], nothing))
         if phase.step is not None and isinstance(phase.verdict, Released):
-            # All are past the steps before it.
+            # All ranks are past the earlier steps.
             latest = phase.membership.own.latest(phase.name)
             connection.outbox.append(([Delete(latest)], nothing))
 
@@ -248,7 +248,7 @@ class Entering(Pool):
                 large = [r for r, p in (phase.brought or {}).items() if len(p) > SMALL_BYTES]
             spent = phases.spent(phase.entry, broken=broken, large=large)
             if connection.lost is not None and self._idle:
-                # What was due there goes out here; see `_stand`.
+                # The messages of the lost connection go out on this one; see `_stand`.
                 connection = self._idle[-1]
             connection.outbox.append((spent, nothing))
             if phase.step is not None and broken:
@@ -268,9 +268,9 @@ class Entering(Pool):
         connection.outbox.append(([empty], emptied))
 
     def _clear_early(self, turns: Turns) -> None:
-        """Delete what was tried too early, on the connection where it was, or what took its place.
+        """Delete the phases that were tried too early, each on its own connection or a spare one.
 
-        Not before all have joined: until then, others learn there what became of it.
+        This is safe once all have joined: until then, other ranks read there how they ended.
         """
         spares = [c for c in (*self._idle, self._bell) if c is not None and c.lost is None]
         for entry, connection in turns.tried_early if spares else ():
@@ -280,8 +280,8 @@ class Entering(Pool):
         turns.tried_early.clear()
 
     async def _using(self, phase: Phase, call: Coroutine[Any, Any, T]) -> T:
-        """Make a call on another connection than the phase's own, and depart only after that: what
-        it writes must not come after the keys were deleted."""
+        """Make a call that may use another connection than the phase's own, and depart only after
+        it: it must not write after the keys are deleted."""
         phase.users += 1
         try:
             return await call

@@ -16,7 +16,7 @@ from .._store.sources import Connection
 from .entering import Entering
 from .phases import Phase
 
-# Who waited for less did not wait for anybody.
+# A rank that waited for less did not wait for anybody.
 WAITED_SECS = 0.01
 
 
@@ -38,7 +38,7 @@ class Hearing(Entering):
             self.start(self._hear(phase))
 
     async def _confirm(self, phase: Phase, connection: Connection) -> None:
-        """A rank that has waited for long asks who came last, and whether that is what woke it."""
+        """After a long wait: ask which rank came last, and whether its arrival woke this one."""
         with contextlib.suppress(BarrierConnectionError):
             confirmed = await phases.confirm(connection, phase.entry)
             if confirmed is not None:
@@ -49,23 +49,23 @@ class Hearing(Entering):
     async def _look(self, phase: Phase, connection: Connection, *, came_late: bool = False) -> None:
         """See what was decided.
 
-        :param came_late: it was broken when this rank came
+        :param came_late: it was broken already when this rank entered
         """
         with contextlib.suppress(BarrierConnectionError):
             entry = phase.entry
             judged = await phases.look(connection, entry)
             turns = self.turns
             if phase.early and turns is not None and turns.membership is phase.membership:
-                # Before its bell was heard, all may have joined.
+                # All may have joined before this rank heard its bell.
                 (roll,) = await connection.call(Read(phase.membership.own.roll))
                 if members.all_joined(phase.membership, roll):
                     await self._all_joined(turns, connection)
-            # What was begun too early may have got another number meanwhile.
+            # A phase that began too early may have another number by now.
             if phase.entry is not entry or phase.decided or phase.giving_up:
                 return
             if came_late and phase.early and turns is not None and not phase.full:
-                # Tried in vain before all had joined, which puts nobody out of step: this call
-                # waits with those that are still there.
+                # An attempt before all have joined does not count, so no rank is out of step: this
+                # call waits with the ranks that are still there.
                 turns.tried_early.append((entry, connection))
                 turns.renumber(phase)
                 self._enter_on(connection, phase, phase.payload)
@@ -75,23 +75,23 @@ class Hearing(Entering):
                 self._all_in(phase)
 
     async def _woken_by_others(self, phase: Phase, connection: Connection) -> None:
-        """Something else wrote to what this rank waits for, or it is broken."""
+        """The phase is broken, or something else wrote the key that this rank waits for."""
         await self._look(phase, connection)
         waits_on = (connection.waits or phase.alone) and connection.lost is None
         if waits_on and not (phase.decided or phase.giving_up):
             connection.call(Delete(phase.entry.awaited), wait=phase.entry.awaited)
-            # What was awaited may have come just before that.
+            # The real write may have come just before the key was deleted.
             await self._look(phase, connection)
 
     async def _collect(self, phase: Phase, connection: Connection) -> None:
-        """The leader of a commit was told that all are in: take what they brought."""
+        """The leader of a commit hears that all are in: read their payloads."""
         with contextlib.suppress(BarrierConnectionError):
             try:
                 brought = await phases.collect(connection, phase.entry)
             except BarrierConnectionError:
                 raise
             except BarrierError:
-                # Said where it is asked for again, by the publication.
+                # The publication asks again, and raises this error.
                 self._all_in(phase)
                 return
             if isinstance(brought, Broken):
@@ -125,12 +125,12 @@ class Hearing(Entering):
             await self._woken_by_others(phase, connection)
 
     def _all_in(self, phase: Phase) -> None:
-        """A commit in which all are in; its leader goes on, the others wait for its word."""
+        """All are in a commit: its leader goes on, and the others wait for its verdict."""
         if not phase.full and not phase.decided:
             phase.full = True
             connection = phase.connection
             if phase.differs and connection is not None:
-                # The register cannot be broken any more, but nothing will be published either.
+                # The count is full and cannot be broken, but nothing will be published either.
                 self.start(self._collect(phase, connection))
             follows = not phase.entry.leads and connection is not None and connection.lost is None
             if follows and connection is not None and connection.waits:
@@ -138,14 +138,14 @@ class Hearing(Entering):
             phase.wake()
 
     def _wait_alone(self, phase: Phase) -> None:
-        """Wait for the leader's word where no bell of this generation is heard any more."""
+        """Wait for the verdict on the phase's own key, since the bell is not heard any more."""
         connection = phase.connection
         if connection is not None and not connection.waits and not phase.entry.leads:
             phase.alone = True
             connection.call(wait=phase.entry.awaited)
 
     async def payloads(self, phase: Phase) -> dict[int, bytes]:
-        """What all brought."""
+        """The payloads of all ranks."""
         if phase.brought is not None:
             return phase.brought
         connection = phase.connection or self._bell
@@ -161,7 +161,7 @@ class Hearing(Entering):
         return brought
 
     async def ask(self, *requests: Request) -> list[Any]:
-        """What the store answers, on the connection that listens."""
+        """The store's answers, over the connection that listens."""
         if self._bell is None:
             raise BarrierConnectionError("there is no connection to the store")
         return await self._bell.call(*requests)

@@ -16,12 +16,12 @@ from .phases import Phase
 
 logger = logging.getLogger(__name__)
 
-# Of so many of its commits a rank remembers which generation they were in.
+# A rank remembers the generations of so many of its latest commits.
 _REMEMBERED = 256
 
 
 class Outcomes:
-    """One rank's.
+    """The commits that one rank has led or taken part in.
 
     :ivar counted: how many records there were when this rank wrote its last one
     """
@@ -32,14 +32,14 @@ class Outcomes:
         self._generations: dict[tuple[str, int], tuple[str, bool]] = {}
 
     async def noting(self, store: Store, phase: Phase, verdict: Verdict) -> list[Request]:
-        """What the leader says before its word; nothing where that is no release."""
+        """What the leader writes before its verdict; nothing if that is no release."""
         if not isinstance(verdict, Released):
             return []
         keys, record, noted = phase.membership.keys, phase.record, False
         if record is None:
             record = phase.record = _record_of(phase, verdict.result)
         else:
-            # It may have come, though the connection was lost before that was said.
+            # The record may be there, though the connection was lost before the answer came.
             (log,) = await store.call(Read(keys.commits))
             noted = _holds(records.decode(log), record)
         expected = None if self.counted is None else self.counted + 1
@@ -52,7 +52,7 @@ class Outcomes:
         count: int,
         start: Callable[[Any], object],
     ) -> None:
-        """The store has the record, as one of so many: wake who waits, and clear up behind it."""
+        """The store has ``count`` records: wake the observers that wait, and drop old records."""
         keys, record = phase.membership.keys, phase.record
         assert record is not None
         expected = None if self.counted is None else self.counted + 1
@@ -66,7 +66,7 @@ class Outcomes:
             start(records.cut(connection, keys))
 
     def remember(self, phase: Phase) -> None:
-        """This rank takes part in a commit, and may have to ask what became of it."""
+        """This rank takes part in a commit, and may have to ask for its outcome later."""
         known = self._generations
         at = phase.name, phase.sequence
         known.pop(at, None)
@@ -75,8 +75,8 @@ class Outcomes:
             del known[next(iter(known))]
 
     def find(self, log: Log, name: str, sequence: int) -> Record | None:
-        """The latest record of that commit. One that was counted means something to those alone
-        who counted, in the same generation."""
+        """The latest record of that commit. A number that was counted, not given, means something
+        only to the ranks of the same generation."""
         generation, by_step = self._generations.get((name, sequence), (None, True))
         for record in reversed(log.records.values()):
             if (record.name, record.sequence, record.by_step) != (name, sequence, by_step):
@@ -86,7 +86,7 @@ class Outcomes:
         return None
 
     def explain(self, log: Log, prefix: str, name: str, sequence: int) -> None:
-        """Log why nothing is known of it."""
+        """Log why there is no record of the commit."""
         what = describe(name, sequence, prefix)
         if (name, sequence) not in self._generations:
             why = (

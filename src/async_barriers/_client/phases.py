@@ -22,25 +22,25 @@ class Phase:
     :ivar sequence: which crossing of the name it is for this rank, or its step
     :ivar early: begun before all ranks had joined again, so that it does not count
     :ivar alone: its own connection waits for the verdict, since the bell is not heard any more
-    :ivar payload: of one that is early, since it will enter another one with it
+    :ivar payload: of an early phase; the rank enters again with it
     :ivar decided: the verdict or the error is known
     :ivar entered: whether this rank may have arrived
-    :ivar entered_on: the connection on which it did; what is said there comes after its arrival
-    :ivar full: a commit in which all are in, so that only its leader settles it
+    :ivar entered_on: the connection on which it did; requests there come after its arrival
+    :ivar full: all are in a commit, so only its leader settles it
     :ivar differs: this rank named another leader of a commit than some other rank did
-    :ivar brought: the payloads of all ranks, where the leader of a commit has them
-    :ivar word: what this rank, as the leader of a commit, has begun to tell its peers
-    :ivar error: what its caller gets, where that is not what the verdict says
-    :ivar giving_up: its break is under way; whatever becomes of the caller, that goes on
+    :ivar brought: the payloads of all ranks, once this rank has read them
+    :ivar word: the verdict that this rank, as the leader of a commit, has begun to write
+    :ivar error: the caller's error, if that is not what the verdict says
+    :ivar giving_up: its break is under way; it goes on whatever becomes of the caller
     :ivar abandoned: nobody waits for it any more
     :ivar users: how many calls on other connections than its own may still write to its keys
     :ivar since: when its call began, by the loop's clock
     :ivar last: this rank was the last one to enter
-    :ivar record: what its leader writes in the log of commits, once it may have come there
-    :ivar lost: the connection was, on which this rank had entered
+    :ivar record: what its leader writes in the log of commits, once it has begun to
+    :ivar lost: the error that ended the connection on which this rank had entered
     """
 
-    # What most phases never change is the class's.
+    # Class attributes, since most phases never change them.
     connection: Connection | None = None
     entered_on: Connection | None = None
     waiter: Waiter | None = None
@@ -79,23 +79,23 @@ class Phase:
 
     @property
     def to_publish(self) -> bool:
-        """All are in a commit that this rank leads, and is to publish."""
+        """Whether all are in a commit that this rank leads and has to publish."""
         return self.full and self.entry.leads and not (self.giving_up or self.decided)
 
     @property
     def hears(self) -> bool:
-        """Entered, and waits to hear what is decided."""
+        """Whether this rank has entered and waits to hear the verdict."""
         return self.entered and not self.decided and not self.giving_up
 
     @property
     def unsure(self) -> bool:
-        """Whether the store need not know of its arrival: not yet, or never. It does where all are
-        in; and what was begun too early is deleted when all have joined."""
+        """Whether the store may not have counted this rank. If all are in, it has. A phase that
+        began too early is deleted when all have joined."""
         on = self.entered_on
         return self.early or (not self.full and (on is None or on.unsaid or on.lost is not None))
 
     def is_settled(self) -> bool:
-        """Its caller has nothing more to wait for."""
+        """Whether its caller has nothing more to wait for."""
         return self.decided or self.to_publish
 
     def wake(self) -> None:
@@ -106,15 +106,15 @@ class Phase:
 class Turns:
     """Which crossing of each name comes next, in one generation.
 
-    What is tried before all ranks have joined again does not count: it is numbered apart. So the
-    ranks that join later are not behind those that tried in vain.
+    An attempt before all ranks have joined again does not count: it is numbered apart. So a rank
+    that joins later is not behind those that tried in vain.
     """
 
     def __init__(self, membership: Membership) -> None:
         self.membership = membership
         # The first generation counts from its beginning: nobody has crossed anything before.
         self.complete = membership.complete or membership.state.number == 0
-        # Phases that were tried before, which nobody needs once all have joined.
+        # Phases that were tried before all had joined; nobody needs them after that.
         self.tried_early: list[tuple[Entry, Connection]] = []
         self._next: Counter[str] = Counter()
         self._decided: dict[str, tuple[int, str]] = {}
@@ -142,12 +142,12 @@ class Turns:
         return phase
 
     def use(self, phase: Phase) -> None:
-        """The turn is taken; the next one of the name comes after it."""
+        """Count the turn: the next phase of the name comes after this one."""
         if phase.step is None and not (phase.early and self.complete):
             self._next[phase.name] = max(self._next[phase.name], phase.sequence + 1)
 
     def renumber(self, phase: Phase) -> None:
-        """Give a phase that was begun too early another number: it counts, if all are here."""
+        """Give a phase that began too early another number; it counts if all have joined."""
         sequence = self._next[phase.name]
         self._next[phase.name] = sequence + 1
         phase.sequence = sequence
@@ -158,17 +158,17 @@ class Turns:
         return self.membership.own.phase(name, f"{sequence}" if self.complete else f"e{sequence}")
 
     def count_from_now(self) -> None:
-        """All have joined."""
+        """All have joined: count every phase from now on."""
         self.complete = True
         self._next.clear()
 
     def decided(self, name: str, step: int, how: str) -> None:
-        """A step of ``name`` was, here or elsewhere."""
+        """A step of ``name`` was decided, here or at another rank."""
         if step >= self._decided.get(name, (-1, ""))[0]:
             self._decided[name] = (step, how)
 
     def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
-        """Why ``step`` can be crossed no more, if it cannot."""
+        """The error that ``step`` comes too late, or None if it can still be crossed."""
         decided, how = self._decided.get(name, (-1, ""))
         if step > decided:
             return None

@@ -1,4 +1,4 @@
-"""The connections of one rank: those in reserve, and what goes out with the next message."""
+"""The connections of one rank: the spare ones, and the requests that wait for the next message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._store.waiting import sleep, within
 from .phases import Phase
 from .state import RETRY_SECS, SessionState
 
-# What the last departure of a burst waits for; and how long spare connections are kept.
+# How long the last departure of a burst waits for a next message, and spare connections are kept.
 _IDLE_SECS = 0.25
 
 
@@ -38,8 +38,8 @@ class Pool(SessionState):
         self._salvage(connection)
 
     def _salvage(self, connection: Connection) -> None:
-        """What was to go out with the next message of a lost connection goes out on another; and
-        whom this rank has woken there is woken once more."""
+        """Send what a lost connection had in its outbox on another one, and wake again the ranks
+        that this rank woke there."""
         self._adrift += connection.outbox
         connection.outbox.clear()
         phase = self._announced.pop(connection, None)
@@ -47,7 +47,7 @@ class Pool(SessionState):
             self.start(self._wake_again(phase))
 
     async def _wake_again(self, phase: Phase) -> None:
-        """This rank was the last one to enter, and cannot know whether it has woken the others."""
+        """Wake the others again: this rank entered last, and cannot know whether it woke them."""
         loop, entry = self.loop, phase.entry
         assert loop is not None
         until = self._now() + self.init_secs
@@ -56,7 +56,7 @@ class Pool(SessionState):
             try:
                 if bell is not None:
                     (value,) = await bell.call(Read(entry.keys.count))
-                    # It is not there any more where all have departed.
+                    # The count is deleted once all have departed.
                     if value and Count(int(value)).full(*entry.world):
                         bells = SetMany(phase.membership.bells, b"all in")
                         await bell.call(Set(entry.keys.released, b"%d" % self.rank), bells)
@@ -71,7 +71,7 @@ class Pool(SessionState):
             self.loop.call_at(self.loop.now() + _IDLE_SECS, self._tidy)
 
     def _tidy(self) -> None:
-        """Send what waits for company, and keep one connection of those that nobody uses."""
+        """Send what still waits in the outboxes, and keep only one of the unused connections."""
         self._tidying = False
         for connection in self._connections():
             if connection.outbox and connection.lost is None:
@@ -89,9 +89,9 @@ class Pool(SessionState):
                 await connection.call(Read(self.keys.state))
 
     async def _retire(self, connection: Connection) -> None:
-        """Close it when what is on its way there was answered: departures, and what they lead to.
+        """Close it when everything sent there is answered, departures and what follows them too.
 
-        Those that hang were left behind before.
+        The connections that hang were closed before.
         """
         loop = self.loop
         assert loop is not None
@@ -107,7 +107,7 @@ class Pool(SessionState):
     async def _wait_for(
         self, store: Connection, key: str, secs: float, state: bytes | None = None
     ) -> bool:
-        """Whether ``key`` was written in ``secs`` seconds, or ``state``, if given, has changed."""
+        """Whether within ``secs`` seconds ``key`` was written or, if given, ``state`` changed."""
         loop = self.loop
         assert loop is not None
         if not store.waits:

@@ -27,8 +27,8 @@ from .phases import Phase
 class Publication:
     """One publish under way on this rank.
 
-    :ivar settled: set when the leader's word is given, or owed
-    :ivar verdict: the leader's word
+    :ivar settled: done when the leader has sent the verdict, or goes on sending it by itself
+    :ivar verdict: the leader's verdict
     """
 
     def __init__(self, crossing: Crossing, phase: Phase) -> None:
@@ -47,17 +47,17 @@ class Publication:
 
     @property
     def stopped(self) -> bool:
-        """Whether it was settled, and not by publishing."""
+        """Whether it was settled as broken."""
         return isinstance(self.verdict, Broken)
 
     def stop(self, reason: str, *, closing: bool = False) -> None:
-        """Cancel it, for ``reason``; because the barrier is closed, if that is why."""
+        """Cancel it, for ``reason``; with ``closing``, because the barrier is closed."""
         self._stopped_for = reason
         self._closing = closing
         self._scope.cancel()
 
     async def run(self, publish: Publish) -> bytes:
-        """Publish, and settle the phase by what came of that."""
+        """Publish, and settle the phase by the result."""
         crossing, phase = self._crossing, self._phase
         session, loop = crossing.session, crossing.loop
         rank = session.rank
@@ -129,7 +129,7 @@ class Publication:
         return crossing.accept(phase).result
 
     def _check(self, ours: Future[Any]) -> None:
-        """Raise the error that it ended in, as one of this phase: no thread or no payload came."""
+        """Raise its error, if it has one, as an error of this phase."""
         error = ours.error
         if isinstance(error, BarrierConnectionError):
             raise another(error, self._about)

@@ -29,12 +29,12 @@ from .tally import Tally
 
 T = TypeVar("T")
 
-# How long what has to be undone may hold up its caller; law 5 and law 8 leave a second in all.
+# How long undoing something may hold up its caller; laws 5 and 8 leave a second in all.
 UNDO_SECS = 0.8
 _SILENT_SECS = 0.3
-# How often a signal handler may interrupt one thing that is owed.
+# How often a message that is owed to the peers begins again after a signal handler interrupts it.
 _ATTEMPTS = 10
-# How often a connection that was lost is tried again.
+# The first pause between two attempts to connect again.
 RETRY_SECS = 0.2
 # How long a host waits for its peers.
 PEERS_SECS = 3.0
@@ -42,10 +42,10 @@ RETRY_SECS_AT_MOST = 2.0
 
 
 class SessionState:
-    """What a session has, and how it begins what goes on by itself.
+    """The attributes of a session, and how it starts work that goes on by itself.
 
-    :ivar turns: of the generation that this rank has joined; None before it has
-    :ivar open: the phases that somebody on this rank waits for, or that are owed a break
+    :ivar turns: the turns of the generation that this rank has joined; None before it joins
+    :ivar open: the phases that this rank waits for, or still has to break
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class SessionState:
         self.run_id = run_id
         self._pid = os.getpid()
         self._closed_by: Closed | None = None
-        # Whether a rank may be there, in this generation, that only hears its bell.
+        # Whether this generation may have a rank that waits for its bell alone.
         self._rings = True
-        # Its membership is not known to hold any more.
+        # Whether its membership may not hold any more.
         self._doubtful = False
         self._before: Membership | None = None
-        # One that this rank has claimed, and does not take part in yet; and whether it is at that.
+        # A membership that this rank has claimed but not taken up; and whether it is claiming one.
         self._claimed: Membership | None = None
         self._claiming = False
         self._joining: Effort[None] | None = None
@@ -89,22 +89,22 @@ class SessionState:
         self._opened: list[Connection] = []
         self._idle: list[Connection] = []
         self._bell: Connection | None = None
-        # Breaks of turns that were used up where no store could be reached.
+        # Turns that were used up while no store could be reached, and have yet to be broken.
         self._owed: list[tuple[str, int | None, str]] = []
-        # What was to go out with the next message of a connection that was lost.
+        # Requests from the outboxes of lost connections.
         self._adrift: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
         self._efforts: set[Effort[Any]] = set()
         self._leaving: Future[None] | None = None
-        # All is closed, and nothing may be begun any more.
+        # All is closed, and nothing may begin any more.
         self._over = False
         self._drained = False
         self._tidying = False
         self._not_at_end: Callable[[], object] = lambda: None
-        # Called when it was rung for, or does not stand any more.
+        # Called after this rank's bell rang, or when the session does not stand any more.
         self.on_look: Callable[[], object] = lambda: None
 
     def use(self) -> Loop:
-        """The loop that runs here; connections move with their barrier."""
+        """The loop that runs here; the connections move to it."""
         loop = self.loop
         if loop is not None and loop.here():
             return loop
@@ -143,7 +143,7 @@ class SessionState:
 
     @property
     def foreign(self) -> bool:
-        """Whether this is a process that was forked from the one it belongs to."""
+        """Whether this process was forked from the one that the barrier belongs to."""
         return os.getpid() != self._pid
 
     def _now(self) -> float:
@@ -151,7 +151,7 @@ class SessionState:
         return self.loop.now()
 
     def start(self, coroutine: Any) -> Effort[Any]:
-        """Begin what goes on by itself."""
+        """Start a coroutine that goes on without its caller."""
         effort: Effort[Any] = Effort(coroutine)
         if not effort.done:
             self._efforts.add(effort)
@@ -159,12 +159,12 @@ class SessionState:
         return effort
 
     def owe(self, begin: Callable[[], Coroutine[Any, Any, T]], *, last: bool = False) -> Future[T]:
-        """Have the peers told something; done when they are, or cannot be.
+        """Tell the peers something; done when they are told, or cannot be.
 
-        A signal handler may raise in the middle of it. It is begun anew then, so it has to be
+        A signal handler may raise in the middle of it. Then it begins anew, so it must be
         something that may be said twice.
 
-        :param last: nothing comes after it, so that it is owed when all is closed, too
+        :param last: nothing comes after it, so it is still owed when all is closed
         """
         owed: Future[T] = Future()
         attempts = itertools.count(1)
@@ -196,13 +196,13 @@ class SessionState:
 
     @property
     def stands(self) -> bool:
-        """Whether phases can be begun: joined, the generation not known to be over, not closed."""
+        """Whether phases can begin: joined, not closed, and the generation not known to be over."""
         known = self.turns is not None and self._closed_by is None
         return known and not (self._doubtful or self.closing)
 
     @property
     def has_joined(self) -> bool:
-        """Whether this barrier ever has."""
+        """Whether this barrier has ever joined."""
         return self._before is not None
 
     @property
@@ -211,12 +211,12 @@ class SessionState:
 
     @property
     def why_not(self) -> BaseException | None:
-        """What the latest attempt to connect failed by, where none has worked since."""
+        """The error of the latest attempt to connect, if none has worked since."""
         return self._source.failures[-1] if self._source.failures else None
 
     @property
     def closed_by(self) -> Closed | None:
-        """Who left the generation first, so that nothing in it can be released any more."""
+        """The rank that left the generation first; after it nothing there can be released."""
         return self._closed_by
 
     @property
@@ -226,9 +226,9 @@ class SessionState:
 
     @property
     def patience_secs(self) -> float:
-        """How long what has to be undone may hold up its caller.
+        """How long undoing something may hold up its caller.
 
-        Less where the store has left a call unanswered: law 8 leaves two seconds in all.
+        Less if the store has left a call unanswered: law 8 leaves two seconds in all.
         """
         return _SILENT_SECS if self._doubtful else UNDO_SECS
 
@@ -238,7 +238,7 @@ class SessionState:
         return list(dict.fromkeys([*own, *self._idle, *used]))
 
     async def _open(self, loop: Loop, deadline: float) -> Connection:
-        """A new connection, which is closed with this at the latest."""
+        """A new connection, which is closed with the session at the latest."""
         if self._over:
             raise BarrierConnectionError(f"{describe(self.prefix)} is closed")
         connection = await self._source.open(loop, deadline)
@@ -250,10 +250,10 @@ class SessionState:
 
     @property
     def namespace(self) -> str:
-        """What all our keys begin with; known once a connection is open."""
+        """The beginning of all our keys; known once a connection is open."""
         return self._source.namespace
 
-    # -- what the layers above do --------------------------------------------------------
+    # -- methods of the layers above -----------------------------------------------------
 
     def join(self) -> Effort[None]:
         raise NotImplementedError

@@ -1,11 +1,11 @@
 """The register that decides a phase: one number, which ranks add to as they enter.
 
-An `add` is atomic, and its answer shows all that came before it. Each rank adds once: 1, its own
-number and one, and the kind of its call, each in a field of its own. So the phase is *full* when
-all fields are what all ranks together come to; a duplicate or rubbish does not stand in for a rank
-that is missing, but makes the register *foul*. Broken is the sign: a `compare_set` from a value
-that is not full to the same value below zero. What is full cannot become broken, and what is broken
-cannot become full, so the verdict of a phase is a function of this one register.
+An `add` is atomic, and its answer shows all that came before it. Each rank adds once, in three
+fields: 1, its own number plus one, and the kind of its call. The phase is *full* when each field
+has the sum over all ranks. A duplicate or rubbish cannot replace a missing rank: it makes the
+register *foul*. A negative value is *broken*: a `compare_set` negates a value that is not full. A
+full register cannot become broken, and a broken one cannot become full, so the verdict of a phase
+is a function of this one register.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def entry(rank: int, kind: int) -> int:
 
 
 class Count:
-    """What the register says.
+    """The fields of the register.
 
-    :ivar arrived: how many entered
+    :ivar arrived: how many ranks entered
     :ivar kinds: the sum of their kinds of call
-    :ivar ranks: the sum of their numbers, each and one
+    :ivar ranks: the sum of their numbers, each plus one
     """
 
     __slots__ = ("arrived", "broken", "kinds", "ranks", "value")
@@ -59,13 +59,13 @@ class Count:
         return self.kinds != kind * self.arrived
 
     def foul(self, world_size: int) -> bool:
-        """Whether it can never become full, since something else was counted."""
+        """Whether it can never become full, since something besides the ranks was counted."""
         full = world_size * (world_size + 1) // 2
         return self.arrived > world_size or (self.arrived == world_size and self.ranks != full)
 
     @property
     def broken_value(self) -> bytes:
-        """What it is set to by a rank that breaks the phase."""
+        """The value that a rank writes to break the phase."""
         return b"%d" % (self.value + _BROKEN)
 
 
@@ -73,7 +73,7 @@ of_sum = Count
 
 
 def of_value(value: bytes | None) -> Count:
-    """What was read; an absent register is empty.
+    """The count in a value that was read; an absent register is empty.
 
     :raises ValueError: something else wrote it
     """
@@ -83,5 +83,5 @@ def of_value(value: bytes | None) -> Count:
 
 
 def is_count(value: bytes | None) -> bool:
-    """Whether it may be read as one; an absent register may."""
+    """Whether `of_value` can read it; it can read an absent register."""
     return not value or (len(value) <= _DIGITS and value.removeprefix(b"-").isdigit())

@@ -1,6 +1,6 @@
 """The payloads of a commit or an `all_gather`, in one key for all ranks; pure functions.
 
-Each appends its own, so that whoever needs them reads one key. What is large stands in a key of its
+Each rank appends its own, so a rank that needs them reads one key. A large payload has a key of its
 own, and is announced here.
 """
 
@@ -12,20 +12,20 @@ from .._errors import BarrierError
 from .keys import PhaseKeys
 from .store import Append, Request, Set
 
-# 16,384 ranks that bring as much as this fill half of what c10d's server takes in one value.
+# With payloads of this size, 16,384 ranks fill half of what c10d's server takes in one value.
 SMALL_BYTES = 256
 _HEAD = re.compile(rb"([0-9]{1,5}) ([0-9]{1,3}|-)\n")
 
 
 def bringing(keys: PhaseKeys, rank: int, payload: bytes) -> list[Request]:
-    """What a rank says to bring ``payload``, before it arrives."""
+    """The requests with which a rank brings ``payload``, before it arrives."""
     if len(payload) <= SMALL_BYTES:
         return [Append(keys.brought, b"%d %d\n%s" % (rank, len(payload), payload))]
     return [Set(keys.payload(rank), payload), Append(keys.brought, b"%d -\n" % rank)]
 
 
 def brought(value: bytes | None, world_size: int) -> tuple[dict[int, bytes], list[int]]:
-    """The payloads that stand there, and the ranks whose payloads stand elsewhere.
+    """The small payloads, and the ranks whose payloads have keys of their own.
 
     :raises BarrierError: something else wrote there
     """

@@ -1,8 +1,8 @@
 """One phase: what a rank writes to enter, to give up, to look and to depart, and in which order.
 
-The verdict is a function of the phase's count (see `count`); docs/design.md argues why. Everything
-else explains: the log names who entered, the reason says who broke it and why, and ``released`` is
-a bell. The coroutines here await nothing but a store, and keep nothing in between.
+The verdict is a function of the phase's count (see `count`); docs/design.md argues why. The other
+keys explain it: the log names the ranks that entered, the reason says which rank broke it and why.
+``released`` wakes ranks. The coroutines here await a store alone, and keep nothing between calls.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .verdict import (
     unranged,
 )
 
-# So few that each rank may read all arrivals to learn who is missing.
+# In worlds up to this size, each rank reads all arrivals to learn which ranks are missing.
 _FEW = 256
 
 
 class Forgotten(BarrierConnectionError):
-    """The store has nothing of a phase that this rank had entered, or of its membership."""
+    """The store has lost a phase that this rank had entered, or its membership."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -50,11 +50,11 @@ class Forgotten(BarrierConnectionError):
 
 
 class Entry:
-    """What one rank has to say in one phase. Nothing changes one.
+    """One rank's part in one phase; immutable.
 
-    :ivar kind: of call: `count.EXECUTE`, `COMMIT` or `GATHER`
-    :ivar leader: of a commit
-    :ivar leads: whether it is this rank
+    :ivar kind: the kind of call: `count.EXECUTE`, `COMMIT` or `GATHER`
+    :ivar leader: the leader of a commit
+    :ivar leads: whether this rank is the leader
     """
 
     __slots__ = ("keys", "kind", "leader", "leads", "rank", "world_size")
@@ -70,12 +70,12 @@ class Entry:
         self.leads = kind == COMMIT and leader == rank
 
     def under(self, keys: PhaseKeys) -> Entry:
-        """The same in another phase."""
+        """The same entry in another phase."""
         return Entry(keys, self.rank, self.world_size, self.kind, self.leader)
 
     @property
     def world(self) -> tuple[int, int]:
-        """What a full count is of: so many ranks, with this kind of call."""
+        """What makes a count full: so many ranks, with this kind of call."""
         return self.world_size, self.kind
 
     @property
@@ -84,16 +84,16 @@ class Entry:
 
     @property
     def awaited(self) -> str:
-        """What this rank waits for once it has entered."""
+        """The key that this rank waits for once it has entered."""
         follows = self.kind == COMMIT and not self.leads
         return self.keys.settled if follows else self.keys.released
 
 
 def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
-    """What a rank says to arrive; `entered` tells what the answers mean.
+    """The requests with which a rank arrives; `entered` reads the answers.
 
-    The name stands in the log before it is counted, in one message: whoever finds a full count
-    finds all names. In the same message it begins to wait for what releases the phase.
+    One message writes the name into the log, and then counts it: a rank that finds a full count
+    finds all names. The same message begins to wait for the key that releases the phase.
     """
     keys = entry.keys
     call = b" c%d" % entry.leader if entry.kind == COMMIT else b""
@@ -110,7 +110,7 @@ def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
 
 
 def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
-    """What the count was when this rank arrived, or why the phase is broken by its arrival."""
+    """The count when this rank arrived, or why its arrival breaks the phase."""
     count = counts.of_sum(answers[-1])
     if count.broken:
         return count
@@ -134,12 +134,12 @@ def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
 
 
 def _other_call(count: Count, kind: int, other: int) -> bool:
-    """Whether all but the last one may have made the ``other`` call."""
+    """Whether all ranks but the last one may have made the ``other`` call."""
     return count.kinds - kind == other * (count.arrived - 1)
 
 
 async def look(store: Store, entry: Entry, *, entered: bool = True) -> Verdict | Count:
-    """What was decided by now; the count while nothing is, or a commit's leader has the say.
+    """The verdict; the count if there is none yet, or if only a commit's leader can give it.
 
     :raises Forgotten: this rank had entered, and the store knows nothing of that
     """
@@ -150,7 +150,7 @@ async def look(store: Store, entry: Entry, *, entered: bool = True) -> Verdict |
 async def judge(
     store: Store, entry: Entry, value: bytes | None, reason: bytes | None, *, entered: bool = True
 ) -> Verdict | Count:
-    """As `look`, of a count and a reason that were read."""
+    """As `look`, from a count and a reason that were read."""
     if entered and not value:
         raise Forgotten
     while not counts.is_count(value):
@@ -158,7 +158,7 @@ async def judge(
     count = counts.of_value(value)
     if count.broken:
         if reason is None:
-            # It is written before the phase is broken, so it is there now.
+            # The reason is written before the phase is broken, so it is there now.
             (reason,) = await store.call(Read(entry.keys.reason))
         return decode_reason(reason)
     if not count.full(entry.world_size, entry.kind):
@@ -168,18 +168,18 @@ async def judge(
     (word,) = await store.call(Read(entry.keys.word))
     try:
         if word is None:
-            # Its leader may wait to hear that all are in, from a rank that died before it said so.
+            # The last rank may have died before it could wake the leader.
             await released(store, entry)
             return count
         return decode_word(word)
     except ValueError:
-        return count  # Something else wrote there, and its leader may yet put it right.
+        return count  # Something else wrote there; the leader may still overwrite it.
 
 
 async def _foul(store: Store, entry: Entry, value: bytes) -> tuple[bytes, bytes]:
-    """Break a phase whose count is no number, so that those who come later can add to it.
+    """Break a phase whose count is no number, so that later ranks can add to it.
 
-    What the reason and the count are then: a rank may have entered, or another one broken it.
+    Return its reason and its count, since another rank may have entered or broken it meanwhile.
     """
     mine = encode_reason(
         Broken(None, f"something else wrote {show(value)} where its arrivals are counted")
@@ -192,23 +192,23 @@ async def _foul(store: Store, entry: Entry, value: bytes) -> tuple[bytes, bytes]
 
 
 async def released(store: Store, entry: Entry) -> Released:
-    """Who came last; where that rank died before it could say so, this one wakes the others."""
+    """Which rank came last. If it died before it could wake the others, this rank wakes them."""
     (last,) = await store.call(CompareSet(entry.keys.released, b"", b"?"))
     if last == b"?":
-        # Once more, since a server without libuv wakes nobody for a compare-and-set.
+        # Written again, since a server without libuv wakes nobody for a compare-and-set.
         await store.call(Set(entry.keys.released, last), Read(entry.keys.count))
     return Released(number(last))
 
 
 async def confirm(store: Store, entry: Entry) -> Released | None:
-    """Who came last, where a rank was woken that has waited for long.
+    """Which rank came last, for a rank that was woken after a long wait.
 
-    None where the count is not full: something else woke it.
+    None if the count is not full: something else woke it.
     """
     (value,) = await store.call(Read(entry.keys.count))
     if not counts.is_count(value) or not counts.of_value(value).full(entry.world_size, entry.kind):
         return None
-    # Not before: to read what others wait for wakes them, and they would wake this one.
+    # Only now: reading this key wakes the ranks that wait for it, and they would wake this one.
     (last,) = await store.call(Read(entry.keys.released))
     return Released(number(last))
 
@@ -216,11 +216,11 @@ async def confirm(store: Store, entry: Entry) -> Released | None:
 async def give_up(
     store: Store, entry: Entry, broken: Broken, *, entered: bool, names_missing: bool = False
 ) -> tuple[Verdict | Count, bool]:
-    """Break the phase, unless it is decided; what was decided, and whether this call broke it.
+    """Break the phase, unless it is decided. Return the verdict, and whether this call broke it.
 
-    A commit in which all are in is answered by its count: its leader has the say.
+    If all are in a commit, the count stands for the verdict, since only its leader can settle it.
 
-    :param names_missing: by what the log says now; where it is for ``broken`` to name them,
+    :param names_missing: name the missing ranks from the log; else ``broken`` names them, and
         nothing is looked up
     """
     keys = entry.keys
@@ -237,14 +237,14 @@ async def give_up(
         judged = await judge(store, entry, value, reason, entered=entered)
         if not isinstance(judged, Count) or judged.full(entry.world_size, entry.kind):
             if reason is not None and not isinstance(judged, Broken):
-                # The last one entered in between, so that nobody asks for a reason.
+                # The last rank entered meanwhile, so nobody asks for a reason.
                 await store.call(Delete(keys.reason))
             return judged, False
         if log:
             broken = replace(broken, missing=missing(log[0], entry.world_size))
             log = []
         held, wanted = value or b"", judged.broken_value
-        # In one message, so that no reason is left without a break by a rank that is killed here.
+        # One message, so that a rank that is killed here leaves no reason without a break.
         reason, value = await store.call(
             CompareSet(keys.reason, b"", encode_reason(broken)),
             CompareSet(keys.count, held, wanted),
@@ -252,22 +252,22 @@ async def give_up(
         if value == wanted:
             return decode_reason(reason), True
         if value == held:
-            # So answers a key that is absent: it was deleted since it was read.
+            # This is the answer for an absent key: it was deleted after it was read.
             await store.call(Delete(keys.reason))
             raise Forgotten
-        # Somebody entered, or broke it, in between: look at that.
+        # Another rank entered or broke it meanwhile: look again.
 
 
 async def settle(
     store: Store, entry: Entry, verdict: Verdict, threaded: str, noting: Iterable[Request] = ()
 ) -> tuple[bool, list[Any]]:
-    """The leader's word on a commit in which all are in; it gives one, and may repeat it.
+    """Write the leader's verdict on a commit in which all are in; it may be written again.
 
-    :param threaded: the key that tells whether there are ranks to ring for, which is answered
-    :param noting: what is said before it, in the same message; its answers come second
+    :param threaded: the key that tells whether there are ranks to ring for; the first result
+    :param noting: requests before the verdict, in the same message; their answers come second
     """
     keys = entry.keys
-    # Plain writes: nobody else writes there, and an answer would bring the whole word back.
+    # Plain writes: nobody else writes there, and an answer would bring the whole verdict back.
     *noted, rings = await store.call(
         *noting,
         Set(keys.word, encode_word(verdict)),
@@ -278,16 +278,16 @@ async def settle(
 
 
 async def hear(store: Store, entry: Entry) -> Verdict | None:
-    """What the leader of a commit said; None while it has not."""
+    """The verdict of a commit's leader; None if there is none yet."""
     (word,) = await store.call(Read(entry.keys.word))
     return None if word is None else decode_word(word)
 
 
 async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | None:
-    """What every rank brought; None where not all are in, or it is broken.
+    """Every rank's payload; None if not all are in, or the phase is broken.
 
-    Where all are in a commit, but do not name one leader, the register cannot say so. The log can,
-    which is complete then, so that all who read it find the same.
+    The count cannot say that all are in a commit but name different leaders. The log can: it is
+    complete by then, so that all ranks that read it find the same.
 
     :raises BarrierError: something else wrote there
     """
@@ -308,10 +308,10 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
 
 
 async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
-    """Who has not entered.
+    """The ranks that have not entered.
 
-    Up to 256 ranks each read the log. In larger worlds one rank reads it and leaves a summary,
-    which serves the others for as long as nobody enters.
+    In worlds of up to 256 ranks, each rank reads the log. In larger ones one rank reads it and
+    leaves a summary, which the others use until another rank enters.
     """
     keys = entry.keys
     if entry.world_size <= _FEW:
@@ -337,9 +337,9 @@ async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
 
 
 def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Request]:
-    """What the last rank to depart deletes; of a broken phase, what any call may have written.
+    """What the last rank to depart deletes; for a broken phase, all that any call may write.
 
-    :param large: the ranks that are known to have brought payloads of keys of their own
+    :param large: the ranks whose payloads are known to have keys of their own
     """
     keys = entry.keys
     names = [keys.log, keys.count, keys.released, keys.departed]

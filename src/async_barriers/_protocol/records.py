@@ -1,13 +1,13 @@
 """The log of the last released commits, for processes that ask about one or follow them.
 
-The leader appends a record before its word, in the same message on the same connection. So a rank
-that has heard the word finds the record, and a record is there of nothing that is not published: no
-other word follows one. The log is of the prefix and not of a generation. Each record has a *number*
-by its place, from 0; a first line says the number of the record after it. What a leader that lost
-its connection has appended twice is one record: generation, name and label are a phase's own.
+The leader appends a record before its verdict, in the same message. So a rank that has heard the
+verdict finds the record. Only a published commit has a record, since the leader writes no other
+verdict after one. The log belongs to the prefix, not to a generation. A record's *number* is its
+place, from 0; a first line says the number of the record after it. A leader that lost its
+connection may append twice; that is one record, with one generation, name and label.
 
-Who waits for the next record waits for a key whose name follows from how many there are. It stays
-for a few more, so that whoever looks and then waits misses nothing.
+A process that waits for the next record waits for a key whose name follows from their number. The
+key stays for a few more records, so a process that looks and then waits misses nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, S
 from .verdict import RUBBISH, number
 
 KEPT = 64
-# The log is cut when so many have come: never longer than both together.
+# The log is cut after so many records, so it is never longer than both together.
 _CUT_EVERY = 32
 _TRIES = 3
 # Larger results have keys of their own, so that the log can be read at once.
 SMALL_RESULT_BYTES = 1024
-# How many keys there are to wake by, and how many of them exist at a time.
+# How many keys there are that wake observers, and how many of them exist at a time.
 _SLOTS, NEWS = 16, 8
 _json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -37,8 +37,8 @@ _json = json.JSONEncoder(separators=(",", ":")).encode
 class Record(NamedTuple):
     """A commit that was released.
 
-    :ivar label: its sequence or step, as the keys of its phase have it
-    :ivar result: None where it is too large, and has a key of its own
+    :ivar label: its sequence or step, as in the keys of its phase
+    :ivar result: None if it is large: then it has a key of its own
     """
 
     generation: str
@@ -50,12 +50,12 @@ class Record(NamedTuple):
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """A phase's own; what is there twice is one record."""
+        """The phase's identity: two lines with the same one are one record."""
         return self.generation, self.name, self.label
 
     @property
     def by_step(self) -> bool:
-        """Whether its number was given, and does not depend on what was called before."""
+        """Whether its number is a step, which does not depend on earlier calls."""
         return self.label.startswith("s")
 
     @property
@@ -68,11 +68,11 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Log:
-    """What was read.
+    """The log as it was read.
 
-    :ivar begin: how many are not kept any more
-    :ivar end: how many there ever were
-    :ivar records: those that are kept, by number; the oldest first
+    :ivar begin: how many records are not kept any more
+    :ivar end: how many records there ever were
+    :ivar records: the kept records by number, the oldest first
     """
 
     begin: int
@@ -81,13 +81,13 @@ class Log:
 
 
 def encode(record: Record) -> bytes:
-    """One line."""
+    """The record's line in the log."""
     result = None if record.result is None else b64encode(record.result).decode()
     return _json([*record[:-1], result]).encode() + b"\n"
 
 
 def _decode(line: bytes) -> Record | None:
-    """None for what something else wrote."""
+    """The record in a line; None if something else wrote it."""
     try:
         generation, name, label, leader, world_size, result = json.loads(line)
         found = Record(
@@ -113,7 +113,7 @@ def _lines(value: bytes | None) -> tuple[int, list[bytes]]:
 
 
 def decode(value: bytes | None) -> Log:
-    """What the log says; rubbish in it is passed over."""
+    """The log in a value; rubbish in it is skipped."""
     first, lines = _lines(value)
     records: dict[int, Record] = {}
     known = set()
@@ -132,10 +132,10 @@ def decode(value: bytes | None) -> Log:
 def noting(
     keys: Keys, record: Record, result: bytes, *, expected: int | None, noted: bool = False
 ) -> list[Request]:
-    """What a leader says before its word; answered by how many there are now.
+    """What a leader writes before its verdict; the answer is the number of records now.
 
-    :param expected: what the answer will be, if nobody else commits meanwhile; it wakes who waits
-    :param noted: the log has it already
+    :param expected: the answer if nobody else commits meanwhile; its key wakes observers
+    :param noted: whether the log has the record already
     """
     requests: list[Request] = []
     if record.result is None:
@@ -153,23 +153,23 @@ def _news(keys: Keys, count: int) -> Set:
 
 
 def awaited(keys: Keys, count: int) -> str:
-    """The key that is written when there are more than ``count``."""
+    """The key that is written when there are more than ``count`` records."""
     return keys.commits_news((count + 1) % _SLOTS)
 
 
 def announcing(keys: Keys, count: int, expected: int | None) -> list[Request]:
-    """What follows when the leader knows how many there are."""
+    """What the leader writes once it knows how many records there are."""
     old = Delete(keys.commits_news((count - NEWS) % _SLOTS))
     return [old] if count == expected else [_news(keys, count), old]
 
 
 def is_to_cut(count: int, record: Record) -> bool:
-    """Whether the leader of the ``count``-th is to shorten the log."""
+    """Whether the leader that wrote the ``count``-th record has to shorten the log."""
     return count % _CUT_EVERY == 0 or record.result is None
 
 
 async def cut(store: Store, keys: Keys) -> None:
-    """Drop the records that are not kept any more; not the one who comes next, if it is busy."""
+    """Drop old records; gives up if other leaders keep writing, and a later one does it."""
     (value,) = await store.call(Read(keys.commits))
     for _ in range(_TRIES):
         first, lines = _lines(value)
@@ -191,12 +191,12 @@ def _large(keys: Keys, lines: Sequence[bytes]) -> list[str]:
 
 
 def looking(keys: Keys) -> list[Request]:
-    """How many there are, and the log; in this order, so that what is counted is in the log."""
+    """Read the number of records, then the log, so that all counted records are in the log."""
     return [Read(keys.commits_number), Read(keys.commits)]
 
 
 async def public(store: Store, keys: Keys, record: Record) -> CommitRecord | None:
-    """What users are told of a record; None where its result is not kept any more."""
+    """The public form of a record; None if its result is not kept any more."""
     result = record.result
     if result is None:
         (result,) = await store.call(Read(record.keys(keys).published))

@@ -1,4 +1,4 @@
-"""The interface that the protocol speaks: requests, and a store that answers them."""
+"""The interface that the protocol uses: requests, and a store that answers them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class SetMany(NamedTuple):
 
 
 class Add(NamedTuple):
-    """Count up, atomically; answered by the sum."""
+    """Add to a number, atomically; the answer is the sum."""
 
     key: str
     amount: int
 
 
 class CompareSet(NamedTuple):
-    """Set a key if it holds ``expected`` (b"": is absent or empty); answered by what it holds then.
+    """Set a key if it holds ``expected`` (b"": is absent or empty); the answer is its value then.
 
-    Where the key is absent and something else was expected, the answer is what was expected.
+    If the key is absent and something else was expected, the answer is ``expected``.
     """
 
     key: str
@@ -46,7 +46,7 @@ class CompareSet(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Answered by the value, or None where there is none."""
+    """Read a key; the answer is its value, or None if there is none."""
 
     key: str
 
@@ -68,20 +68,20 @@ SILENT = (Append, Set, SetMany, Delete, DeleteMany)
 
 
 class Store(Protocol):
-    """What carries requests to a store: a connection of some kind.
+    """A connection that carries requests to a store.
 
     It applies the requests of one connection in the order in which they were made.
     """
 
     @property
     def waits(self) -> bool:
-        """Whether `call` takes a key to wait for; if not, a rank's bell is all it waits for."""
+        """Whether `call` takes any key to wait for; if not, a rank waits for its bell alone."""
         ...
 
     def call(self, *requests: Request, wait: str | None = None) -> Awaitable[list[Any]]:
-        """Send requests in one message; what those that are answered are answered by.
+        """Send requests in one message; return the answers of those that are answered.
 
-        :param wait: a key; the connection's ``on_wake`` is called when it is written, or if it
+        :param wait: a key; the connection calls ``on_wake`` when it is written, or if it
             exists
         :raises BarrierConnectionError: the store was lost
         """

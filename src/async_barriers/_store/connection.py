@@ -27,9 +27,9 @@ Heard = Callable[[list[Any]], object]
 class _Message(Future[list[Any]]):
     """Requests under way.
 
-    :ivar kinds: of the answers that have yet to come
-    :ivar answers: those that have come, where they do in several pieces
-    :ivar late: what went out of the outbox with it: where its answers end, and who hears them
+    :ivar kinds: the kinds of the answers that have yet to come
+    :ivar answers: the answers so far, if they come in several pieces
+    :ivar late: for each entry of the outbox in it: where its answers end, and its callback
     """
 
     __slots__ = ("answers", "kinds", "late")
@@ -41,7 +41,7 @@ class _Message(Future[list[Any]]):
         self.late: list[tuple[int, Heard]] = []
 
     def answer(self, answers: list[Any]) -> None:
-        """All answers are there."""
+        """Resolve it: all answers are there."""
         begin = 0
         try:
             if self.answers is not None:
@@ -51,13 +51,13 @@ class _Message(Future[list[Any]]):
                 begin = end
             self.resolve(answers[begin:] if begin else answers)
         except BaseException:
-            # Raised by a signal handler: nobody may wait for this for ever.
+            # A signal handler raised: nobody may wait for this for ever.
             self.fail(BarrierConnectionError("an exception interrupted the answer"))
             raise
 
 
-# What is due in place of a message's answers: the one byte of a wait, of one that nobody is called
-# for any more and that ends by itself, or of a cancellation.
+# Due in place of a message's answers: the byte of a wait, of a wait that ends by itself and calls
+# nobody back, or of a cancellation.
 _WAKE, _SPENT, _CANCELLATION = _Message(), _Message(), _Message()
 _BYTES = (_WAKE, _SPENT, _CANCELLATION)
 
@@ -65,13 +65,13 @@ _BYTES = (_WAKE, _SPENT, _CANCELLATION)
 class SocketConnection:
     """Speaks to the server of a TCPStore over a non-blocking socket, on any loop.
 
-    Answers are told apart by their order alone. At most one key is waited for; requests that are
-    sent meanwhile and answered cancel the wait and ask for it anew, so that its one byte, which may
-    come at any time, is never taken for the beginning of another answer.
+    Answers are told apart by their order alone. It waits for at most one key. The wait's one byte
+    may come at any time, and must not be taken for the beginning of another answer. So a request
+    that is answered cancels the wait and asks for it anew.
 
-    :ivar on_wake: called when the awaited key was written
-    :ivar on_lost: called once, when the connection is of no more use
-    :ivar outbox: what may go out with the next message, each with what hears the answers
+    :ivar on_wake: called when the awaited key is written
+    :ivar on_lost: called once, when the connection is lost
+    :ivar outbox: requests that may go out with the next message, each with its callback
     """
 
     waits = True
@@ -85,11 +85,11 @@ class SocketConnection:
         self._socket = sock
         self._loop = loop
         self._where = where
-        # Whose answers have yet to come, in their order; a wait's byte is the last one.
+        # Messages whose answers have yet to come, in order; a wait's byte is the last one.
         self._due: deque[_Message] = deque()
         self._awaited: str | None = None
         self._unsaid = bytearray()
-        # What came of an answer that is not complete, and what it takes to go on.
+        # The bytes of an incomplete answer, and how many it takes to go on.
         self._heard: list[bytes] = []
         self._needed = 0
         # The latest message whose answers have all come.
@@ -100,7 +100,7 @@ class SocketConnection:
     # -- out ---------------------------------------------------------------------------
 
     def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
-        """As `Store.call`; what was put into the outbox goes out before."""
+        """As `Store.call`; the outbox goes out before."""
         message = _Message()
         if self.lost is not None:
             message.fail(another(self.lost))
@@ -115,7 +115,7 @@ class SocketConnection:
                     message.late.append((end, heard))
                 self.outbox.clear()
             self._say(requests, said, kinds)
-            # A wait goes on beside what is not answered.
+            # Requests that are not answered do not disturb a wait.
             if kinds or wait is not None:
                 if due and due[-1] is _WAKE:
                     due[-1] = _CANCELLATION
@@ -129,7 +129,7 @@ class SocketConnection:
                     due.append(_WAKE)
             self._send(b"".join(said))
         except BaseException as exc:
-            # Raised by a signal handler: what is due need not be what was said any more.
+            # A signal handler raised: the answers due may not match what was sent.
             self._lose(exc)
             raise
         if not kinds:
@@ -137,9 +137,9 @@ class SocketConnection:
         return message
 
     def fulfil(self, *requests: Request) -> None:
-        """Send what writes the awaited key, and is not answered: nobody is called any more.
+        """Send requests that write the awaited key and are not answered; call nobody back any more.
 
-        The wait's own byte comes before the answers to whatever is said next.
+        The wait's own byte comes before the answers to the next requests.
         """
         self.stop_waiting()
         if self.lost is None:
@@ -155,7 +155,7 @@ class SocketConnection:
 
     @staticmethod
     def _say(requests: Iterable[Request], said: list[bytes], kinds: list[int]) -> int:
-        """Add the bytes of requests and the kinds of their answers; how many are wanted."""
+        """Add the bytes of requests and the kinds of their answers; return how many are wanted."""
         table, answered = wire.SAID, 0
         for request in requests:
             say, kind = table[type(request)]
@@ -172,12 +172,12 @@ class SocketConnection:
         return answered
 
     def stop_waiting(self) -> None:
-        """Call nobody any more; the wait itself is cancelled with the next message."""
+        """Call nobody back any more; the next message cancels the wait itself."""
         self._awaited = None
         self.on_wake = None
 
     def say_hello(self, number: int) -> Future[list[Any]]:
-        """Begin, as c10d's client does; answered by the `wire.echo`."""
+        """Begin as c10d's client does; the answer is the `wire.echo`."""
         message = _Message()
         message.kinds.append(wire.ECHO)
         self._due.append(message)
@@ -213,7 +213,7 @@ class SocketConnection:
             self._lose(exc)
             return
         except BaseException as exc:
-            # Some of it may have been sent.
+            # A part of the message may have been sent.
             self._lose(exc)
             raise
         if not self._unsaid and self._writing:
@@ -229,7 +229,7 @@ class SocketConnection:
             if not heard:
                 raise ConnectionResetError(errno.ECONNRESET, "the server hung up")
             if self._heard:
-                # Looked at only when there is enough: a large value comes in many pieces.
+                # Not parsed before there is enough: a large value comes in many pieces.
                 self._heard.append(heard)
                 self._needed -= len(heard)
                 if self._needed > 0:
@@ -242,8 +242,8 @@ class SocketConnection:
         except (OSError, ValueError) as exc:
             self._lose(exc)
         except BaseException as exc:
-            # Raised in the middle of an answer, by a signal handler: what was heard is not known
-            # any more. What was begun here is settled on another connection.
+            # A signal handler raised in the middle of an answer, so what was heard is not known
+            # any more. The calls of this connection are settled on another one.
             answered = self._answered
             self._lose(exc)
             if answered is not None and self.lost is not None:
@@ -267,7 +267,7 @@ class SocketConnection:
                         if self.on_wake is not None:
                             self.on_wake()
                 elif message is _SPENT or byte == wire.CANCELLED:
-                    # The wait may have ended by itself just before; then two bytes come.
+                    # If the wait ended by itself just before its cancellation, two bytes come.
                     due.popleft()
                 continue
             try:
@@ -289,7 +289,7 @@ class SocketConnection:
     # -- its end -----------------------------------------------------------------------
 
     def move(self, loop: Loop) -> None:
-        """Go on on another loop."""
+        """Continue on another loop."""
         if self.lost is None and loop is not self._loop:
             self._loop.unwatch(self._socket)
             self._loop = loop
@@ -304,9 +304,9 @@ class SocketConnection:
         return bool(self._unsaid or any(m not in (_WAKE, _SPENT) for m in self._due))
 
     def close(self, *, reset: bool = False) -> None:
-        """Let go of the socket.
+        """Close the connection.
 
-        :param reset: so that nothing that was sent and has not arrived comes later
+        :param reset: drop what was sent and has not arrived, so that it does not arrive later
         """
         self.on_lost = None
         self._end(BarrierConnectionError("this connection to the store was closed"), reset=reset)
@@ -334,9 +334,9 @@ class SocketConnection:
             on_lost(error)
 
     def _let_go(self, *, reset: bool) -> None:
-        """Close the socket; where answers will still come, hear them first, for a moment.
+        """Close the socket; if answers will still come, read them first, for a moment.
 
-        A server whose answer finds nobody says so on its stderr.
+        A server that cannot deliver an answer prints that on its stderr.
         """
         sock, loop = self._socket, self._loop
         answers = any(message is not _WAKE for message in self._due)
@@ -353,13 +353,13 @@ class SocketConnection:
         sock.close()
 
     def forsake(self) -> None:
-        """In a forked child: close the descriptor, which stays open in the parent; say nothing."""
+        """In a forked child: close the descriptor, which stays open in the parent; send nothing."""
         self.lost = BarrierConnectionError("this connection is another process's")
         self._socket.close()
 
 
 class _Linger:
-    """Reads what comes to a socket that is done with, until the server hangs up as well."""
+    """Reads from a socket that is not used any more, until the server closes it as well."""
 
     def __init__(self, sock: socket.socket, loop: Loop) -> None:
         self._socket = sock

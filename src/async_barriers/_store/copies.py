@@ -1,4 +1,4 @@
-"""Stores of our own that lead where one of the user's leads."""
+"""Our own handles of a user's store."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NAMESPACE = "async_barriers/namespace"
 
 
 def copy_of(store: Store) -> Store:
-    """A store of our own that leads where ``store`` leads; its owner's timeout stays as it is."""
-    # torch's stubs know it in some versions only.
+    """Our own handle of the same store as ``store``, whose timeout stays as it is."""
+    # torch's stubs have `clone` in some versions only.
     held: Any = store
     base: Any = innermost(store)
     if isinstance(base, FileStore):
-        # A clone would count as one of the users that have to be gone before the file is deleted.
+        # A clone would count as a user, and the file is deleted only when all users are gone.
         return FileStore(base.path)  # type: ignore[attr-defined]
     if not hasattr(store, "clone"):
         return _without_clone(store, base)
@@ -30,12 +30,12 @@ def copy_of(store: Store) -> Store:
     except RuntimeError as exc:
         if "pure virtual" not in str(exc):
             raise
-        # A store written in Python that has no clones; it has to be thread-safe.
+        # A store written in Python without clones has to be thread-safe.
         return store
 
 
 def _without_clone(store: Store, base: Any) -> Store:
-    """What torch 2.9 can do. A HashStore, and one written in Python, is thread-safe itself."""
+    """For torch 2.9. A HashStore is thread-safe itself, and so is a store written in Python."""
     if not isinstance(base, TCPStore):
         return store
     client = client_of(base.host, base.port)
@@ -43,10 +43,10 @@ def _without_clone(store: Store, base: Any) -> Store:
 
 
 def agreed_namespace(store: Store) -> str:
-    """What our keys stand behind for all who come through ``store``, a PrefixStore; blocks.
+    """The prefix of our keys for all ranks that use ``store``, a PrefixStore; blocks.
 
-    It does not tell its prefix. So one token wins there, for all ranks, and all our keys stand
-    behind it, outside of the prefix.
+    A PrefixStore does not tell its own prefix. So all ranks agree on one token there, and all our
+    keys begin with it, outside of the store's prefix.
     """
     held: Any = store
     try:
@@ -57,7 +57,7 @@ def agreed_namespace(store: Store) -> str:
 
 
 def client_of(host: str, port: int) -> TCPStore:
-    """c10d's client of a TCPStore. Blocks; to be called when the server is known to answer."""
+    """c10d's client of a TCPStore. Blocks; call it when the server is known to answer."""
     return TCPStore(
         host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
     )

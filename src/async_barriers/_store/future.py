@@ -1,9 +1,9 @@
 """Results that come later, and coroutines that wait for these alone, without an event loop.
 
-The protocol is written as coroutines that await a store's answers. Whatever brings an answer (an
-event loop's callback, a private loop at exit, a test) resolves a `Future`, and that is what drives
-the coroutine on. So it does not matter whose loop that is, and cancelling a caller cannot stop what
-was begun for its peers.
+The protocol is written as coroutines that await a store's answers. Any code that has an answer (an
+event loop's callback, a private loop at exit, a test) resolves a `Future`, and this resumes the
+coroutine. So the coroutines run on any loop, and cancelling a caller cannot stop what it began for
+its peers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Future(Generic[T]):
         self._callbacks: list[Callable[[], object]] = []
 
     def resolve(self, value: T) -> None:
-        """Give it its value, unless it has one, and call those who wait."""
+        """Give it its value, unless it is done, and call the callbacks."""
         if not self.done:
             self._value = value
             self._finish()
 
     def fail(self, error: BaseException) -> None:
-        """Give it an error, unless it is done, and call those who wait."""
+        """Give it an error, unless it is done, and call the callbacks."""
         if not self.done:
             self._error = error
             self._finish()
@@ -50,8 +50,8 @@ class Future(Generic[T]):
                 callbacks[0]()
                 del callbacks[0]
         except BaseException:
-            # Of a signal handler, most likely, which may have struck before the callback had
-            # begun. Each may be called twice, and the others are called, too.
+            # Most likely a signal handler raised, perhaps before the callback began. So call it
+            # again, and the others too; each may be called twice.
             self._finish_anyway()
             raise
 
@@ -65,18 +65,18 @@ class Future(Generic[T]):
                 self._finish_anyway()
 
     def result(self) -> T:
-        """The value; raises the error. Only when it is done."""
+        """Return the value or raise the error. It must be done."""
         if self._error is not None:
             raise self._error
         return self._value
 
     @property
     def error(self) -> BaseException | None:
-        """The error, if it came to that."""
+        """The error, if it failed."""
         return self._error
 
     def when_done(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called when it is done, or now if it is."""
+        """Call ``callback`` when it is done, or now if it is done already."""
         if self.done:
             callback()
         else:
@@ -89,7 +89,7 @@ class Future(Generic[T]):
 
 
 class Effort(Future[T]):
-    """A coroutine that awaits Futures alone, on its way; begins at once."""
+    """A coroutine that awaits Futures alone, and begins at once."""
 
     __slots__ = ("_awaited", "_coroutine")
 
@@ -113,14 +113,14 @@ class Effort(Future[T]):
             else:
                 awaited.when_done(self._step)
         except BaseException as exc:
-            # Of a signal handler, or a fault of ours: whoever waits must not do so for ever, and
-            # whoever runs this has to know.
+            # A signal handler raised, or this is a bug. Those who wait must not wait for ever, and
+            # the caller of this callback has to know.
             self.fail(exc)
             self._coroutine.close()
             raise
 
     def stop(self, error: BaseException) -> None:
-        """End it where it is; it fails with ``error``. One that stops itself goes on to its end."""
+        """End it where it is, with ``error``. An effort that stops itself goes on to its end."""
         if not (self.done or self._coroutine.cr_running):
             self.done = True
             self._coroutine.close()

@@ -1,6 +1,6 @@
-"""The use of an event loop: sockets that are ready, times that come, and waiting.
+"""The use of an event loop: sockets that are ready, timers, and waiting.
 
-The one place that tells event loops apart. Everything else is called back, or awaits a `Waiter`.
+Only this module tells event loops apart. All others get callbacks, or await a `Waiter`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import anyio
 
-# anyio would load what it has for an event loop when that is first asked for: where a rank gives up,  # noqa: E501
-# and has no descriptor left to read a module with, and in the way of the loop.
+# Loaded now, since anyio would load it on its first use: that blocks the loop, and may come when a
+# rank gives up, with no descriptor left to read a module.
 with contextlib.suppress(ImportError):
     importlib.import_module("anyio._backends._asyncio")
 
@@ -37,11 +37,11 @@ class Waiter(Protocol):
     """A task that waits to be woken; for one task at a time."""
 
     def wake(self) -> None:
-        """On the loop: have `wait` return, or return at once when it is called next."""
+        """On the loop: make `wait` return, now or when it is called next."""
         ...
 
     async def wait(self, until: float) -> None:
-        """Wait until it is woken, or the loop's clock says ``until``."""
+        """Wait until it is woken, or until the loop's clock reaches ``until``."""
         ...
 
 
@@ -69,12 +69,12 @@ class Loop(Protocol):
     def unwatch(self, sock: socket.socket) -> None: ...
     def call_at(self, when: float, callback: Callback) -> Timer: ...
     def post(self, callback: Callback) -> None:
-        """Have ``callback`` called soon; once more, where it raises."""
+        """Call ``callback`` soon; if it raises, call it once more."""
         ...
 
     def waiter(self) -> Waiter: ...
     def at_end(self, callback: Callback) -> Callback:
-        """Have ``callback`` called when the loop ends; what takes that back."""
+        """Call ``callback`` when the loop ends; the result takes that back."""
         ...
 
 
@@ -85,8 +85,8 @@ _AGAIN_SECS = 0.2
 class AsyncioLoop:
     """asyncio, uvloop, and whatever else has their interface.
 
-    One timer serves all that wait. It is not stopped with a wait that ends early, and is there for
-    the next one: crossings that take microseconds need it set once in half a minute.
+    One timer serves all waits. A wait that ends early leaves it running for the next one, so fast
+    crossings set it once in half a minute.
     """
 
     lets_go = True
@@ -94,7 +94,7 @@ class AsyncioLoop:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._thread = threading.get_ident()
-        # Without a frame in between.
+        # The loop's own method, which saves a call.
         self.now = loop.time
         self.deadlines: dict[AsyncioWaiter, float] = {}
         self.rings_at = math.inf
@@ -138,14 +138,14 @@ class AsyncioLoop:
 
     def post(self, callback: Callback) -> None:
         self._posted.append(callback)
-        # A loop that has ended calls nobody. Twice, since a signal handler may raise as the first
-        # one begins.
+        # A loop that has ended calls nobody. Posted twice, since a signal handler may raise as the
+        # first call begins.
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._call_posted)
             self.loop.call_soon_threadsafe(self._call_posted)
 
     def _call_posted(self) -> None:
-        """Call what was posted; what was interrupted is called once more."""
+        """Call the posted callbacks; one that is interrupted is called once more."""
         posted = self._posted
         while posted:
             callback = posted[0]
@@ -164,8 +164,8 @@ class AsyncioLoop:
     def at_end(self, callback: Callback) -> Callback:
         self._ends.append(callback)
         if self._ending is None:
-            # The loop closes the generators that were begun on it before it ends; there is no
-            # other way to be told.
+            # Before it ends, the loop closes the generators that began on it. It gives no other
+            # notice.
             self._ending = self._end()
             with contextlib.suppress(StopIteration):
                 self._ending.asend(None).send(None)
@@ -187,9 +187,9 @@ class AsyncioLoop:
                 self._ends.pop()()
 
     def ring_at(self, deadline: float) -> None:
-        """Set the timer, which wakes those whose deadline it is.
+        """Set the timer, which wakes the tasks whose deadline has come.
 
-        And another one soon after, since a signal handler may raise as the first one rings.
+        It rings again soon after, since a signal handler may raise as it rings first.
         """
         set_before = self._timers
         self._timers = tuple(
@@ -332,8 +332,8 @@ class TrioLoop:
             self._token.run_sync_soon(lambda: self._call(callback))
 
     def _call(self, callback: Callback) -> None:
-        """What a signal handler raises would end all of trio here; a task that waits gets it. What
-        it interrupted is called once more."""
+        """Call it. An exception of a signal handler would end all of trio here, so a task that
+        waits gets it, and the callback is called once more."""
         try:
             try:
                 callback()
@@ -387,7 +387,7 @@ class TrioWaiter:
         """Raise ``exc`` where it waits."""
         task, self._task = self._task, None
         if task is not None:
-            # trio's own module for that, which comes with it.
+            # trio depends on this module, so it is loaded.
             outcome = sys.modules["outcome"]
             self._trio.lowlevel.reschedule(task, outcome.Error(exc))
 
@@ -418,7 +418,7 @@ def _logger() -> Any:
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that runs a task here, if that is one of asyncio's."""
+    """The asyncio loop that runs the current task, if there is one."""
     loop = _get_running_loop()
     # trio may run as a guest inside asyncio's loop, but in none of its tasks.
     return loop if loop is not None and asyncio.current_task(loop) is not None else None
@@ -437,7 +437,7 @@ def loop_here(before: Loop | None) -> Loop:
     elif "trio" in sys.modules:
         here = TrioLoop()
     if here is not None:
-        # Has anyio load what it has for trio; see below.
+        # Makes anyio load its module for trio; see the top of this module.
         anyio.get_cancelled_exc_class()
         return here
     raise RuntimeError("no event loop runs here: await this in a task of asyncio or trio")

@@ -19,7 +19,7 @@ def sleep(loop: Loop, secs: float) -> Future[None]:
 
 
 def within(loop: Loop, future: Future[Any], secs: float) -> Future[bool]:
-    """Whether ``future`` was done so many seconds from now; goes on as soon as it is."""
+    """Wait up to ``secs`` seconds for ``future``; whether it is done then."""
     came: Future[bool] = Future()
     if future.done:
         came.resolve(True)
@@ -35,7 +35,7 @@ def within(loop: Loop, future: Future[Any], secs: float) -> Future[bool]:
 
 
 def writable(loop: Loop, sock: socket.socket) -> Future[None]:
-    """Done when ``sock`` can be written to, as when it is connected."""
+    """Done when ``sock`` can be written to, for example when it is connected."""
     ready: Future[None] = Future()
 
     def is_ready() -> None:
@@ -47,9 +47,9 @@ def writable(loop: Loop, sock: socket.socket) -> Future[None]:
 
 
 async def settled(loop: Loop, future: Future[Any], until: float) -> bool:
-    """In a task of the loop: wait for ``future``, until the loop's clock says ``until``.
+    """In a task of the loop: wait for ``future``, until the loop's clock reaches ``until``.
 
-    **Cancellation:** what is behind the future goes on.
+    **Cancellation:** the work behind the future goes on.
     """
     if future.done:
         return True
@@ -60,9 +60,9 @@ async def settled(loop: Loop, future: Future[Any], until: float) -> bool:
 
 
 async def until_done(loop: Loop, future: Future[T], secs: float) -> bool:
-    """As `settled`, but a cancellation ends the waiting only after ``secs`` seconds, or the second.
+    """Wait up to ``secs`` seconds for ``future``; only a second cancellation ends that sooner.
 
-    For what has to be undone: it goes on by itself, so that nothing is lost with the waiting.
+    For work that undoes something: it goes on by itself if the waiting ends.
     """
     deadline = loop.now() + secs
     cancelled: BaseException | None = None

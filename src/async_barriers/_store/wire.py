@@ -1,9 +1,9 @@
 """The bytes that go to the server of a TCPStore and come from it; without a socket.
 
-The format is c10d's own and promised nowhere (TCPStoreBackend.hpp; requests up to 17 are as old as
-torch 2.8), so a server is recognised first: see `hello`. Answers carry no name and come in the
-order of the requests, but for one: a wait is answered by one byte, whenever that comes. So nothing
-is sent after a wait but its cancellation, whose answer marks where other answers begin.
+The format is c10d's own, and c10d does not promise it (TCPStoreBackend.hpp; requests up to 17 are
+as old as torch 2.8). So a client checks the server first: see `hello`. Answers carry no name and
+come in the order of the requests, but for one: the one byte that answers a wait may come at any
+time. So only its cancellation follows a wait, and its answer marks where other answers begin.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _DELETE, _APPEND, _MULTI_SET, CANCEL_WAIT, _PING = b"\x08", b"\x09", b"\x0b", b"
 _MAGIC = struct.pack("=I", 0x3C85F7CE)
 _SIZE = struct.Struct("=Q")
 _NUMBER = struct.Struct("=q")
-# What a read expects of a key, and gets for one that is absent: no value of ours looks like this,
-# nor what something else may write by mistake. A read is a compare-and-set, since a server without
-# libuv hangs up on whoever gets an absent key.
+# A read is a compare-and-set of this value to itself, since a server without libuv hangs up on a
+# client that gets an absent key. An absent key answers with it. No value of ours looks like it, nor
+# does anything that another program may write by mistake.
 ABSENT = b"\0absent\0"
 _READ_IT = 2 * (_SIZE.pack(len(ABSENT)) + ABSENT)
 STOPPED, CANCELLED = 0, 1
-# c10d's server drops a connection that brings more in one value.
+# c10d's server drops a connection that sends more in one value.
 MOST_BYTES = 8 * 1024 * 1024
 
-# Kinds of answers. So many answers of eight bytes that nobody wants are a number below zero.
+# Kinds of answers. A number below zero stands for that many answers of 8 bytes that nobody wants.
 NUMBER, VALUE, READ, ECHO, SILENT = range(5)
 UNWANTED = -1
 _SIZES = tuple(_SIZE.pack(size) for size in range(1024))
@@ -53,7 +53,7 @@ def wait(key: str) -> bytes:
 
 
 def hello(number: int) -> bytes:
-    """What a client says first; the server says the number back."""
+    """A client's first message; the server sends the number back."""
     return _VALIDATE + _MAGIC + _PING + struct.pack("=I", number)
 
 
@@ -97,7 +97,7 @@ def _delete_many(request: DeleteMany) -> bytes:
     return b"".join([_DELETE + _key(key) for key in request[0]])
 
 
-# How each request is said, and what kind of answer it gets.
+# How each request is encoded, and what kind of answer it gets.
 SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
     Append: (_append, SILENT),
     Set: (_set, SILENT),
@@ -111,12 +111,12 @@ SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
 
 
 class Incomplete(Exception):
-    """More has to come.
+    """More bytes have to come.
 
-    :ivar answers: those that have come
-    :ivar kinds: of the others
-    :ivar at: where those begin
-    :ivar needed: how many bytes there must be, at least, for the next one
+    :ivar answers: the answers so far
+    :ivar kinds: the kinds of the other answers
+    :ivar at: where the other answers begin
+    :ivar needed: how many bytes the next answer takes, at least
     """
 
     def __init__(self, answers: list[Any], kinds: list[int], at: int, needed: int) -> None:
@@ -130,7 +130,7 @@ def hear(kinds: list[int], heard: bytes, at: int) -> tuple[list[Any], int]:
     """The answers of the given kinds, which begin at ``at``, and where they end.
 
     :raises Incomplete: not all of them have come
-    :raises ValueError: no server says that
+    :raises ValueError: no server sends that
     """
     answers: list[Any] = []
     size = len(heard)
