@@ -17,9 +17,9 @@ from typing import Any
 import anyio
 import pytest
 from stores import keys_of
-from worlds import AnyBarrier, World, gather, until
+from worlds import AnyBarrier, World, gather, library_threads_gone, until
 
-from async_barriers import BarrierError
+from async_barriers import BarrierError, BarrierTimeoutError
 
 pytestmark = pytest.mark.anyio
 
@@ -222,3 +222,23 @@ async def test_ten_thousand_phases(
     # One for each phase would be 9,500 more.
     assert after.objects < before.objects + 2000
     assert after.resident_kib < before.resident_kib + 8 * 1024
+
+
+async def test_phases_that_a_rank_never_came_to(shared: World) -> None:
+    """They are deleted when all ranks have left, however often barriers are built anew."""
+    counts = []
+    for _ in range(3):
+        first, second = ranks = await shared.barriers(2)
+        for call in (
+            partial(first.execute_barrier, "x", timeout_secs=0.1),
+            partial(first.all_gather, b"large" * 100, name="y", step=3, timeout_secs=0.1),
+        ):
+            with pytest.raises(BarrierTimeoutError):
+                await call()
+        assert await second.abort("no", "z")
+        await gather(rank.aclose for rank in ranks)
+        # Threads that waited for a key end by it, and delete it, a moment later.
+        await library_threads_gone()
+        counts.append(await shared.call(shared.store.num_keys))
+    # A thread of a FileStore may be late with the key that ended its wait.
+    assert counts[2] <= counts[0] + 1, keys_of(shared.innermost)

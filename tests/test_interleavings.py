@@ -14,7 +14,7 @@ from scenarios import Scenario, Violation
 from signal_scenarios import ObservedGate, SignalScenario
 
 from async_barriers._client import agreeing
-from async_barriers._client.entering import Entering
+from async_barriers._client.departing import Departing
 from async_barriers._client.gate import Round
 from async_barriers._protocol import claiming, count, leaving, phase
 from async_barriers._protocol.keys import Keys
@@ -150,12 +150,12 @@ def test_a_ring_before_the_news_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_keys_that_are_deleted_too_early_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the last but one to depart, when the slowest has yet to read or count."""
-    departed = Entering._departed
+    departed = Departing._departed
 
     def too_early(self: Any, phase: Any, connection: Any, answers: list[Any]) -> None:
         departed(self, phase, connection, [answers[0] + 1])
 
-    monkeypatch.setattr(Entering, "_departed", too_early)
+    monkeypatch.setattr(Departing, "_departed", too_early)
     scenario = Scenario(2)
     scenario.rank("0", scenario.crosses(times=3, cancels=1))
     scenario.rank("1", scenario.crosses(times=3, passes=1))

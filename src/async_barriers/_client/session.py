@@ -130,7 +130,11 @@ class Session(Joining):
             return
         # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
-        goodbye = self.start(leaving.leave(bell, membership, reason, hosts=hosts))
+        goodbye = self.start(
+            leaving.leave(
+                bell, membership, reason, hosts=hosts, unfinished=self.unfinished.values()
+            )
+        )
         if not await within(loop, goodbye, deadline - self._now()):
             return
         self._left_as = membership

@@ -80,6 +80,14 @@ class PhaseKeys:
         """`commit` only: its result, if that is too large to stand in the word."""
         return self.path + "/published"
 
+    @property
+    def of_broken(self) -> list[str]:
+        """All that may be there of a phase that broke, but for large payloads."""
+        return [
+            self.log, self.count, self.released, self.departed, self.reason, self.summary,
+            self.word, self.settled, self.terms, self.brought,
+        ]  # fmt: skip
+
     def payload(self, rank: int) -> str:
         """The payload of ``rank``, if it is too large to stand among the others'."""
         return f"{self.path}/payload/{rank}"
@@ -171,11 +179,16 @@ class GenerationKeys:
         return f"{self.root}/threaded"
 
     @property
+    def unfinished(self) -> str:
+        """Broken phases that some rank never came to; see `leaving`."""
+        return f"{self.root}/unfinished"
+
+    @property
     def common(self) -> list[str]:
         """All keys of the generation that are neither of one rank nor of a phase."""
         return [
             self.roll, self.closed, self.host_leaves, self.all_left, self.threaded,
-            self.interrupted, self.heard,
+            self.interrupted, self.heard, self.unfinished,
         ]  # fmt: skip
 
     @property

@@ -1,22 +1,45 @@
-"""Leaving a generation; the last rank that is gone deletes its keys. See `membership`."""
+"""Leaving a generation; the last rank that is gone deletes its keys. See `membership`.
+
+A phase is deleted by the last rank that departs from it. A broken phase may have none, since a rank
+need not come to it. So the first rank that departs names it as it leaves.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from .._errors import in_one_line
+from .keys import Keys, PhaseKeys
 from .membership import FIELD, GONE, HOST, LEFT, Membership
-from .store import Add, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
+from .store import Add, Append, CompareSet, DeleteMany, Read, Request, Set, SetMany, Store
+from .verdict import RUBBISH
 
 
-async def leave(store: Store, membership: Membership, reason: str, *, hosts: bool) -> bool:
+class Unfinished(NamedTuple):
+    """A broken phase: what its keys begin with, and the key of the latest broken step."""
+
+    path: str
+    latest: str
+
+
+async def leave(
+    store: Store,
+    membership: Membership,
+    reason: str,
+    *,
+    hosts: bool,
+    unfinished: Iterable[Unfinished] = (),
+) -> bool:
     """Say that this rank can never be waited for again.
 
     Only the first rank that leaves wakes the others: no phase is released without it, so later ones
     would tell nothing new.
 
     :param hosts: the store ends with this process
+    :param unfinished: broken phases that this rank was the first to depart from
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
@@ -32,10 +55,13 @@ async def leave(store: Store, membership: Membership, reason: str, *, hosts: boo
     if hosts:
         # A rank that sees that also sees which rank left first.
         requests.insert(2, Set(own.host_leaves, b"1"))
+    if lines := b"".join(json.dumps(each).encode() + b"\n" for each in unfinished):
+        requests.insert(0, Append(own.unfinished, lines))
     _, first, roll, found = await store.call(*requests)
     if found != membership.state.encode():
         # The generation is over, so no rank uses what was just written.
-        await store.call(Delete(own.roll), Delete(own.closed), Delete(own.bell(rank)))
+        spent = [own.roll, own.closed, own.unfinished, own.bell(rank)]
+        await store.call(DeleteMany(spent))
         return False
     if await _counted(store, membership, roll):
         return False
@@ -83,16 +109,30 @@ async def clear(store: Store, membership: Membership) -> None:
     (now,) = await store.call(CompareSet(keys.state, membership.state.encode(), after))
     if now != after:
         return  # A newcomer was faster.
-    spent = own.common
-    for rank in range(membership.world_size):
-        spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
-    await store.call(DeleteMany(spent))
-    # Delete the claims, if they are still those of this generation.
     ranks = range(membership.world_size)
-    found = await store.call(*(Read(keys.member(rank)) for rank in ranks))
-    old = [
+    unfinished, *found = await store.call(
+        Read(own.unfinished), *(Read(keys.member(rank)) for rank in ranks)
+    )
+    spent = own.common + _keys_of(unfinished, keys)
+    for rank in ranks:
+        spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
+    # And the claims, if they are still those of this generation.
+    spent += [
         keys.member(rank)
         for rank, held in zip(ranks, found, strict=True)
         if held is not None and membership.state.identity.encode() in held
     ]
-    await store.call(DeleteMany(old))
+    await store.call(DeleteMany(spent))
+
+
+def _keys_of(unfinished: bytes | None, keys: Keys) -> list[str]:
+    """The keys of the phases that ranks have named; what is none of ours is passed over."""
+    found = []
+    for line in (unfinished or b"").splitlines():
+        try:
+            path, latest = Unfinished(*json.loads(line))
+            if path.startswith(keys.root) and latest.startswith(keys.root):
+                found += [*PhaseKeys(path).of_broken, latest]
+        except RUBBISH:
+            continue
+    return found

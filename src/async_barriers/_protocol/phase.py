@@ -342,14 +342,14 @@ def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Requ
     :param large: the ranks whose payloads are known to have keys of their own
     """
     keys = entry.keys
-    names = [keys.log, keys.count, keys.released, keys.departed]
     if broken:
-        names.append(keys.reason)
+        return [DeleteMany(keys.of_broken)]
+    names = [keys.log, keys.count, keys.released, keys.departed]
     if entry.world_size > _FEW:
         names.append(keys.summary)
-    if broken or entry.kind == COMMIT:
+    if entry.kind == COMMIT:
         names += [keys.word, keys.settled, keys.terms]
-    if broken or entry.kind != EXECUTE:
+    if entry.kind != EXECUTE:
         names.append(keys.brought)
     names += map(keys.payload, large)
     return [DeleteMany(names)]

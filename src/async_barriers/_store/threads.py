@@ -221,10 +221,9 @@ class ThreadedConnection:
                         store.do(Set(key, _CLOSED))
                         if woken := waiter.ended.wait(_TRY_SECS):
                             break
-                    # A wait that hangs must find the key when it goes on. And do not delete it if
-                    # another connection waits for it by now.
-                    if woken and store.do(Read(key)) == _CLOSED:
-                        store.do(Delete(key))
+                    # A wait that hangs must find the key when it goes on, and deletes it then.
+                    if woken:
+                        self._take_away(store, key)
             store.close()
 
         if self._waiter is not None:
@@ -237,8 +236,17 @@ class ThreadedConnection:
             answered.fail(another(error))
 
     def _close_waited(self) -> None:
-        if self._waited is not None:
-            self._waited.close()
+        if (store := self._waited) is not None:
+            with contextlib.suppress(BarrierConnectionError):
+                if not self._interrupted:
+                    self._take_away(store, self._waited_key)
+            store.close()
+
+    @staticmethod
+    def _take_away(store: BlockingStore, key: str) -> None:
+        """Delete the key that ended a wait, unless another connection waits for it by now."""
+        if store.do(Read(key)) == _CLOSED:
+            store.do(Delete(key))
 
     def interrupt(self) -> None:
         """From any thread: end the calls that hang, if that is possible."""
