@@ -20,7 +20,7 @@ from .pool import Pool, nothing
 T = TypeVar("T")
 
 # So many broken phases a rank names as it leaves, the latest of them.
-_MOST_UNFINISHED = 256
+_MOST_UNFINISHED = 64
 
 
 class Departing(Pool):
