@@ -135,9 +135,11 @@ class Session(Joining):
                 bell, membership, reason, hosts=hosts, unfinished=self.unfinished.values()
             )
         )
-        if not await within(loop, goodbye, deadline - self._now()):
-            return
+        said = await within(loop, goodbye, deadline - self._now())
+        # It may be on its way, and must not be counted twice.
         self._left_as = membership
+        if not said:
+            return
         if goodbye.result() and hosts:
             # A rank that clears up ends the state first.
             all_left, state = membership.own.all_left, membership.state.encode()
