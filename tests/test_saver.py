@@ -351,16 +351,19 @@ async def test_a_save_that_is_cancelled_twice_leaves_the_next_its_turn(tmp_path:
 
 def test_wrong_arguments_are_refused_when_it_is_built(tmp_path: Path) -> None:
     """Not by the first save, which other ranks wait for."""
-    barrier: Any = None
+    given: dict[str, Any] = {
+        "barrier": None, "storage": tmp_path, "upload": upload, "rank": 0
+    }  # fmt: skip
     wrong: list[dict[str, Any]] = [
         {"upload": 1}, {"stage": 1}, {"keep": "2"}, {"keep": 2.5}, {"rank": "0"}, {"leader": None}
     ]  # fmt: skip
     for each in wrong:
         with pytest.raises(TypeError, match=next(iter(each))):
-            Saver(barrier, **{"storage": tmp_path, "upload": upload, "rank": 0, **each})
+            Saver(**{**given, **each})
+    worse: dict[str, Any]
     for worse in ({"keep": 0}, {"rank": -1}, {"storage": "s3://bucket/run"}):
         with pytest.raises(ValueError, match=r"rank|keep|FsspecStorage"):
-            Saver(barrier, **{"storage": tmp_path, "upload": upload, "rank": 0, **worse})
+            Saver(**{**given, **worse})
     pytest.importorskip("fsspec", reason="needs the extra fsspec")
     with pytest.raises(ValueError, match="pattern"):
         FsspecStorage("memory://run[1]")
@@ -375,9 +378,10 @@ async def test_wrong_arguments_of_calls(storage: Storage) -> None:
 
     async with local_barriers(1, timeout_secs=10) as (barrier,):
         saver = Saver(barrier, storage, writes, rank=0)
-        for step in (None, "1", True):
+        wrong: Any
+        for wrong in (None, "1", True):
             with pytest.raises(TypeError, match="step"):
-                await saver.save(step, "state")  # type: ignore[arg-type]
+                await saver.save(wrong, "state")
         for step, name in enumerate(("../rank-1/state", "/etc/state", "a//b", "")):
             with pytest.raises(ValueError, match="no name of a file"):
                 await saver.save(step, name)
