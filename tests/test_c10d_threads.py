@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from stores import MemoryStore, PlainStore
 from torch.distributed import DistStoreError, FileStore, Store, TCPStore
 
 from async_barriers import BarrierConnectionError
-from async_barriers._protocol.store import Add, Delete, Read, Set
+from async_barriers._protocol.store import Add, Append, Delete, Read, Set
 from async_barriers._store import blocking_store
 from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.private_loop import PrivateLoop
@@ -253,3 +254,24 @@ def test_threads_that_cannot_be_had(loop: PrivateLoop, monkeypatch: pytest.Monke
         on.answer(fresh.call(Add("n", 1)))
     assert on.answer(on.open().call(Add("n", 1))) == [1]
     on.close()
+
+
+def test_a_server_that_has_closed_the_connection(capfd: pytest.CaptureFixture[str]) -> None:
+    """The next call says so; c10d, which prints stack traces about it, is not called."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    store = BlockingStore(client)
+    store.do(Set("k", b"v"))
+    assert store.do(Read("k")) == b"v"
+    del server
+    seen = store._socket
+    assert seen is not None
+    seen.setblocking(True)
+    seen.recv(1, socket.MSG_PEEK)  # Until its end is there.
+    for _ in range(3):  # c10d notices a second call at the latest.
+        with pytest.raises(BarrierConnectionError, match="closed the connection"):
+            store.do(Append("k", b"more"))
+    with pytest.raises(BarrierConnectionError, match="closed the connection"):
+        store.wait("never")
+    store.close()
+    assert capfd.readouterr() == ("", "")

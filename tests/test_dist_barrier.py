@@ -1041,6 +1041,19 @@ def test_a_part_of_a_commit_that_fails_breaks_it(start_job: StartJob) -> None:
 
 
 @pytest.mark.processes
+def test_a_leaders_deadline_is_a_deadline_for_all(start_job: StartJob) -> None:
+    """All ranks get the same error, with the seconds that the leader had."""
+    job = start(start_job)
+    given = {"publish": "hang", "payload": "x", "leader": 1}
+    calls = [job.ranks[rank].start("commit", **given) for rank in (0, 2)]
+    calls.append(job.ranks[1].start("commit", **given, timeout_secs=0.5))
+    for error in errors_of(calls, "BarrierTimeoutError"):
+        assert (error["timeout_secs"], error["missing_ranks"]) == (0.5, [])
+        assert "rank 1 was still publishing" in error["text"]
+        assert not error["in_doubt"]
+
+
+@pytest.mark.processes
 def test_a_wrong_result_is_the_same_error_for_all(start_job: StartJob) -> None:
     """It may have published, so all are in doubt; and all go on."""
     job = start(start_job)

@@ -21,6 +21,7 @@ from async_barriers import (
     BarrierTimeoutError,
     BrokenBarrierError,
     DistBarrier,
+    StepSignal,
 )
 from async_barriers.recording import Recorder, merge_traces
 from async_barriers.testing import local_barriers
@@ -266,3 +267,49 @@ async def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.events == recorder.events
     await anyio.to_thread.run_sync(whole.save, tmp_path / "whole.json")
     assert (tmp_path / "whole.json").read_text() == (tmp_path / "0.json").read_text()
+
+
+class Indescribable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+async def test_a_body_that_fails_is_told_whatever_its_exception() -> None:
+    """The exception goes on, and peers learn it as they do without a recorder."""
+    recorder = Recorder()
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        watched = recorder.watch(barriers[0])
+        with pytest.raises(Indescribable):
+            async with watched.phase("x", step=1):
+                raise Indescribable
+        peer = tasks.start(partial(barriers[1].execute_barrier, "x", step=1))
+        assert "Indescribable" in (await peer.raised(BrokenBarrierError)).reason
+
+
+async def test_a_signal_of_a_watched_barrier() -> None:
+    """It is one of the barrier that is watched, also by two."""
+    async with local_barriers(1, timeout_secs=10) as (barrier,):
+        stop = StepSignal(Recorder().watch(Recorder().watch(barrier)))
+        stop.send("enough")
+        step = 0
+        with anyio.fail_after(10):
+            while not await stop.reached(step):
+                step += 1
+                await anyio.sleep(0.001)
+        assert (stop.step, stop.reason) == (step, "enough")
+    with pytest.raises(TypeError, match="must be a Barrier"):
+        Recorder().watch("barrier")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("events", [None, 3, [3], [{}], [{"ph": "X"}]])
+async def test_a_file_that_is_no_trace(events: Any, tmp_path: Path) -> None:
+    """Merging says so, and writes nothing."""
+    await anyio.to_thread.run_sync(merge_what_is_no_trace, events, tmp_path)
+
+
+def merge_what_is_no_trace(events: Any, tmp_path: Path) -> None:
+    path = tmp_path / "barriers-0.json"
+    path.write_text(json.dumps({"traceEvents": events} if events else []))
+    with pytest.raises(ValueError, match=r"barriers-0\.json is no trace"):
+        merge_traces([path], tmp_path / "merged.json")
+    assert not (tmp_path / "merged.json").exists()

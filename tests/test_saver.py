@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -242,6 +245,176 @@ async def test_queued_saves_are_done_in_order(tmp_path: Path) -> None:
         await saves[2][1].raised(BrokenBarrierError)
     assert await in_thread(Directory(tmp_path).steps) == [1, 3]
     assert [of for step, of in saved if step == 3] == [[3], [3]]
+
+
+class Indescribable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.anyio
+async def test_a_state_that_cannot_be_copied(tmp_path: Path) -> None:
+    """Its peers learn it at once, whatever the exception, and the next save works."""
+
+    def stage(state: Any) -> Any:
+        if state == [1]:
+            raise Indescribable
+        return state
+
+    async with local_barriers(2, timeout_secs=10) as barriers:
+        both = savers(barriers, tmp_path, stage=stage)
+        both[1]._stage = list
+        async with Tasks() as tasks:
+            first, second = (tasks.start(partial(saver.save, 1, [1])) for saver in both)
+            await first.raised(Indescribable)
+            assert "Indescribable" in (await second.raised(BrokenBarrierError)).reason
+        assert [each.step for each in await save(both, 2)] == [2, 2]
+
+
+@pytest.mark.anyio
+async def test_only_what_it_has_saved_is_a_checkpoint(storage: Storage, tmp_path: Path) -> None:
+    """Files of an earlier attempt with more ranks are not in it, and directories of the user's are
+    neither found nor removed."""
+
+    def leave() -> None:
+        storage.write(storage.begin(1, 2) + "/layers/0", b"of an earlier attempt")
+        storage.write(storage.path(0) + "/results.csv", b"the user's")
+        storage.write(storage.path(0).removesuffix("0") + "007/results.csv", b"the user's")
+
+    await in_thread(leave)
+    async with local_barriers(2, timeout_secs=10) as barriers:
+        both = savers(barriers, storage, keep=1)
+        assert await gather([saver.newest for saver in both]) == [None, None]
+        await save(both, 1)
+        with pytest.raises(FileNotFoundError):
+            await in_thread(text_of, storage, storage.path(1) + "/rank-2/layers/0")
+        await save(both, 2)
+        assert await in_thread(storage.steps) == [2]
+    for step in ("0", "007"):
+        path = storage.path(0).removesuffix("0") + f"{step}/results.csv"
+        assert await in_thread(text_of, storage, path) == "the user's"
+
+
+@pytest.mark.anyio
+async def test_two_savers_of_one_rank(storage: Storage) -> None:
+    """Built so by mistake, one writes over the files of the other: no rank completes that."""
+
+    async def in_turn(state: Any, part: Part) -> None:
+        if state == "first":
+            there.set()
+        elif state == "second":
+            await part.write("state", b"")
+
+    there = anyio.Event()
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        first, second = (Saver(barrier, storage, in_turn, rank=0) for barrier in barriers)
+        leading = tasks.start(partial(first.save, 1, "first"))
+        await there.wait()
+        follower = tasks.start(partial(second.save, 1, "second"))
+        assert "rank 1 was built with rank=0" in str(await leading.raised(ValueError))
+        await follower.raised(BrokenBarrierError)
+        assert await in_thread(storage.steps) == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_save_that_is_cancelled_twice_leaves_the_next_its_turn(tmp_path: Path) -> None:
+    """Also where the second one, asyncio's own, strikes while it breaks a save behind it."""
+
+    async def hangs(state: Any, part: Part) -> None:
+        if part.step == 1:
+            await anyio.sleep_forever()
+
+    async with local_barriers(1, timeout_secs=10) as (barrier,):
+        breaking = anyio.Event()
+        saver = Saver(barrier, tmp_path, hangs, rank=0)
+        first = asyncio.ensure_future(saver.save(1, 0))
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(RuntimeError, match="refused"):
+            await saver.save(2, 0)
+
+        async def abort(*_: Any, **__: Any) -> bool:
+            breaking.set()
+            await anyio.sleep_forever()
+            return True
+
+        real, barrier.abort = barrier.abort, abort  # type: ignore[method-assign]
+        first.cancel()
+        await breaking.wait()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        barrier.abort = real  # type: ignore[method-assign]
+        with anyio.fail_after(5):
+            assert (await saver.save(3, 0)).step == 3
+
+
+def test_wrong_arguments_are_refused_when_it_is_built(tmp_path: Path) -> None:
+    """Not by the first save, which other ranks wait for."""
+    given: dict[str, Any] = {
+        "barrier": None, "storage": tmp_path, "upload": upload, "rank": 0
+    }  # fmt: skip
+    wrong: list[dict[str, Any]] = [
+        {"upload": 1}, {"stage": 1}, {"keep": "2"}, {"keep": 2.5}, {"rank": "0"}, {"leader": None}
+    ]  # fmt: skip
+    for each in wrong:
+        with pytest.raises(TypeError, match=next(iter(each))):
+            Saver(**{**given, **each})
+    worse: dict[str, Any]
+    for worse in ({"keep": 0}, {"rank": -1}, {"storage": "s3://bucket/run"}):
+        with pytest.raises(ValueError, match=r"rank|keep|FsspecStorage"):
+            Saver(**{**given, **worse})
+    pytest.importorskip("fsspec", reason="needs the extra fsspec")
+    with pytest.raises(ValueError, match="pattern"):
+        FsspecStorage("memory://run[1]")
+
+
+@pytest.mark.anyio
+async def test_wrong_arguments_of_calls(storage: Storage) -> None:
+    """No step, or a file that is not in the rank's own directory."""
+
+    async def writes(state: str, part: Part) -> None:
+        await part.write(state, b"")
+
+    async with local_barriers(1, timeout_secs=10) as (barrier,):
+        saver = Saver(barrier, storage, writes, rank=0)
+        wrong: Any
+        for wrong in (None, "1", True):
+            with pytest.raises(TypeError, match="step"):
+                await saver.save(wrong, "state")
+        for step, name in enumerate(("../rank-1/state", "/etc/state", "a//b", "")):
+            with pytest.raises(ValueError, match="no name of a file"):
+                await saver.save(step, name)
+        assert await in_thread(storage.steps) == []
+
+
+HANGING = """
+import sys, time, anyio
+from async_barriers.saving import Saver
+from async_barriers.testing import local_barriers
+
+def hang(*_):
+    time.sleep(60)
+
+async def main():
+    async with local_barriers(1, timeout_secs=30) as (barrier,):
+        saver = Saver(barrier, sys.argv[2], hang, rank=0)
+        with anyio.move_on_after(0.1):
+            await (saver.save(1, None) if sys.argv[1] == "upload" else barrier.commit(hang))
+    print(time.time())
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("what", ["upload", "publish"])
+def test_a_plain_function_that_hangs_does_not_keep_the_process(what: str, tmp_path: Path) -> None:
+    """The interpreter exits within 2 s of the cancellation (law 8)."""
+    command = [sys.executable, "-c", HANGING, what, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, timeout=30, check=True, text=True)
+    assert time.time() - float(ran.stdout) < 2
+    assert ran.stderr == ""
 
 
 def test_blocking(tmp_path: Path) -> None:

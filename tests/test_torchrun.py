@@ -59,6 +59,13 @@ def from_a_barrier(error: Exception) -> Exception:
     return own
 
 
+def in_a_circle() -> Exception:
+    """An error that is its own cause's cause."""
+    error, cause = OSError("disk full"), ValueError()
+    error.__cause__, cause.__cause__ = cause, error
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "blamed"),
     [
@@ -69,6 +76,7 @@ def from_a_barrier(error: Exception) -> Exception:
         (broken(0), ""),
         (broken(None), ""),
         (group(broken(3), OSError("disk full")), ""),
+        (in_a_circle(), ""),
         (OSError("disk full"), ""),
     ],
 )

@@ -1,33 +1,44 @@
-"""Blocking calls of a `Saver`, in threads that its program's other threads do not delay."""
+"""Blocking calls of a `Saver`, in threads that neither its program nor its exit waits for."""
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from ._publish import is_async
+from ._store.loops import Loop, loop_here
+from ._store.promises import told
+from ._store.worker import in_own_thread
 
 T = TypeVar("T")
 
 
 class Background:
-    """Runs blocking calls. A program that has filled anyio's own limiter does not delay them."""
+    """Runs blocking calls, a few at a time.
+
+    Not in anyio's threads: those keep the process alive as long as a call that hangs.
+    """
 
     def __init__(self, threads: int = 8) -> None:
-        self._limiter = anyio.CapacityLimiter(threads)
+        self._free = anyio.Semaphore(threads)
+        self._loop: Loop | None = None
 
     async def run(self, call: Callable[..., T], *args: Any) -> T:
         """Call it in a thread.
 
         **Cancellation:** returns at once; the thread goes on, and its result is dropped.
         """
-        return await anyio.to_thread.run_sync(
-            functools.partial(call, *args), abandon_on_cancel=True, limiter=self._limiter
-        )
+        async with self._free:
+            # As `asyncio.to_thread` does.
+            context = contextvars.copy_context()
+            self._loop = loop_here(self._loop)
+            called = in_own_thread("saver", functools.partial(context.run, call, *args))
+            await told(self._loop, called)
+            return called.result()
 
     async def run_any(self, call: Callable[..., Any], *args: Any) -> Any:
         """Await a coroutine function here, or call a plain function in a thread."""
@@ -44,9 +55,9 @@ class Background:
 
         async def run() -> None:
             try:
-                await anyio.to_thread.run_sync(
-                    functools.partial(call, *args), limiter=self._limiter
-                )
+                # asyncio's own cancellation cancels the task group, too.
+                with anyio.CancelScope(shield=True):
+                    await self.run(call, *args)
             except Exception as exc:
                 outcome.append(exc)
             else:

@@ -60,10 +60,24 @@ def check_step(step: int | None) -> int | None:
 
 def check_publish(publish: object) -> None:
     """Refuse a ``publish`` that is not callable, before anything is entered."""
-    if not callable(publish):
+    check_callable("publish", publish)
+
+
+def check_callable(what: str, function: object) -> None:
+    """Refuse what is not callable."""
+    if not callable(function):
         raise TypeError(
-            f"publish must be a function or a coroutine function, not {type(publish).__name__}"
+            f"{what} must be a function or a coroutine function, not {type(function).__name__}"
         )
+
+
+def check_number(what: str, value: int, least: int = 0) -> int:
+    """Refuse all but an integer that is ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an integer, not {value!r}")
+    if value < least:
+        raise ValueError(f"{what} is {value}; it must be {least} or more")
+    return value
 
 
 def check_flag(what: str, value: bool) -> bool:

@@ -8,14 +8,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-_STEP = re.compile(r"step-(\d+)")
-_PARTIAL = re.compile(r"\.step-(\d+)\.partial")
+# As this module writes them: a directory of another name, such as step-007, is the user's.
+_NUMBER = "(0|[1-9][0-9]*)"
+_STEP = re.compile(f"step-{_NUMBER}")
+_PARTIAL = re.compile(rf"\.step-{_NUMBER}\.partial")
+_RANK = re.compile(f"rank-{_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def write(self, path: str, data: bytes) -> None:
-        """Write a file in full."""
+        """Write a file in full, and make the directories that it is in."""
 
     @abc.abstractmethod
     def seal(self, path: str) -> None:
@@ -50,7 +54,10 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, step: int, manifest: bytes) -> None:
-        """Do what can be done before `complete`; readers do not see it."""
+        """Do what can be done before `complete`; readers do not see it.
+
+        What an earlier attempt with more ranks has left is no part of the checkpoint.
+        """
 
     @abc.abstractmethod
     def complete(self, step: int) -> None:
@@ -94,9 +101,12 @@ class Directory(Storage):
     An incomplete checkpoint is ``.step-300.partial``, and a complete one ``step-300``.
 
     :param root: is made if it does not exist
+    :raises ValueError: it is a URL
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        if isinstance(root, str) and "://" in root:
+            raise ValueError(f"{root!r} is a URL and no directory; give FsspecStorage({root!r})")
         self._root = Path(root)
 
     def begin(self, step: int, rank: int) -> str:
@@ -107,22 +117,33 @@ class Directory(Storage):
         return str(place)
 
     def write(self, path: str, data: bytes) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
             file.write(data)
 
     def seal(self, path: str) -> None:
         for directory, _, files in os.walk(path):
-            for name in files:
-                _sync(os.path.join(directory, name))
+            for file in (os.path.join(directory, name) for name in files):
+                # To open a pipe blocks, and a link may lead nowhere.
+                if os.path.isfile(file):
+                    _sync(file)
             _sync(directory)
 
     def prepare(self, step: int, manifest: bytes) -> None:
-        _write_durably(self._partial(step) / MANIFEST, manifest)
-        _sync(self._partial(step))
+        partial = self._partial(step)
+        for name in _left_over(os.listdir(partial), manifest):
+            shutil.rmtree(partial / name)
+        _write_durably(partial / MANIFEST, manifest)
+        _sync(partial)
 
     def complete(self, step: int) -> None:
         os.rename(self._partial(step), self.path(step))
-        _sync(self._root)
+        try:
+            _sync(self._root)
+        except OSError:
+            # The ranks will be told that it failed, so readers must not find it.
+            os.rename(self.path(step), self._partial(step))
+            raise
 
     def point(self, step: int) -> None:
         _write_durably(self._root / f".{LATEST}", f"step-{step}".encode())
@@ -130,7 +151,9 @@ class Directory(Storage):
         _sync(self._root)
 
     def steps(self) -> list[int]:
-        return self._found(_STEP)
+        # A directory without a manifest is the user's.
+        found = self._found(_STEP)
+        return [step for step in found if os.path.exists(os.path.join(self.path(step), MANIFEST))]
 
     def path(self, step: int) -> str:
         return str(self._root / f"step-{step}")
@@ -141,11 +164,6 @@ class Directory(Storage):
     def remove(self, step: int) -> None:
         os.rename(self.path(step), self._partial(step))
         shutil.rmtree(self._partial(step))
-
-    def read(self, step: int) -> Checkpoint:
-        """A complete checkpoint, by its manifest."""
-        entries = json.loads(self.manifest(step))["entries"]
-        return Checkpoint(step, self.path(step), tuple(entries))
 
     def clear(self, before: int) -> None:
         for step in self._found(_PARTIAL):
@@ -169,12 +187,15 @@ class FsspecStorage(Storage):
 
     :param url: such as ``"s3://bucket/run-7"``; all ranks must see the same files there
     :param options: for the file system, as for ``fsspec.filesystem``
+    :raises ValueError: ``url`` has a ``*``, ``?`` or ``[``, which fsspec takes for a pattern
     """
 
     def __init__(self, url: str, **options: Any) -> None:
         from fsspec.core import url_to_fs
 
         self._fs, self._root = url_to_fs(url, **options)
+        if any(each in self._root for each in "*?["):
+            raise ValueError(f"{url!r} has a character that fsspec takes for a pattern: *, ? or [")
 
     @property
     def fs(self) -> Any:
@@ -189,13 +210,21 @@ class FsspecStorage(Storage):
         return place
 
     def write(self, path: str, data: bytes) -> None:
-        self._fs.pipe_file(path, data)
+        try:
+            self._fs.pipe_file(path, data)
+        except FileNotFoundError:
+            # Most have no directories, or make them.
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, data)
 
     def seal(self, path: str) -> None:
         """An object store keeps all that it has accepted."""
 
     def prepare(self, step: int, manifest: bytes) -> None:
-        self.write(f"{self.path(step)}/.{MANIFEST}", manifest)
+        place = self.path(step)
+        for name in _left_over(self._names_in(place), manifest):
+            self._fs.rm(f"{place}/{name}", recursive=True)
+        self.write(f"{place}/.{MANIFEST}", manifest)
 
     def complete(self, step: int) -> None:
         # Not written in place: some file systems show a file before all of it is there.
@@ -207,7 +236,7 @@ class FsspecStorage(Storage):
 
     def steps(self) -> list[int]:
         self._fs.invalidate_cache()
-        found = map(_STEP.fullmatch, (path.rpartition("/")[2] for path in self._listed()))
+        found = map(_STEP.fullmatch, self._names_in(self._root))
         steps = sorted(int(match[1]) for match in found if match)
         return [step for step in steps if self._fs.exists(f"{self.path(step)}/{MANIFEST}")]
 
@@ -222,11 +251,19 @@ class FsspecStorage(Storage):
         self._fs.rm_file(f"{self.path(step)}/{MANIFEST}")
         self._fs.rm(self.path(step), recursive=True)
 
-    def _listed(self) -> list[str]:
+    def _names_in(self, place: str) -> list[str]:
         try:
-            return [str(path).rstrip("/") for path in self._fs.ls(self._root, detail=False)]
+            found = self._fs.ls(place, detail=False)
         except FileNotFoundError:
             return []
+        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+
+def _left_over(names: Iterable[str], manifest: bytes) -> list[str]:
+    """Those of the names that are ranks' directories, but not of a rank in the manifest."""
+    ranks = len(json.loads(manifest)["entries"])
+    matches = map(_RANK.fullmatch, names)
+    return [match[0] for match in matches if match and int(match[1]) >= ranks]
 
 
 def _write_durably(path: Path, data: bytes) -> None:

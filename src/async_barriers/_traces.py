@@ -17,9 +17,20 @@ _DRAWN = ("M", "i")
 
 
 def read_events(path: str | os.PathLike[str]) -> list[Event]:
-    """Read the events of a recorder's file; blocks."""
+    """Read the events of a recorder's file; blocks.
+
+    :raises OSError, ValueError: it cannot be read, or is no trace
+    """
     with open(path, encoding="utf-8") as file:
-        return [event for event in json.load(file)["traceEvents"] if event["ph"] not in _DRAWN]
+        trace = json.load(file)
+    try:
+        events = [event for event in trace["traceEvents"] if event["ph"] not in _DRAWN]
+        for event in events:
+            _ = event["ts"] + event["pid"] + event["tid"], event["name"], event["cat"]
+            event["args"].get("came_last")
+    except (AttributeError, KeyError, TypeError) as exc:
+        raise ValueError(f"{os.fspath(path)} is no trace of a recorder") from exc
+    return events
 
 
 def write_events(events: Iterable[Event], path: str | os.PathLike[str]) -> None:

@@ -22,9 +22,9 @@ from ._checks import (
 )
 from ._config import register_barrier
 from ._dist.calls import UNDO_SECS, Calls
-from ._dist.collectives import IN_DOUBT, PUBLISHED
+from ._dist.collectives import IN_DOUBT, PUBLISHED, TIMED_OUT, TIMED_OUT_IN_DOUBT
 from ._dist.publication import Publication
-from ._errors import BarrierError, BrokenBarrierError, describe, in_one_line
+from ._errors import BarrierError, BarrierTimeoutError, BrokenBarrierError, describe, in_one_line
 from ._protocol.count import MAX_RANKS
 from ._store.future import Future
 from ._store.promises import told
@@ -144,6 +144,12 @@ class DistBarrier(Barrier):
         )
         if word.how != PUBLISHED:
             reason = word.message.decode(errors="replace")
+            if word.how in (TIMED_OUT, TIMED_OUT_IN_DOUBT):
+                secs, _, why = reason.partition(" ")
+                in_doubt = word.how == TIMED_OUT_IN_DOUBT
+                raise BarrierTimeoutError(
+                    name, sequence, (), float(secs), detail=why, in_doubt=in_doubt
+                )
             raise BrokenBarrierError(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
         return word.message
 

@@ -27,7 +27,7 @@ import anyio
 from ._barrier import Barrier, Publish, _given
 from ._checks import CONFIGURED, Timeout, check_publish
 from ._client.barrier import CrossingBarrier
-from ._errors import BarrierError
+from ._errors import BarrierError, told_by
 from ._publish import is_async
 from ._traces import DrawnBody, Event, read_events, write_events
 from ._values import BarrierResult, BarrierStatistics, CommitRecord
@@ -59,6 +59,8 @@ class Recorder:
 
         :param rank: whose track it is on; None for the barrier's own rank, or else RANK
         """
+        if not isinstance(barrier, Barrier):
+            raise TypeError(f"barrier must be a Barrier, not {barrier!r}")
         if rank is None and isinstance(barrier, CrossingBarrier):
             rank = barrier._session.rank
         if rank is None:
@@ -143,8 +145,7 @@ def merge_traces(paths: Iterable[str | os.PathLike[str]], into: str | os.PathLik
 
 def _facts_of(exc: BaseException) -> Event:
     if isinstance(exc, GeneratorExit):
-        # Its loop may be gone.
-        return {"verdict": "thrown away"}
+        return {"verdict": "thrown away"}  # Its loop may be gone.
     if isinstance(exc, anyio.get_cancelled_exc_class()):
         return {"verdict": "cancelled"}
     verdict = "broken"
@@ -152,19 +153,19 @@ def _facts_of(exc: BaseException) -> Event:
         verdict = "in doubt"
     elif not hasattr(exc, "sequence"):
         verdict = "error" if isinstance(exc, BarrierError) else "raised"
-    facts = {"verdict": verdict, "error": f"{type(exc).__name__}: {exc}"}
+    facts = {"verdict": verdict, "error": told_by(exc)}
     if hasattr(exc, "sequence"):
         facts["sequence"] = exc.sequence
     return facts
 
 
 class _Watched(Barrier):
-    """A barrier, and the recorder of what it does."""
+    """A barrier, and the recorder of what it does; a `StepSignal` is one of the barrier itself."""
 
     def __init__(self, recorder: Recorder, barrier: Barrier, rank: int) -> None:
         self.barrier_type = barrier.barrier_type  # type: ignore[misc]  # as that one's
         self._recorder = recorder
-        self._barrier = barrier
+        self._watches = self._barrier = barrier
         self._rank = rank
 
     async def execute_barrier(

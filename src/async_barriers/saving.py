@@ -21,7 +21,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -29,6 +28,9 @@ from anyio.abc import TaskStatus
 
 from . import Barrier, BarrierError
 from ._background import Background
+from ._checks import check_callable, check_number
+from ._part import Part
+from ._reasons import reason_of
 from ._storage import Checkpoint, Directory, FsspecStorage, Storage
 from .blocking import BlockingBarrier
 
@@ -38,27 +40,6 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 # So many steps are enough to find one that all ranks see, and few enough to send.
 _MOST_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class Part:
-    """This rank's part of a checkpoint that is being saved.
-
-    :ivar step: the training step
-    :ivar path: the directory for this rank's files; the saver makes them durable
-    """
-
-    step: int
-    path: str
-    _storage: Storage
-    _background: Background
-
-    async def write(self, name: str, data: bytes) -> None:
-        """Write one file, in a thread.
-
-        **Cancellation:** returns at once; the thread goes on, in a directory that no reader uses.
-        """
-        await self._background.run(self._storage.write, f"{self.path}/{name}", data)
 
 
 Upload = Callable[[Any, Part], Any]
@@ -98,17 +79,19 @@ class Saver:
         name: str = "save",
         leader: int = 0,
     ) -> None:
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep is {keep}; it must be 1 or more, or None")
+        check_callable("upload", upload)
+        check_callable("stage", stage)
+        if keep is not None:
+            check_number("keep", keep, 1)
         self._barrier = barrier
         self._storage = storage if isinstance(storage, Storage) else Directory(storage)
         self._upload = upload
-        self._rank = rank
+        self._rank = check_number("rank", rank)
         self._stage = stage
         self._keep = keep
         self._queues = queue
         self._name = name
-        self._leader = leader
+        self._leader = check_number("leader", leader)
         # The steps that are not decided yet, in order, with the reason of each that is given up. A
         # step is broken in its turn: to break it earlier would break the save before it, too.
         self._pending: dict[int, str] = {}
@@ -132,6 +115,7 @@ class Saver:
         **Cancellation:** the checkpoint is incomplete for all ranks, unless it was complete before.
         It only waits for the leader's last step, so that this cannot come late.
         """
+        check_number("step", step)
         if any(step <= other for other in self._pending):
             raise ValueError(f"step {step} does not come after step {max(self._pending)}")
         refused = None if self._queues else next(iter(self._pending), None)
@@ -145,17 +129,21 @@ class Saver:
             task_status.started()
             await self._turn.acquire()
         except GeneratorExit:
-            raise  # Nothing may be awaited here. The barrier tells the peers when its loop ends.
+            # Nothing may be awaited here. The barrier tells the peers when its loop ends.
+            del self._pending[step]
+            raise
         except BaseException as exc:
-            self._pending[step] = str(exc) or type(exc).__name__
+            self._pending[step] = reason_of(exc)
             await self._break_given_up()
             raise
         try:
             return await self._save(step, staged)
         finally:
             del self._pending[step]
-            await self._break_given_up()
-            self._turn.release()
+            try:
+                await self._break_given_up()
+            finally:
+                self._turn.release()
 
     async def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is complete for every rank, or None; the same on all ranks.
@@ -184,7 +172,12 @@ class Saver:
 
         async def publish(entries: Mapping[int, bytes]) -> None:
             nonlocal published
-            listed = [json.loads(entries[rank]) for rank in sorted(entries)]
+            listed = []
+            for rank in sorted(entries):
+                said, entry = json.loads(entries[rank])
+                if said != rank:
+                    raise ValueError(f"the saver of rank {rank} was built with rank={said}")
+                listed.append(entry)
             manifest = json.dumps({"step": step, "entries": listed}).encode()
             await self._background.run(storage.prepare, step, manifest)
             # The verdict follows from this step, so nothing may come between them. Its thread
@@ -196,7 +189,8 @@ class Saver:
         commit = self._barrier.committing(publish, name=self._name, step=step, leader=self._leader)
         try:
             async with commit as part:
-                part.payload = json.dumps(await self._uploaded(step, staged)).encode()
+                entry = await self._uploaded(step, staged)
+                part.payload = json.dumps([self._rank, entry]).encode()
         finally:
             # Also where this task was cancelled meanwhile: the checkpoint is complete.
             if published:
@@ -220,11 +214,11 @@ class Saver:
         storage = self._storage
         try:
             storage.point(step)
+            storage.clear(step)
             older = [other for other in storage.steps() if other < step]
             # With this one, `keep` are left.
             for other in older[: max(0, len(older) + 1 - self._keep)] if self._keep else ():
                 storage.remove(other)
-            storage.clear(step)
         except Exception:
             # The checkpoint is complete all the same, and the next save does this again.
             _logger.warning("step %d is saved, but its clean-up failed", step, exc_info=True)

@@ -27,6 +27,8 @@ class _Signal:
     reason: str | None
 
     def __init__(self, barrier: Barrier, name: str = "stop") -> None:
+        while (watched := getattr(barrier, "_watches", None)) is not None:
+            barrier = watched  # A recorder's has all of the barrier that it watches.
         if not isinstance(barrier, CrossingBarrier):
             raise TypeError(
                 "barrier must be a StoreBarrier or a TCPStoreBarrier, since ranks agree over "

@@ -90,6 +90,8 @@ def _leaves(exc: BaseException) -> Iterator[BaseException]:
 def _chain(exc: BaseException) -> Iterator[BaseException]:
     """The exception, and those that it was raised from."""
     cause: BaseException | None = exc
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:  # A program can make a circle of them.
+        seen.add(id(cause))
         yield cause
         cause = cause.__cause__

@@ -17,14 +17,15 @@ from .group import Group
 
 T = TypeVar("T")
 
-PUBLISHED, FAILED, IN_DOUBT = 0, 1, 2
+PUBLISHED, FAILED, IN_DOUBT, TIMED_OUT, TIMED_OUT_IN_DOUBT = range(5)
 
 
 class Word(NamedTuple):
     """The message of a commit's leader, or of a rank that aborts.
 
-    :ivar how: PUBLISHED, FAILED, or IN_DOUBT if it may have published
-    :ivar message: the result of publish, or the reason of its failure
+    :ivar how: PUBLISHED, FAILED, or IN_DOUBT if it may have published; and two for its deadline
+    :ivar message: the result of publish, or the reason of its failure; for a deadline, its seconds
+        and the reason
     """
 
     how: int

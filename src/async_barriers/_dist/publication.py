@@ -23,7 +23,7 @@ from .._reasons import reason_of
 from .._store.worker import Promise
 from .call import or_inf
 from .calls import Calls
-from .collectives import FAILED, IN_DOUBT, PUBLISHED, Word
+from .collectives import FAILED, IN_DOUBT, PUBLISHED, TIMED_OUT, TIMED_OUT_IN_DOUBT, Word
 
 
 class Publication:
@@ -114,7 +114,8 @@ class Publication:
         error = BarrierTimeoutError(
             name, sequence, (), self._timeout, detail=reason, in_doubt=in_doubt
         )
-        self._tell_failed(str(error), in_doubt)
+        how = TIMED_OUT_IN_DOUBT if in_doubt else TIMED_OUT
+        self._word.settle(Word(how, f"{self._timeout} {reason}".encode()))
         calls.break_for_good(f"a commit timed out after {seconds(self._timeout)}")
         return error
 

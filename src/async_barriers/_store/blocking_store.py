@@ -31,6 +31,8 @@ from .wire import ABSENT
 
 # c10d knows no endless wait, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
+# None where a look at a socket may block.
+_LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if hasattr(socket, "MSG_DONTWAIT") else None
 
 
 class BlockingStore:
@@ -53,6 +55,7 @@ class BlockingStore:
         """The answer to the request."""
         store = self._store
         try:
+            self._look_before_call()
             if isinstance(request, Append):
                 return self._append(request)
             if isinstance(request, Set):
@@ -80,6 +83,7 @@ class BlockingStore:
         """Block until ``key`` exists."""
         while True:
             try:
+                self._look_before_call()
                 self._store.wait([key], _FOREVER)
                 return
             except Exception as exc:
@@ -101,6 +105,13 @@ class BlockingStore:
         del self._store, self._base
         if self._socket is not None:
             self._socket.close()
+
+    def _look_before_call(self) -> None:
+        # c10d prints stack traces if it writes to a server that has closed the connection.
+        if self._socket is not None and _LOOK is not None:
+            with contextlib.suppress(BlockingIOError):
+                if not self._socket.recv(1, _LOOK):
+                    raise ConnectionResetError("its server has closed the connection")
 
     def _append(self, request: Append) -> None:
         if self._appends:

@@ -274,6 +274,7 @@ def _at_exit() -> None:
     # Also threads that were given up: one that returns from C++ later would abort the process.
     for thread in _threads.latest_first():
         thread.join(max(0.0, deadline - time.monotonic()))
+    _threads.clear()  # This is called twice, and waits once for a thread that hangs.
 
 
 def _in_child() -> None:

@@ -1,0 +1,33 @@
+"""A rank's part of a checkpoint that a `Saver` saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._background import Background
+from ._storage import Storage
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a checkpoint that is being saved.
+
+    :ivar step: the training step
+    :ivar path: the directory for this rank's files; the saver makes them durable
+    """
+
+    step: int
+    path: str
+    _storage: Storage
+    _background: Background
+
+    async def write(self, name: str, data: bytes) -> None:
+        """Write one file, in a thread; ``name`` may have directories, such as ``"layers/0.pt"``.
+
+        :raises ValueError: ``name`` leads out of the directory for this rank's files
+
+        **Cancellation:** returns at once; the thread goes on, in a directory that no reader uses.
+        """
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"{name!r} is no name of a file of this rank's")
+        await self._background.run(self._storage.write, f"{self.path}/{name}", data)
