@@ -173,7 +173,7 @@ def test_law_2_holds_while_there_is_a_store(log: Log) -> None:
     log.call(0, 1.0, 2.0, "cancelled", stopped=1.5)
     log.call(0, 2.0, 2.1, "done", do="close", phase=None)
     log.call(1, 1.0, 2.0, "broken", blamed=0, detail="broken by 0: its task was cancelled")
-    left = {"blamed": 0, "detail": "broken by 0: it closed its barrier"}
+    left: dict[str, Any] = {"blamed": 0, "detail": "broken by 0: it closed its barrier"}
     log.call(2, 2.5, 3.0, "broken", **left)
     assert log.violations() == [2]
     log.driver(2.1, "cut", rank=None, how="host")
