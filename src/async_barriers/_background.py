@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextvars
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import anyio
 
-from ._publish import is_async
+from ._publish import begun_in_thread, is_async
 from ._store.loops import Loop, loop_here
 from ._store.promises import told
-from ._store.worker import in_own_thread
 
 T = TypeVar("T")
 
@@ -33,10 +30,8 @@ class Background:
         **Cancellation:** returns at once; the thread goes on, and its result is dropped.
         """
         async with self._free:
-            # As `asyncio.to_thread` does.
-            context = contextvars.copy_context()
             self._loop = loop_here(self._loop)
-            called = in_own_thread("saver", functools.partial(context.run, call, *args))
+            called = begun_in_thread("saver", call, *args)
             await told(self._loop, called)
             return called.result()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ._values import MissingRank
@@ -17,6 +18,17 @@ def in_one_line(text: str, most: int = _MOST_TOLD) -> str:
     shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
     shown = " ".join(shown.split())
     return shown if len(shown) <= most else shown[: most - 3] + "..."
+
+
+def causes(exc: BaseException) -> Iterator[BaseException]:
+    """The exception, and those that it was raised from; each once, as a program can make a circle
+    of them."""
+    cause: BaseException | None = exc
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__
 
 
 def told_by(exc: BaseException) -> str:

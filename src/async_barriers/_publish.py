@@ -6,13 +6,15 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ._barrier import Publish
 from ._errors import BarrierError, out_of_threads
 from ._store.loops import Loop
 from ._store.promises import told
-from ._store.worker import in_own_thread
+from ._store.worker import Promise, in_own_thread
+
+T = TypeVar("T")
 
 
 class Publishing:
@@ -41,12 +43,8 @@ class Publishing:
         return await returned if inspect.isawaitable(returned) else returned
 
     async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:
-        # As `asyncio.to_thread` does.
-        context = contextvars.copy_context()
         try:
-            called = in_own_thread(
-                "publish", functools.partial(context.run, self._publish, payloads)
-            )
+            called = begun_in_thread("publish", self._publish, payloads)
         except RuntimeError as exc:
             raise BarrierError(
                 f"{self._about()}: publish needs a thread, and none can be started "
@@ -56,6 +54,16 @@ class Publishing:
         await told(self._loop, called)
         self.in_thread = False
         return called.result()
+
+
+def begun_in_thread(name: str, function: Callable[..., T], *args: Any) -> Promise[T]:
+    """Call a user's function in a thread of ours, in its caller's context, as asyncio.to_thread
+    does.
+
+    :raises RuntimeError: no thread can be started
+    """
+    context = contextvars.copy_context()
+    return in_own_thread(name, functools.partial(context.run, function, *args))
 
 
 def is_async(function: object) -> bool:

@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 
 from torch.distributed.elastic.multiprocessing import errors
 
-from ._errors import BarrierTimeoutError, BrokenBarrierError, plural_ranks, told_by
+from ._errors import BarrierTimeoutError, BrokenBarrierError, causes, plural_ranks, told_by
 
 __all__ = ["record"]
 
@@ -67,7 +67,7 @@ def _cause_elsewhere(exc: BaseException) -> str | None:
     for leaf in _leaves(exc):
         blamed: tuple[int, ...] = ()
         why = "had not entered"
-        for each in _chain(leaf):
+        for each in causes(leaf):
             if isinstance(each, BarrierTimeoutError):
                 blamed = each.missing_ranks
             elif isinstance(each, BrokenBarrierError) and each.rank is not None:
@@ -85,13 +85,3 @@ def _leaves(exc: BaseException) -> Iterator[BaseException]:
             yield from _leaves(each)
     else:
         yield exc
-
-
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """The exception, and those that it was raised from."""
-    cause: BaseException | None = exc
-    seen: set[int] = set()
-    while cause is not None and id(cause) not in seen:  # A program can make a circle of them.
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from .._protocol import phase as phases
 from .._protocol.count import GATHER
-from .._protocol.leaving import Unfinished
 from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Forgotten
 from .._protocol.store import Add, CompareSet, Delete
@@ -76,7 +75,7 @@ class Departing(Pool):
         path = phase.entry.keys.path
         if answers[0] == 1 and broken:
             latest = phase.membership.own.latest(phase.name)
-            self.unfinished[path] = Unfinished(path, latest)
+            self.unfinished[path] = latest
             if len(self.unfinished) > _MOST_UNFINISHED:
                 del self.unfinished[next(iter(self.unfinished))]
         if answers[0] >= phase.entry.world_size:

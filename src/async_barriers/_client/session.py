@@ -131,9 +131,7 @@ class Session(Joining):
         # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
         goodbye = self.start(
-            leaving.leave(
-                bell, membership, reason, hosts=hosts, unfinished=self.unfinished.values()
-            )
+            leaving.leave(bell, membership, reason, hosts=hosts, unfinished=self.unfinished)
         )
         said = await within(loop, goodbye, deadline - self._now())
         # It may be on its way, and must not be counted twice.

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from .._errors import BarrierConnectionError, BarrierError, describe
 from .._protocol.keys import Keys
-from .._protocol.leaving import Unfinished
 from .._protocol.membership import Closed, Membership
 from .._protocol.store import Request
 from .._protocol.verdict import Broken, Verdict
@@ -46,7 +45,7 @@ class SessionState:
     """The attributes of a session, and how it starts work that goes on by itself.
 
     :ivar turns: the turns of the generation that this rank has joined; None before it joins
-    :ivar unfinished: the broken phases, by their paths, that this rank was the first to depart from
+    :ivar unfinished: see `_protocol.leaving.leave`
     :ivar open: the phases that this rank waits for, or still has to break
     """
 
@@ -68,7 +67,7 @@ class SessionState:
         self.closing = False
         self.turns: Turns | None = None
         self.open: dict[Phase, None] = {}
-        self.unfinished: dict[str, Unfinished] = {}
+        self.unfinished: dict[str, str] = {}
         self.outcomes = Outcomes()
         self.tally = Tally()
         self.said = Said()

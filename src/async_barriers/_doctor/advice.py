@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
 
 from .._errors import (
     BarrierConnectionError,
     BarrierError,
     BarrierTimeoutError,
+    causes,
     plural_ranks,
     seconds,
 )
@@ -37,7 +37,7 @@ def advice(error: BaseException, look_ups: LookUps | None = None) -> str:
 
 def _of_connecting(error: BarrierError, look_ups: LookUps) -> str:
     host, port = look_ups.address
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, CannotHost):
             return (
                 "rank 0 hosts the store, and cannot: end the process that holds the port, or give "
@@ -90,12 +90,3 @@ def _of_time_out(said: str, look_ups: LookUps) -> str:
         f"time-out: packets to {host}:{port} are not answered. See for a firewall, for a machine "
         "that is down, and that MASTER_ADDR is an address that this machine can reach" + names
     )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    seen: set[int] = set()
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        cause = cause.__cause__

@@ -7,9 +7,8 @@ need not come to it. So the first rank that departs names it as it leaves.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 from .._errors import in_one_line
 from .keys import Keys, PhaseKeys
@@ -18,20 +17,13 @@ from .store import Add, Append, CompareSet, DeleteMany, Read, Request, Set, SetM
 from .verdict import RUBBISH
 
 
-class Unfinished(NamedTuple):
-    """A broken phase: what its keys begin with, and the key of the latest broken step."""
-
-    path: str
-    latest: str
-
-
 async def leave(
     store: Store,
     membership: Membership,
     reason: str,
     *,
     hosts: bool,
-    unfinished: Iterable[Unfinished] = (),
+    unfinished: Mapping[str, str] | None = None,
 ) -> bool:
     """Say that this rank can never be waited for again.
 
@@ -39,7 +31,8 @@ async def leave(
     would tell nothing new.
 
     :param hosts: the store ends with this process
-    :param unfinished: broken phases that this rank was the first to depart from
+    :param unfinished: the broken phases that this rank was the first to depart from: what their
+        keys begin with, and the key of the latest broken step
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
@@ -55,7 +48,7 @@ async def leave(
     if hosts:
         # A rank that sees that also sees which rank left first.
         requests.insert(2, Set(own.host_leaves, b"1"))
-    if lines := b"".join(json.dumps(each).encode() + b"\n" for each in unfinished):
+    if lines := b"".join(json.dumps(each).encode() + b"\n" for each in (unfinished or {}).items()):
         requests.insert(0, Append(own.unfinished, lines))
     _, first, roll, found = await store.call(*requests)
     if found != membership.state.encode():
@@ -130,7 +123,7 @@ def _keys_of(unfinished: bytes | None, keys: Keys) -> list[str]:
     found = []
     for line in (unfinished or b"").splitlines():
         try:
-            path, latest = Unfinished(*json.loads(line))
+            path, latest = json.loads(line)
             if path.startswith(keys.root) and latest.startswith(keys.root):
                 found += [*PhaseKeys(path).of_broken, latest]
         except RUBBISH:
