@@ -224,6 +224,29 @@ async def test_ten_thousand_phases(
     assert after.resident_kib < before.resident_kib + 8 * 1024
 
 
+async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
+    """The rank cannot know yet that it is the first to depart, and names the phase all the same."""
+    first, second = await memory.barriers(2)
+    parked, goes_on = threading.Event(), threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "add" and key.endswith("1:x/0/departed"):
+            parked.set()
+            goes_on.wait(5)
+        elif operation == "compare_set" and key.endswith("/unfinished"):
+            goes_on.set()
+
+    store: Any = memory.store
+    store.data.hook = hook
+    with pytest.raises(BarrierTimeoutError):
+        await first.execute_barrier("x", timeout_secs=0.1)
+    await memory.call(parked.wait, 5)
+    await first.aclose()
+    await second.aclose()
+    await library_threads_gone()
+    assert [key for key in keys_of(memory.innermost) if "/phase/" in key] == []
+
+
 async def test_phases_that_a_rank_never_came_to(shared: World) -> None:
     """They are deleted when all ranks have left, however often barriers are built anew."""
     counts = []

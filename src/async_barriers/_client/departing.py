@@ -60,6 +60,12 @@ class Departing(Pool):
                 self._clear_early(turns)
         if phase.early or isinstance(phase.error, Forgotten):
             return
+        if not isinstance(phase.verdict, Released):
+            # Before it is known which rank was the first: this one may leave before the answer.
+            latest = phase.membership.own.latest(phase.name)
+            self.unfinished[phase.entry.keys.path] = latest
+            if len(self.unfinished) > _MOST_UNFINISHED:
+                del self.unfinished[next(iter(self.unfinished))]
         departed = partial(self._departed, phase, connection)
         connection.outbox.append(([Add(phase.entry.keys.departed, 1)], departed))
         if phase.large and not (phase.entry.kind == GATHER and isinstance(phase.verdict, Released)):
@@ -71,15 +77,11 @@ class Departing(Pool):
             connection.outbox.append(([Delete(latest)], nothing))
 
     def _departed(self, phase: Phase, connection: Connection, answers: list[Any]) -> None:
-        broken = not isinstance(phase.verdict, Released)
-        path = phase.entry.keys.path
-        if answers[0] == 1 and broken:
-            latest = phase.membership.own.latest(phase.name)
-            self.unfinished[path] = latest
-            if len(self.unfinished) > _MOST_UNFINISHED:
-                del self.unfinished[next(iter(self.unfinished))]
+        if answers[0] != 1:
+            self.unfinished.pop(phase.entry.keys.path, None)
         if answers[0] >= phase.entry.world_size:
-            self.unfinished.pop(path, None)
+            self.unfinished.pop(phase.entry.keys.path, None)
+            broken = not isinstance(phase.verdict, Released)
             large: list[int] = []
             if phase.entry.kind == GATHER and not broken:
                 large = [r for r, p in (phase.brought or {}).items() if len(p) > SMALL_BYTES]
