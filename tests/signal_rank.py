@@ -59,6 +59,8 @@ async def run_on_loop(barrier: StoreBarrier) -> None:
 
 
 def main() -> None:
+    # A shell that started us in the background would have us ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     store = dist.TCPStore("127.0.0.1", PORT, wait_for_workers=False)
     barrier = StoreBarrier(store, rank=RANK, world_size=WORLD_SIZE, timeout_secs=20)
     if BLOCKED:

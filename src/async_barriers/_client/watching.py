@@ -230,9 +230,10 @@ class Watching:
         self._asking = asking
         try:
             await settled(self._loop, asking, self._loop.now() + ASK_SECS)
-            found = asking.result() if asking.done else None
+            found = asking.result() if asking.done else self.found
         except BarrierError:
-            return ()
+            found = self.found
+        # Better what was known a moment ago than nothing.
         return () if found is None else found.known(missing)
 
     def stop(self) -> None:
