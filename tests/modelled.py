@@ -18,6 +18,7 @@ from async_barriers._protocol.store import (
     CompareSet,
     Delete,
     DeleteMany,
+    Get,
     Read,
     Request,
     SetMany,
@@ -54,6 +55,8 @@ def answered(contents: Contents, request: Request) -> tuple[Any, list[str]]:
     old = contents.get(key)
     if isinstance(request, Read):
         return old, []
+    if isinstance(request, Get):
+        return old or b"", []
     if isinstance(request, Delete):
         contents.pop(key, None)
         return None, []

@@ -55,7 +55,8 @@ class PhaseLaws:
         value = store.get(key)
         if value is not None:
             count = counts.of_value(value)
-            full = any(count.full(self.world_size, kind) for kind in range(len(counts.CALLS)))
+            highest = counts.code(counts.GATHER, -1, self.world_size)
+            full = any(count.full(self.world_size, code) for code in range(highest + 1))
             assert not (count.broken and seen.full), f"law 2: {path} was full, and was broken then"
             assert not (full and seen.broken), f"law 2: {path} was broken, and became full"
             if full:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import re
@@ -17,9 +18,9 @@ from typing import Any
 import anyio
 import pytest
 from stores import keys_of
-from worlds import AnyBarrier, World, gather, library_threads_gone, until
+from worlds import AnyBarrier, Tasks, World, gather, library_threads_gone, until
 
-from async_barriers import BarrierError, BarrierTimeoutError
+from async_barriers import BarrierError, BarrierTimeoutError, BrokenBarrierError
 
 pytestmark = pytest.mark.anyio
 
@@ -228,9 +229,11 @@ async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
     """The rank cannot know yet that it is the first to depart, and names the phase all the same."""
     first, second = await memory.barriers(2)
     parked, goes_on = threading.Event(), threading.Event()
+    written = itertools.count()
 
     def hook(operation: str, key: str) -> None:
-        if operation == "add" and key.endswith("1:x/0/departed"):
+        # It enters, and then departs.
+        if operation == "compare_set" and key.endswith("1:x/0/log") and next(written) == 1:
             parked.set()
             goes_on.wait(5)
         elif operation == "compare_set" and key.endswith("/unfinished"):
@@ -243,6 +246,35 @@ async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
     await memory.call(parked.wait, 5)
     await first.aclose()
     await second.aclose()
+    await library_threads_gone()
+    assert [key for key in keys_of(memory.innermost) if "/phase/" in key] == []
+
+
+async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
+    """The other one departs from the phase a moment later, with its entry into the next one."""
+    first, second = await memory.barriers(2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(first.execute_barrier, "a"))
+        await memory.entered(0, name="a")
+        await second.execute_barrier("a")
+        await waiting.returned()
+    leaves, entered = threading.Event(), threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "compare_set" and key.endswith("/member/1"):
+            leaves.set()
+            entered.wait(5)
+        elif operation == "add" and key.endswith("1:b/0/count"):
+            entered.set()
+
+    store: Any = memory.store
+    store.data.hook = hook
+    async with Tasks() as tasks:
+        tasks.start(second.aclose)
+        await memory.call(leaves.wait, 5)
+        waiting = tasks.start(partial(first.execute_barrier, "b"))
+        assert (await waiting.raised(BrokenBarrierError)).rank == 1
+    await first.aclose()
     await library_threads_gone()
     assert [key for key in keys_of(memory.innermost) if "/phase/" in key] == []
 

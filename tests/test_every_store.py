@@ -17,6 +17,7 @@ from async_barriers._protocol.store import (
     CompareSet,
     Delete,
     DeleteMany,
+    Get,
     Read,
     Set,
     SetMany,
@@ -82,6 +83,7 @@ def test_the_operations(on: OnALoop, pair: tuple[Connection, Connection]) -> Non
     names = ("k", "log", "count", "m2", "empty", "none")
     held = [b"new", b"a\nb\n", b"%d" % ((1 << 62) + 3), b"v", b"", None]
     assert on.answer(two.call(*map(Read, names))) == held
+    assert on.answer(two.call(*map(Get, names[:5]))) == held[:5]
     assert on.answer(one.call(Delete("k"), DeleteMany(["m1", "log", "none"]), Read("m2"))) == [b"v"]
     assert on.answer(two.call(Read("k"), Read("log"))) == [None, None]
 

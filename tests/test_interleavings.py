@@ -149,11 +149,12 @@ def test_a_ring_before_the_news_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_keys_that_are_deleted_too_early_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the last but one to depart, when the slowest has yet to read or count."""
+    """By the first to depart, when the slowest has yet to read or count."""
     departed = Departing._departed
 
-    def too_early(self: Any, phase: Any, connection: Any, answers: list[Any]) -> None:
-        departed(self, phase, connection, [answers[0] + 1])
+    def too_early(self: Any, gone: Any, connection: Any, answers: list[Any]) -> None:
+        connection.call(*phase.spent(gone.entry, broken=False))
+        departed(self, gone, connection, answers)
 
     monkeypatch.setattr(Departing, "_departed", too_early)
     scenario = Scenario(2)

@@ -11,10 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from async_barriers import BarrierError
-from async_barriers._protocol.count import MAX_RANKS
+from async_barriers._protocol.count import COMMIT, GATHER, MAX_RANKS
 from async_barriers._protocol.keys import MAX_KEY_BYTES, Keys, PhaseKeys, check_name, check_prefix
-from async_barriers._protocol.payloads import SMALL_BYTES, bringing, brought
+from async_barriers._protocol.payloads import SMALL_BYTES, brought, carried
+from async_barriers._protocol.phase import Entry, departing, entering
 from async_barriers._protocol.store import Append, Set
+from async_barriers._protocol.verdict import missing
 from async_barriers._store import wire
 
 texts = st.text(max_size=12)
@@ -32,9 +34,8 @@ WORLD = 5
 
 def keys_of(phase: PhaseKeys) -> set[str]:
     return {
-        phase.log, phase.count, phase.released, phase.departed, phase.reason, phase.word,
-        phase.terms, phase.summary, phase.brought, phase.payload(0), phase.payload(11),
-        phase.published,
+        phase.log, phase.count, phase.released, phase.reason, phase.word, phase.settled,
+        phase.summary, phase.payload(0), phase.payload(11), phase.published,
     }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_no_two_phases_share_a_key(
     def fields(prefix: str, identity: str, name: str, sequence: str) -> set[str]:
         return keys_of(Keys(prefix).generation(identity).phase(name, sequence))
 
-    assert len(fields(*one)) == 12
+    assert len(fields(*one)) == 10
     assert (one == other) or not (fields(*one) & fields(*other))
     keys = Keys(one[0])
     own = keys.generation(one[1])
@@ -98,17 +99,20 @@ def test_payloads_survive_the_store(given_: list[bytes], chosen: random.Random) 
     chosen.shuffle(order)
     log, stored = b"", {}
     for rank in order:
-        for request in bringing(phase, rank, given_[rank]):
+        entry = Entry(phase, rank, len(given_), chosen.choice([COMMIT, GATHER]), 0)
+        for request in entering(entry, given_[rank]):
             if isinstance(request, Append):
-                assert request.key == phase.brought
+                assert request.key == phase.log
                 log += request.value
-            else:
-                assert isinstance(request, Set)
+                if chosen.random() < 0.2:
+                    log += departing(entry).value
+            elif isinstance(request, Set):
                 stored[request.key] = request.value
     found, large = brought(log or None, len(given_))
     assert sorted(large) == [r for r, each in enumerate(given_) if len(each) > SMALL_BYTES]
     found |= {rank: stored[phase.payload(rank)] for rank in large}
     assert [found[rank] for rank in range(len(given_))] == given_
+    assert missing(log, len(given_)) == ()
 
 
 REFUSED = "something else wrote to the payloads"
@@ -124,34 +128,35 @@ def test_rubbish_among_payloads(value: bytes) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        b"0 3\nab",
-        b"2 1\na",
-        b"0 300\n" + b"z" * 300,
-        b"0 -\nx",
-        b"0 0\n0 0\n",
-        b"0 0\n0 -\n",
+        b"0 =YQ==\n1 =Y",
+        b"0 =YQ==\n1 YQ==\n",
         b"0 -\n0 -\n",
-        b"0 1\na1 9\nb",
-        b"0 0\n1 0\n ",
+        b"0 =\n1\n",
+        b"0 =\n1 c0\n",
+        b"0 =\n11 -\n",
     ],
 )
 def test_what_two_ranks_did_not_say(value: bytes) -> None:
-    """One rank twice is not another's, and a length is that of what follows."""
+    """One rank twice is not another's, and half of a payload is none."""
     with pytest.raises(BarrierError, match=REFUSED):
         brought(value, 2)
 
 
+def test_lines_among_payloads() -> None:
+    """Lines that are none of ours are passed over, and so is a payload of a rank that has one."""
+    value = b"0 c1 =YQ==\nrubbish\n1d\n0 c1 =Yg==\n\xff\n1 c1 -\n"
+    assert brought(value, 2) == ({0: b"a"}, [1])
+
+
 @given(st.lists(payloads, min_size=2, max_size=5), st.integers(0, 3))
-def test_payloads_that_are_missing(given_: list[bytes], missing: int) -> None:
+def test_payloads_that_are_missing(given_: list[bytes], absent: int) -> None:
     """An absent key, or one rank's share of it, is not taken for empty payloads."""
-    phase = Keys("p").generation("0-ab").phase("", "0")
-    said = [bringing(phase, rank, each)[-1] for rank, each in enumerate(given_)]
-    shares = [share.value for share in said if isinstance(share, Append)]
-    assert len(shares) == len(given_)
-    del shares[missing % len(shares)]
-    for value in (b"".join(shares), None):
-        with pytest.raises(BarrierError, match=REFUSED):
-            brought(value, len(given_))
+    lines = [b"%d %b\n" % (rank, carried(each)) for rank, each in enumerate(given_)]
+    del lines[absent % len(lines)]
+    with pytest.raises(BarrierError, match=REFUSED):
+        brought(b"".join(lines), len(given_))
+    with pytest.raises(BarrierError, match=REFUSED):
+        brought(None, len(given_))
 
 
 answers = st.one_of(

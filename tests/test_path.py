@@ -1,10 +1,10 @@
 """What one crossing of a new name runs through, and says: so that nobody adds to it unawares.
 
 The goal is at most 30 functions of ours in 8 rooms (modules), one message for a rank that enters,
-one more for the last one, and bytes that do not depend on the number of ranks. Today it is 78
-functions in 16 rooms (90 in 17 where a rank has waited for so long that it asks who came last), and
-17 bytes received (49 by the last one). The ceilings are a little above; whoever needs less lowers
-them.
+one more for the last one, and bytes that do not depend on the number of ranks. Today it is 81
+functions in 16 rooms (93 in 17 where a rank has waited for so long that it asks who came last), and
+9 bytes received. The last rank receives 41, and one phase's log, which it looks after: 11 bytes for
+each rank at most. The ceilings are a little above; whoever needs less lowers them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyn
 PACKAGE = str(Path(async_barriers.__file__).parent)
 CROSSINGS = 12
 # Of a rank that waits and of the last one together: functions, rooms.
-AT_ONCE = (80, 16)
-LATE = (92, 17)
+AT_ONCE = (81, 16)
+LATE = (93, 17)
 # For a rank that waits, and for the last one, in any world.
 MESSAGES = (1, 2)
-BYTES_RECEIVED = (18, 52)
+BYTES_RECEIVED = (10, 42)
+# More for the last one, for each rank of so small a world.
+LOG_BYTES = 5
 
 
 class Taken:
@@ -183,4 +185,5 @@ async def test_messages(
         is_last = rank == world_size - 1
         # What waits for company may be sent on its own now and then: four times a second at most.
         assert round(path.sent[rank] / CROSSINGS) == MESSAGES[is_last]
-        assert path.received[rank] / CROSSINGS <= BYTES_RECEIVED[is_last]
+        log = LOG_BYTES * world_size * is_last
+        assert path.received[rank] / CROSSINGS <= BYTES_RECEIVED[is_last] + log

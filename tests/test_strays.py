@@ -45,10 +45,7 @@ FIELDS: dict[str, Callable[[PhaseKeys], str]] = {
     "count": lambda keys: keys.count,
     "reason": lambda keys: keys.reason,
     "word": lambda keys: keys.word,
-    "terms": lambda keys: keys.terms,
-    "brought": lambda keys: keys.brought,
     "summary": lambda keys: keys.summary,
-    "departed": lambda keys: keys.departed,
 }
 # When it comes: before anyone enters, while two of three wait for the last one, who comes then,
 # and while they wait in vain.

@@ -48,8 +48,52 @@ def test_full_when_every_rank_entered_once(world_size: int, kind: int, seed: int
     assert not count.foul(world_size)
     assert not count.broken
     assert not any(count.full(world_size, other) for other in KINDS if other != kind)
-    assert 0 < total < 1 << 62
+    assert 0 < total < 1 << 63
     assert counts.of_value(b"%d" % total).value == total
+
+
+@given(worlds, st.data())
+def test_a_different_call_is_noticed(world_size: int, data: st.DataObject) -> None:
+    """By the first rank that differs; and who calls no commit never takes the count for full."""
+    size = min(world_size, 12)
+    calls = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(KINDS), st.integers(0, size - 1)),
+            min_size=size,
+            max_size=size,
+        )
+    )
+    calls = [(kind, leader if kind == counts.COMMIT else -1) for kind, leader in calls]
+    codes = [counts.code(*call, size) for call in calls]
+    total, noticed = 0, []
+    for rank, code in enumerate(codes):
+        total += counts.entry(rank, code)
+        count = counts.of_sum(total)
+        if count.differs(code):
+            noticed.append(rank)
+    first = next((rank for rank in range(size) if calls[rank] != calls[0]), None)
+    assert noticed[:1] == ([] if first is None else [first])
+    if first is not None:
+        at = counts.of_sum(sum(map(counts.entry, range(first + 1), codes)))
+        kind, leader = calls[0]
+        call = f"commit(leader={leader})" if kind == counts.COMMIT else counts.CALLS[kind]
+        assert at.others(first, codes[first], size) == ("rank 0" if first == 1 else "others", call)
+        full = [calls[rank] for rank, code in enumerate(codes) if count.full(size, code)]
+        assert all(kind == counts.COMMIT for kind, _ in full)
+
+
+@given(worlds)
+def test_no_field_runs_over(world_size: int) -> None:
+    """Whatever all ranks call, and whichever leader they name."""
+    leaders = {0, world_size - 1, world_size // 2}
+    calls = [(counts.EXECUTE, -1), (counts.GATHER, -1), *((counts.COMMIT, at) for at in leaders)]
+    for call in calls:
+        code = counts.code(*call, world_size)
+        count = counts.of_sum(sum(counts.entry(rank, code) for rank in range(world_size)))
+        assert count.full(world_size, code)
+        assert 0 < count.value < 1 << 63
+    known = len({counts.code(counts.COMMIT, leader, world_size) for leader in range(world_size)})
+    assert known == world_size or world_size > 1023
 
 
 arrivals = st.lists(st.tuples(st.integers(0, WORLD - 1), kinds), max_size=8)
@@ -143,8 +187,8 @@ def test_breaking_keeps_who_arrived(size: int, kind: int) -> None:
     before = counts.of_sum(total)
     broken = counts.of_value(before.broken_value)
     assert broken.broken
-    assert (broken.arrived, broken.kinds, broken.ranks) == (
-        before.arrived, before.kinds, before.ranks,
+    assert (broken.arrived, broken.codes, broken.ranks) == (
+        before.arrived, before.codes, before.ranks,
     )  # fmt: skip
     assert -(1 << 63) <= broken.value < 0
     later = counts.of_sum(broken.value + counts.entry(MAX_RANKS - 1, kind))
@@ -177,16 +221,19 @@ def entry(rank: int, kind: int = EXECUTE, leader: int = -1) -> Entry:
 
 def test_calls_that_differ_break() -> None:
     """A commit here and a barrier there, or two leaders, are told from each other."""
-    total = counts.entry(1, EXECUTE) + counts.entry(2, COMMIT)
-    judged = entered(entry(2, COMMIT, 0), [b"0 by 2", total])
+    mine = entry(2, COMMIT, 0)
+    total = counts.entry(1, counts.code(EXECUTE, -1, WORLD)) + counts.entry(2, mine.code)
+    judged = entered(mine, [total])
     assert isinstance(judged, Broken)
     assert judged.rank == 2
-    assert "commit(leader=0) where others called execute_barrier()" in judged.reason
-    judged = entered(entry(2, COMMIT, 0), [b"1 by 3", 2 * total])
+    assert "commit(leader=0) where rank 1 called execute_barrier()" in judged.reason
+    total = counts.entry(2, mine.code)
+    total += sum(counts.entry(rank, counts.code(COMMIT, 1, WORLD)) for rank in (0, 3))
+    judged = entered(mine, [total])
     assert isinstance(judged, Broken)
-    assert "commit(leader=0) where rank 3 called commit(leader=1)" in judged.reason
-    assert differing(b"1 c0\nrubbish\n3 c0\n") is None
-    differs = differing(b"1 c0\n3 c2\n")
+    assert "commit(leader=0) where others called commit(leader=1)" in judged.reason
+    assert differing(b"1 c0 =YQ==\nrubbish\n3 c0 -\n3d\n") is None
+    differs = differing(b"1 c0 =\n3 c2 =\n")
     assert differs is not None
     assert "commit(leader=2) where rank 1 called commit(leader=0)" in differs.reason
 

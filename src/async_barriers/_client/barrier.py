@@ -138,7 +138,7 @@ class CrossingBarrier(Barrier):
     ) -> BarrierResult:
         timeout = self._check_call(name, step, timeout_secs)
         watch = self._watch_of(stalled_after_secs)
-        crossing = self._crossing(name, step, timeout, watch)
+        crossing = Crossing(self._session, name, step, timeout, watch)
         released = await crossing.decided()
         assert released is not None
         assert crossing.phase is not None

@@ -237,13 +237,14 @@ class Breaking(Hearing):
                 if connection is None or connection.lost is not None:
                     connection = await self._reopen_for(phase)
                 membership, outcomes = phase.membership, self.outcomes
-                noting = await outcomes.noting(connection, phase, verdict)
-                rings, noted = await phases.settle(
-                    connection, phase.entry, verdict, membership.own.threaded, noting
+                record, number = await outcomes.noting(connection, phase, verdict)
+                asked = [] if number and not self._rings else [Read(membership.own.threaded)]
+                answers = await phases.settle(
+                    connection, phase.entry, verdict, record, [*number, *asked]
                 )
-                if noted:
-                    outcomes.noted(connection, phase, noted[0], self.start)
-                if rings:
+                if number:
+                    outcomes.noted(connection, phase, answers[0], self.start)
+                if asked and answers[-1] is not None:
                     await connection.call(SetMany(membership.bells, b"settled"))
                 self.settle(phase, verdict)
                 return verdict

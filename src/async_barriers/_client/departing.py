@@ -8,12 +8,11 @@ from typing import Any, TypeVar
 
 from .._protocol import phase as phases
 from .._protocol.count import GATHER
-from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Forgotten
-from .._protocol.store import Add, CompareSet, Delete
-from .._protocol.verdict import Broken, Released
+from .._protocol.store import CompareSet, Delete, Read, Request
+from .._protocol.verdict import Broken
 from .._store.sources import Connection
-from .phases import Phase, Turns
+from .phases import Departure, Phase, Turns
 from .pool import Pool, nothing
 
 T = TypeVar("T")
@@ -24,6 +23,9 @@ _MOST_UNFINISHED = 64
 
 class Departing(Pool):
     """Forgets phases that nobody on this rank waits for."""
+
+    # Whether this rank has departed from a phase since `_tidy` was called last.
+    _departs = False
 
     def forget(self, phase: Phase) -> None:
         """Nobody on this rank waits for it any more: depart, and put its connection back.
@@ -52,7 +54,7 @@ class Departing(Pool):
             self._tidy_soon()
 
     def _depart(self, phase: Phase, connection: Connection) -> None:
-        """Count this rank out, with the next message; the last rank deletes the keys."""
+        """Write this rank's departure with the next message."""
         turns = self.turns
         if phase.early and turns is not None and turns.membership is phase.membership:
             turns.tried_early.append((phase.entry, connection))
@@ -60,43 +62,90 @@ class Departing(Pool):
                 self._clear_early(turns)
         if phase.early or isinstance(phase.error, Forgotten):
             return
-        if not isinstance(phase.verdict, Released):
+        gone = Departure(phase)
+        self._departs = True
+        requests: list[Request] = [phases.departing(phase.entry)]
+        if gone.broken:
             # Before it is known which rank was the first: this one may leave before the answer.
-            latest = phase.membership.own.latest(phase.name)
-            self.unfinished[phase.entry.keys.path] = latest
-            if len(self.unfinished) > _MOST_UNFINISHED:
-                del self.unfinished[next(iter(self.unfinished))]
-        departed = partial(self._departed, phase, connection)
-        connection.outbox.append(([Add(phase.entry.keys.departed, 1)], departed))
-        if phase.large and not (phase.entry.kind == GATHER and isinstance(phase.verdict, Released)):
+            self._name(gone)
+        if gone.broken or connection is self._bell:
+            requests.append(Read(phase.entry.keys.log))
+        connection.outbox.append((requests, partial(self._departed, gone, connection)))
+        if phase.large and (gone.broken or phase.entry.kind != GATHER):
             own = phase.entry.keys.payload(self.rank)
             connection.outbox.append(([Delete(own)], nothing))
-        if phase.step is not None and isinstance(phase.verdict, Released):
+        if phase.latest is not None and not gone.broken:
             # All ranks are past the earlier steps.
-            latest = phase.membership.own.latest(phase.name)
-            connection.outbox.append(([Delete(latest)], nothing))
+            self._forget_latest(gone, phase.latest, connection)
 
-    def _departed(self, phase: Phase, connection: Connection, answers: list[Any]) -> None:
-        if answers[0] != 1:
-            self.unfinished.pop(phase.entry.keys.path, None)
-        if answers[0] >= phase.entry.world_size:
-            self.unfinished.pop(phase.entry.keys.path, None)
-            broken = not isinstance(phase.verdict, Released)
-            large: list[int] = []
-            if phase.entry.kind == GATHER and not broken:
-                large = [r for r, p in (phase.brought or {}).items() if len(p) > SMALL_BYTES]
-            spent = phases.spent(phase.entry, broken=broken, large=large)
-            if connection.lost is not None and self._idle:
-                # The messages of the lost connection go out on this one; see `_stand`.
-                connection = self._idle[-1]
-            connection.outbox.append((spent, nothing))
-            if phase.step is not None and broken:
-                self._forget_latest(phase, phase.step, connection)
-            self._tidy_soon()
+    def _name(self, gone: Departure) -> None:
+        """Have the last rank that leaves delete the phase; see `leaving`."""
+        self.unfinished[gone.entry.keys.path] = gone.latest
+        if len(self.unfinished) > _MOST_UNFINISHED:
+            del self.unfinished[next(iter(self.unfinished))]
 
-    def _forget_latest(self, phase: Phase, step: int, connection: Connection) -> None:
-        """All have learned that this step was broken, and refuse those before it by themselves."""
-        latest = phase.membership.own.latest(phase.name)
+    def look_after(self, connection: Connection, *, now: bool = False) -> None:
+        """Have the next message ask which phases can be deleted.
+
+        :param now: ask about all of them, since no phase may be entered after it
+        """
+        for gone, due in list(self._after.items()):
+            if due > self._entries and not now:
+                return
+            del self._after[gone]
+            if gone.membership is self.membership:
+                self._after[gone] = self._entries + len(self.open)  # The answer may be lost.
+                read: list[Request] = [Read(gone.entry.keys.log)]
+                connection.outbox.append((read, partial(self._departed, gone, connection)))
+            else:
+                # A rank that was killed never departs.
+                self._name(gone)
+
+    def _departed(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
+        """Delete the phase, if all have departed."""
+        entry, log, size = gone.entry, answers[0] if answers else b"", gone.entry.world_size
+        departures = size if log is None else len(phases.departed(log)) if log else 0
+        if departures > 1 or departures == size:
+            self.unfinished.pop(entry.keys.path, None)
+        if departures < size:
+            if gone.looks_after:
+                # When all others have probably sent a message more.
+                self._after[gone] = self._entries + len(self.open)
+            return
+        self._after.pop(gone, None)
+        if log is None:
+            return  # Another rank has deleted it.
+        if connection.lost is not None and self._idle:
+            # The messages of the lost connection go out on this one; see `_stand`.
+            connection = self._idle[-1]
+        spent = phases.spent(entry, broken=gone.broken, large=gone.large)
+        connection.outbox.append((spent, nothing))
+        if gone.step is not None and gone.broken:
+            self._forget_latest(gone, gone.step, connection)
+        self._tidy_soon()
+
+    def _tidy(self) -> None:
+        if self._departs:
+            self._departs = False
+            self._ask_now()
+        super()._tidy()
+
+    async def _flush(self) -> None:
+        self._ask_now()
+        await super()._flush()
+        # Others may depart without an answer after this rank has left.
+        for gone in self._after:
+            self._name(gone)
+
+    def _ask_now(self) -> None:
+        for connection in self._connections():
+            if connection.lost is None:
+                self.look_after(connection, now=True)
+                return
+
+    def _forget_latest(self, gone: Departure, step: int, connection: Connection) -> None:
+        """All are past this step, and refuse those before it by themselves."""
+        latest = gone.latest
 
         def emptied(answers: list[Any]) -> None:
             # At once, since a later step may be written there.

@@ -96,6 +96,9 @@ class Entering(Departing):
 
     def _enter_on(self, connection: Connection, phase: Phase, payload: bytes) -> None:
         phase.connection = phase.entered_on = connection
+        self._entries += 1
+        if self._after:
+            self.look_after(connection)
         connection.on_lost = partial(self._phase_lost, phase)
         connection.on_wake = partial(self._woken, phase)
         phase.entered = True
@@ -119,6 +122,7 @@ class Entering(Departing):
         if phase.connection is not connection:
             # The phase is over for this rank; another phase may wait on this connection.
             return
+        phase.counted = True
         count = phases.entered(entry, said.result())
         stopping = phase.decided or phase.giving_up
         if stopping and (isinstance(count, Broken) or not count.full(*entry.world)):
@@ -149,6 +153,7 @@ class Entering(Departing):
 
     def _seen(self, phase: Phase, found: list[Any]) -> None:
         if (later := number(found[0])) is not None:
+            phase.latest = later
             self.start(self._past(phase, later))
 
     async def _past(self, phase: Phase, latest: int) -> None:

@@ -154,7 +154,7 @@ class Listening(Breaking):
             return
         if not isinstance(judged, Count):
             self.settle(phase, judged)
-        elif judged.full(phase.entry.world_size, phase.entry.kind):
+        elif judged.full(*phase.entry.world):
             self._all_in(phase)
         elif (later := number(latest)) is not None and phase.step is not None:
             await self._past(phase, later)

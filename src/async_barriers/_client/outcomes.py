@@ -31,10 +31,12 @@ class Outcomes:
         # The identities of this rank's latest commits by name and sequence.
         self._generations: dict[tuple[str, int], tuple[str, bool]] = {}
 
-    async def noting(self, store: Store, phase: Phase, verdict: Verdict) -> list[Request]:
-        """What the leader writes before its verdict; nothing if that is no release."""
+    async def noting(
+        self, store: Store, phase: Phase, verdict: Verdict
+    ) -> tuple[list[Request], list[Request]]:
+        """What the leader writes before its verdict and after it; nothing if it is no release."""
         if not isinstance(verdict, Released):
-            return []
+            return [], []
         keys, record, noted = phase.membership.keys, phase.record, False
         if record is None:
             record = phase.record = _record_of(phase, verdict.result)

@@ -6,11 +6,13 @@ from collections import Counter
 from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
+from .._protocol.count import GATHER
 from .._protocol.keys import PhaseKeys
 from .._protocol.membership import Membership
+from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Entry
 from .._protocol.records import Record
-from .._protocol.verdict import Verdict
+from .._protocol.verdict import Broken, Released, Verdict
 from .._store.future import Effort
 from .._store.loops import Waiter
 from .._store.sources import Connection
@@ -35,7 +37,9 @@ class Phase:
     :ivar abandoned: nobody waits for it any more
     :ivar users: how many calls on other connections than its own may still write to its keys
     :ivar since: when its call began, by the loop's clock
-    :ivar last: this rank was the last one to enter
+    :ivar counted: this rank has learned whether it was the last one to enter
+    :ivar last: it was
+    :ivar latest: the latest step of its name that was broken, when this rank entered
     :ivar record: what its leader writes in the log of commits, once it has begun to
     :ivar lost: the error that ended the connection on which this rank had entered
     """
@@ -55,7 +59,9 @@ class Phase:
     rejoined = False
     differs = False
     worried = False
+    counted = False
     last = False
+    latest: int | None = None
     large = False
     users = 0
     verdict: Verdict | None = None
@@ -101,6 +107,35 @@ class Phase:
     def wake(self) -> None:
         if self.waiter is not None:
             self.waiter.wake()
+
+
+class Departure:
+    """A phase that this rank does not look at any more, until its keys are deleted.
+
+    It keeps nothing of the caller's, such as payloads, since that may take a while.
+
+    :ivar broken: it was not released, as far as this rank knows
+    :ivar looks_after: this rank has to see to its end: it entered last, or does not know
+    :ivar large: the ranks whose payloads are known to have keys of their own
+    """
+
+    __slots__ = ("broken", "entry", "large", "looks_after", "membership", "name", "step")
+
+    def __init__(self, phase: Phase) -> None:
+        self.membership = phase.membership
+        self.name = phase.name
+        self.step = phase.step
+        self.entry = phase.entry
+        self.broken = not isinstance(phase.verdict, Released)
+        self.looks_after = phase.last or not (phase.counted or isinstance(phase.verdict, Broken))
+        self.large: list[int] = []
+        if phase.entry.kind == GATHER and not self.broken and phase.brought is not None:
+            self.large = [rank for rank, one in phase.brought.items() if len(one) > SMALL_BYTES]
+
+    @property
+    def latest(self) -> str:
+        """The key of the latest step of its name that was broken."""
+        return self.membership.own.latest(self.name)
 
 
 class Turns:

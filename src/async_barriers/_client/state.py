@@ -23,7 +23,7 @@ from .._store.loops import Loop, loop_here
 from .._store.sources import Connection, Source
 from .._store.worker import end_at_exit
 from .outcomes import Outcomes
-from .phases import Phase, Turns
+from .phases import Departure, Phase, Turns
 from .said import Said
 from .tally import Tally
 
@@ -95,6 +95,9 @@ class SessionState:
         self._owed: list[tuple[str, int | None, str]] = []
         # Requests from the outboxes of lost connections.
         self._adrift: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
+        # The phases that this rank looks after, and at which number of its entries.
+        self._after: dict[Departure, int] = {}
+        self._entries = 0
         self._efforts: set[Effort[Any]] = set()
         self._leaving: Future[None] | None = None
         # All is closed, and nothing may begin any more.

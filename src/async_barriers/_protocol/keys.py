@@ -27,20 +27,19 @@ class PhaseKeys:
     """The keys of one phase.
 
     :ivar path: what all of them begin with
-    :ivar log: the ranks that entered, one a line
+    :ivar log: the ranks that entered, and those that departed, one a line
     :ivar count: the register that decides; see `_count`
     :ivar released: written by the last rank when all have entered; ranks wait for it, in a commit
         the leader
     """
 
-    __slots__ = ("count", "departed", "log", "path", "released")
+    __slots__ = ("count", "log", "path", "released")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.log = path + "/log"
         self.count = path + "/count"
         self.released = path + "/released"
-        self.departed = path + "/departed"
 
     @property
     def reason(self) -> str:
@@ -61,19 +60,9 @@ class PhaseKeys:
         return self.path + "/settled"
 
     @property
-    def terms(self) -> str:
-        """`commit` only: the leader that the first rank named."""
-        return self.path + "/terms"
-
-    @property
     def summary(self) -> str:
         """The ranks that had entered, as one rank found it for all that ask."""
         return self.path + "/summary"
-
-    @property
-    def brought(self) -> str:
-        """The payloads of the ranks, one after another; see `_payloads`."""
-        return self.path + "/brought"
 
     @property
     def published(self) -> str:
@@ -84,8 +73,7 @@ class PhaseKeys:
     def of_broken(self) -> list[str]:
         """All that may be there of a phase that broke, but for large payloads."""
         return [
-            self.log, self.count, self.released, self.departed, self.reason, self.summary,
-            self.word, self.settled, self.terms, self.brought,
+            self.log, self.count, self.released, self.reason, self.summary, self.word, self.settled,
         ]  # fmt: skip
 
     def payload(self, rank: int) -> str:

@@ -1,7 +1,8 @@
 """One phase: what a rank writes to enter, to give up, to look and to depart, and in which order.
 
 The verdict is a function of the phase's count (see `count`); docs/design.md argues why. The other
-keys explain it: the log names the ranks that entered, the reason says which rank broke it and why.
+keys explain it: the log names the ranks that entered, and those that have departed; the reason says
+which rank broke it and why.
 ``released`` wakes ranks. The coroutines here await a store alone, and keep nothing between calls.
 """
 
@@ -15,8 +16,8 @@ from .._errors import BarrierConnectionError
 from . import count as counts
 from .count import CALLS, COMMIT, EXECUTE, Count
 from .keys import PhaseKeys
-from .payloads import bringing, brought
-from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, Store
+from .payloads import SMALL_BYTES, brought, carried
+from .store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Request, Set, Store
 from .verdict import (
     Broken,
     Released,
@@ -53,11 +54,13 @@ class Entry:
     """One rank's part in one phase; immutable.
 
     :ivar kind: the kind of call: `count.EXECUTE`, `COMMIT` or `GATHER`
+    :ivar code: what its count says of the call; see `count.code`
     :ivar leader: the leader of a commit
     :ivar leads: whether this rank is the leader
+    :ivar world: what makes a count full: so many ranks, with this call
     """
 
-    __slots__ = ("keys", "kind", "leader", "leads", "rank", "world_size")
+    __slots__ = ("code", "keys", "kind", "leader", "leads", "rank", "world", "world_size")
 
     def __init__(
         self, keys: PhaseKeys, rank: int, world_size: int, kind: int = EXECUTE, leader: int = -1
@@ -68,15 +71,12 @@ class Entry:
         self.kind = kind
         self.leader = leader
         self.leads = kind == COMMIT and leader == rank
+        self.code = 0 if kind == EXECUTE else counts.code(kind, leader, world_size)
+        self.world = world_size, self.code
 
     def under(self, keys: PhaseKeys) -> Entry:
         """The same entry in another phase."""
         return Entry(keys, self.rank, self.world_size, self.kind, self.leader)
-
-    @property
-    def world(self) -> tuple[int, int]:
-        """What makes a count full: so many ranks, with this kind of call."""
-        return self.world_size, self.kind
 
     @property
     def call(self) -> str:
@@ -95,18 +95,17 @@ def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
     One message writes the name into the log, and then counts it: a rank that finds a full count
     finds all names. The same message begins to wait for the key that releases the phase.
     """
-    keys = entry.keys
-    call = b" c%d" % entry.leader if entry.kind == COMMIT else b""
-    requests: list[Request] = [
-        Append(keys.log, b"%d%s\n" % (entry.rank, call)),
-        Add(keys.count, counts.entry(entry.rank, entry.kind)),
-    ]
-    if entry.kind == EXECUTE:
-        return requests
-    if entry.kind == COMMIT:
-        mine = b"%d by %d" % (entry.leader, entry.rank)
-        requests.insert(0, CompareSet(keys.terms, b"", mine))
-    return bringing(keys, entry.rank, payload) + requests
+    keys, line = entry.keys, b"%d" % entry.rank
+    requests: list[Request] = []
+    if entry.kind != EXECUTE:
+        if entry.kind == COMMIT:
+            line += b" c%d" % entry.leader
+        if len(payload) > SMALL_BYTES:
+            requests.append(Set(keys.payload(entry.rank), payload))
+        line += b" " + carried(payload)
+    requests.append(Append(keys.log, line + b"\n"))
+    requests.append(Add(keys.count, counts.entry(entry.rank, entry.code)))
+    return requests
 
 
 def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
@@ -114,15 +113,9 @@ def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
     count = counts.of_sum(answers[-1])
     if count.broken:
         return count
-    if entry.kind == COMMIT and not answers[0].startswith(b"%d by " % entry.leader):
-        leader, _, rank = answers[0].decode(errors="replace").partition(" by ")
-        return different_call(entry.rank, entry.call, f"rank {rank}", f"commit(leader={leader})")
-    if count.differs(entry.kind):
-        others = [kind for kind in range(len(CALLS)) if kind != entry.kind]
-        other = next(
-            (CALLS[k] for k in others if _other_call(count, entry.kind, k)), "another call"
-        )
-        return different_call(entry.rank, entry.call, "others", other)
+    if count.differs(entry.code):
+        who, call = count.others(entry.rank, entry.code, entry.world_size)
+        return different_call(entry.rank, entry.call, who, call)
     if count.arrived >= entry.world_size and count.foul(entry.world_size):
         return Broken(
             None,
@@ -131,11 +124,6 @@ def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
             "to its keys?",
         )
     return count
-
-
-def _other_call(count: Count, kind: int, other: int) -> bool:
-    """Whether all ranks but the last one may have made the ``other`` call."""
-    return count.kinds - kind == other * (count.arrived - 1)
 
 
 async def look(store: Store, entry: Entry, *, entered: bool = True) -> Verdict | Count:
@@ -161,7 +149,7 @@ async def judge(
             # The reason is written before the phase is broken, so it is there now.
             (reason,) = await store.call(Read(entry.keys.reason))
         return decode_reason(reason)
-    if not count.full(entry.world_size, entry.kind):
+    if not count.full(*entry.world):
         return count
     if entry.kind != COMMIT:
         return await released(store, entry)
@@ -205,11 +193,10 @@ async def confirm(store: Store, entry: Entry) -> Released | None:
 
     None if the count is not full: something else woke it.
     """
-    (value,) = await store.call(Read(entry.keys.count))
-    if not counts.is_count(value) or not counts.of_value(value).full(entry.world_size, entry.kind):
+    # A `Get`, since a `Read` would wake ranks that wait for this key, and they would wake this one.
+    value, last = await store.call(Read(entry.keys.count), Get(entry.keys.released))
+    if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
         return None
-    # Only now: reading this key wakes the ranks that wait for it, and they would wake this one.
-    (last,) = await store.call(Read(entry.keys.released))
     return Released(number(last))
 
 
@@ -235,7 +222,7 @@ async def give_up(
                 return decode_reason(reason), True
             continue
         judged = await judge(store, entry, value, reason, entered=entered)
-        if not isinstance(judged, Count) or judged.full(entry.world_size, entry.kind):
+        if not isinstance(judged, Count) or judged.full(*entry.world):
             if reason is not None and not isinstance(judged, Broken):
                 # The last rank entered meanwhile, so nobody asks for a reason.
                 await store.call(Delete(keys.reason))
@@ -259,22 +246,20 @@ async def give_up(
 
 
 async def settle(
-    store: Store, entry: Entry, verdict: Verdict, threaded: str, noting: Iterable[Request] = ()
-) -> tuple[bool, list[Any]]:
+    store: Store,
+    entry: Entry,
+    verdict: Verdict,
+    before: Iterable[Request] = (),
+    after: Iterable[Request] = (),
+) -> list[Any]:
     """Write the leader's verdict on a commit in which all are in; it may be written again.
 
-    :param threaded: the key that tells whether there are ranks to ring for; the first result
-    :param noting: requests before the verdict, in the same message; their answers come second
+    :param before: requests before the verdict, in the same message
+    :param after: requests after it; their answers, which show that the verdict is there
     """
-    keys = entry.keys
     # Plain writes: nobody else writes there, and an answer would bring the whole verdict back.
-    *noted, rings = await store.call(
-        *noting,
-        Set(keys.word, encode_word(verdict)),
-        Set(keys.settled, b"%d" % entry.rank),
-        Read(threaded),
-    )
-    return rings is not None, noted
+    word, settled = Set(entry.keys.word, encode_word(verdict)), Set(entry.keys.settled, b"1")
+    return await store.call(*before, word, settled, *after)
 
 
 async def hear(store: Store, entry: Entry) -> Verdict | None:
@@ -292,15 +277,14 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     :raises BarrierError: something else wrote there
     """
     keys = entry.keys
-    reads: list[Request] = [Read(keys.count), Read(keys.brought)]
-    if entry.kind == COMMIT:
-        reads.append(Read(keys.log))
-    value, found, *log = await store.call(*reads)
-    if not counts.is_count(value) or not counts.of_value(value).full(entry.world_size, entry.kind):
+    value, log = await store.call(Read(keys.count), Read(keys.log))
+    if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
         return None
-    if log and (disagreement := differing(log[0])) is not None:
-        return disagreement
-    payloads, large = brought(found, entry.world_size)
+    if entry.kind == COMMIT and (disagreement := differing(log)) is not None:
+        # Another rank may have found it out before; see `entered`.
+        (reason,) = await store.call(CompareSet(keys.reason, b"", encode_reason(disagreement)))
+        return decode_reason(reason)
+    payloads, large = brought(log, entry.world_size)
     if large:
         values = await store.call(*[Read(entry.keys.payload(rank)) for rank in large])
         payloads |= {rank: value or b"" for rank, value in zip(large, values, strict=True)}
@@ -336,6 +320,17 @@ async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
     return absent
 
 
+def departing(entry: Entry) -> Append:
+    """What a rank writes when it will not look at the phase any more."""
+    return Append(entry.keys.log, b"%dd\n" % entry.rank)
+
+
+def departed(log: bytes) -> set[int]:
+    """The ranks that have departed, by a phase's log."""
+    lines = [line[:-1] for line in log.split() if line[-1:] == b"d" and len(line) < 20]
+    return {int(line) for line in lines if line.isdigit()}
+
+
 def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Request]:
     """What the last rank to depart deletes; for a broken phase, all that any call may write.
 
@@ -344,12 +339,10 @@ def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Requ
     keys = entry.keys
     if broken:
         return [DeleteMany(keys.of_broken)]
-    names = [keys.log, keys.count, keys.released, keys.departed]
+    names = [keys.log, keys.count, keys.released]
     if entry.world_size > _FEW:
         names.append(keys.summary)
     if entry.kind == COMMIT:
-        names += [keys.word, keys.settled, keys.terms]
-    if entry.kind != EXECUTE:
-        names.append(keys.brought)
+        names += [keys.word, keys.settled]
     names += map(keys.payload, large)
     return [DeleteMany(names)]

@@ -16,6 +16,7 @@ import json
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import NamedTuple
 
 from .._values import CommitRecord
@@ -31,7 +32,6 @@ _TRIES = 3
 SMALL_RESULT_BYTES = 1024
 # How many keys there are that wake observers, and how many of them exist at a time.
 _SLOTS, NEWS = 16, 8
-_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Record(NamedTuple):
@@ -82,8 +82,11 @@ class Log:
 
 def encode(record: Record) -> bytes:
     """The record's line in the log."""
-    result = None if record.result is None else b64encode(record.result).decode()
-    return _json([*record[:-1], result]).encode() + b"\n"
+    generation, name, label, leader, world_size, result = record
+    # Written by hand: json takes five times as long, and the other ranks wait for it.
+    shown = "null" if result is None else f'"{b64encode(result).decode()}"'
+    name = encode_basestring_ascii(name)
+    return f'["{generation}",{name},"{label}",{leader},{world_size},{shown}]\n'.encode()
 
 
 def _decode(line: bytes) -> Record | None:
@@ -131,21 +134,21 @@ def decode(value: bytes | None) -> Log:
 
 def noting(
     keys: Keys, record: Record, result: bytes, *, expected: int | None, noted: bool = False
-) -> list[Request]:
-    """What a leader writes before its verdict; the answer is the number of records now.
+) -> tuple[list[Request], list[Request]]:
+    """What a leader writes before its verdict and after it; the answer is the number of records.
 
     :param expected: the answer if nobody else commits meanwhile; its key wakes observers
     :param noted: whether the log has the record already
     """
-    requests: list[Request] = []
+    before: list[Request] = []
     if record.result is None:
-        requests.append(Set(record.keys(keys).published, result))
+        before.append(Set(record.keys(keys).published, result))
     if not noted:
-        requests.append(Append(keys.commits, encode(record)))
-    requests.append(Add(keys.commits_number, 0 if noted else 1))
+        before.append(Append(keys.commits, encode(record)))
+    after: list[Request] = [Add(keys.commits_number, 0 if noted else 1)]
     if expected is not None:
-        requests.append(_news(keys, expected))
-    return requests
+        after.append(_news(keys, expected))
+    return before, after
 
 
 def _news(keys: Keys, count: int) -> Set:

@@ -51,6 +51,16 @@ class Read(NamedTuple):
     key: str
 
 
+class Get(NamedTuple):
+    """Read a key that was written; the answer is its value, or b"" if it was deleted since.
+
+    Unlike `Read`, it never wakes those that wait for the key. If the key is not there, a server
+    without libuv ends the connection.
+    """
+
+    key: str
+
+
 class Delete(NamedTuple):
     """Delete a key, if it is there. Not answered."""
 
@@ -63,7 +73,7 @@ class DeleteMany(NamedTuple):
     keys: list[str]
 
 
-Request = Append | Set | SetMany | Add | CompareSet | Read | Delete | DeleteMany
+Request = Append | Set | SetMany | Add | CompareSet | Read | Get | Delete | DeleteMany
 SILENT = (Append, Set, SetMany, Delete, DeleteMany)
 
 

@@ -14,8 +14,8 @@ from .heard import Heard, decode_rows, encode_rows
 
 # The beginning of a leader's word; rubbish has another.
 _PUBLISHED, _NOT_PUBLISHED = b"published\n", b"broken\n"
-# A line of a phase's log: a rank, and the leader that it names in a commit.
-_ARRIVAL = re.compile(rb"([0-9]{1,5})(?: c([0-9]{1,5}))?")
+# A line of a phase's log: a rank, the leader that it names in a commit, and its payload.
+_ARRIVAL = re.compile(rb"([0-9]{1,5})(?: c([0-9]{1,5}))?(?: [=-].*)?")
 # The errors of reading a value that another client wrote.
 RUBBISH = (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError)
 
@@ -116,10 +116,10 @@ def missing(log: bytes | None, world_size: int) -> tuple[int, ...]:
 def differing(log: bytes | None) -> Broken | None:
     """Why a commit is broken whose ranks do not name one leader; None if they do."""
     log = log or b""
-    end = log.find(b"\n") + 1
-    begin = log.find(b" c", 0, end)
-    if begin > 0 and log.count(log[begin:end]) == log.count(b"\n"):
-        return None  # Most often all lines end as the first one does.
+    begin = log.find(b" c")
+    leader = log[begin : log.find(b" ", begin + 1) + 1]
+    if begin > 0 and log.count(leader) == log.count(b"\n"):
+        return None  # Most often all lines name the leader of the first one.
     first: tuple[str, str] | None = None
     for line in log.splitlines():
         if (match := _ARRIVAL.fullmatch(line)) is None:

@@ -22,6 +22,7 @@ from .._protocol.store import (
     CompareSet,
     Delete,
     DeleteMany,
+    Get,
     Read,
     Request,
     Set,
@@ -70,6 +71,8 @@ class BlockingStore:
                 return _bytes(store.compare_set(request.key, request.expected, request.desired))
             if isinstance(request, Read):
                 return self._read(request.key)
+            if isinstance(request, Get):
+                return self._read(request.key) or b""
             assert isinstance(request, Delete | DeleteMany)
             for key in [request.key] if isinstance(request, Delete) else request.keys:
                 store.delete_key(key)

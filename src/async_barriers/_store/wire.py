@@ -12,9 +12,10 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .._protocol.store import Add, Append, CompareSet, Delete, DeleteMany, Read, Set, SetMany
+from .._protocol.store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Set, SetMany
 
-_VALIDATE, _SET, _COMPARE_SET, _ADD, _WAIT = b"\x00", b"\x01", b"\x02", b"\x04", b"\x06"
+_VALIDATE, _SET, _COMPARE_SET, _GET = b"\x00", b"\x01", b"\x02", b"\x03"
+_ADD, _WAIT = b"\x04", b"\x06"
 _DELETE, _APPEND, _MULTI_SET, CANCEL_WAIT, _PING = b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d"
 _MAGIC = struct.pack("=I", 0x3C85F7CE)
 _SIZE = struct.Struct("=Q")
@@ -89,6 +90,10 @@ def _read(request: Read) -> bytes:
     return _COMPARE_SET + _key(request[0]) + _READ_IT
 
 
+def _get(request: Get) -> bytes:
+    return _GET + _key(request[0])
+
+
 def _delete(request: Delete) -> bytes:
     return _DELETE + _key(request[0])
 
@@ -105,6 +110,7 @@ SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
     Add: (_add, NUMBER),
     CompareSet: (_compare_set, VALUE),
     Read: (_read, READ),
+    Get: (_get, VALUE),
     Delete: (_delete, UNWANTED),
     DeleteMany: (_delete_many, UNWANTED),
 }
