@@ -70,8 +70,8 @@ class Server:
             return [text(), number()]
         if kind in (6, 11):  # wait, multi_set
             return [text() for _ in range(number() * (1 if kind == 6 else 2))]
-        assert kind in (8, 12), f"request {kind}"  # delete, cancel_wait
-        return [text()] if kind == 8 else []
+        assert kind in (3, 8, 12), f"request {kind}"  # get, delete, cancel_wait
+        return [] if kind == 12 else [text()]
 
     def _do(self, kind: int, *fields: Any) -> None:
         key = fields[0] if fields else b""
@@ -84,6 +84,9 @@ class Server:
             if before == fields[1] and (key in self.values or not before):
                 self.write(key, fields[2])
             now = self.values.get(key, fields[1])
+            self.said += _SIZE.pack(len(now)) + now
+        elif kind == 3:
+            now = self.values.get(key, b"")
             self.said += _SIZE.pack(len(now)) + now
         elif kind == 4:
             total = int(self.values.get(key, b"0")) + fields[1]

@@ -16,6 +16,7 @@ from async_barriers._protocol.store import (
     CompareSet,
     Delete,
     DeleteMany,
+    Get,
     Read,
     Request,
     Set,
@@ -33,6 +34,7 @@ requests = st.one_of(
     st.builds(Add, st.sampled_from(["n", "m"]), st.integers(-3, 1 << 40)),
     st.builds(CompareSet, keys, st.sampled_from([b"", b"x", b"y"]), st.sampled_from([b"x", b"y"])),
     st.builds(Read, st.sampled_from(["a", "b", "c", "none"])),
+    st.builds(Get, st.sampled_from(["a", "b", "c", "none"])),
     st.builds(Delete, st.sampled_from(["a", "b", "n", "none"])),
     st.builds(DeleteMany, st.lists(keys, min_size=1, max_size=3)),
 )
@@ -69,6 +71,8 @@ class Model:
             found = held.get(request.key)
             # The one value that cannot be told from none.
             return None if found == b"\0absent\0" else found
+        elif isinstance(request, Get):
+            return held.get(request.key, b"")
         else:
             for key in [request.key] if isinstance(request, Delete) else request.keys:
                 held.pop(key, None)
