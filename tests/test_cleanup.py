@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import random
 import re
@@ -229,11 +228,9 @@ async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
     """The rank cannot know yet that it is the first to depart, and names the phase all the same."""
     first, second = await memory.barriers(2)
     parked, goes_on = threading.Event(), threading.Event()
-    written = itertools.count()
 
     def hook(operation: str, key: str) -> None:
-        # It enters, and then departs.
-        if operation == "compare_set" and key.endswith("1:x/0/log") and next(written) == 1:
+        if operation == "add" and key.endswith("1:x/0/departed"):
             parked.set()
             goes_on.wait(5)
         elif operation == "compare_set" and key.endswith("/unfinished"):

@@ -14,7 +14,7 @@ from async_barriers import BarrierError
 from async_barriers._protocol.count import COMMIT, GATHER, MAX_RANKS
 from async_barriers._protocol.keys import MAX_KEY_BYTES, Keys, PhaseKeys, check_name, check_prefix
 from async_barriers._protocol.payloads import SMALL_BYTES, brought, carried
-from async_barriers._protocol.phase import Entry, departing, entering
+from async_barriers._protocol.phase import Entry, departed, departing, departing_alone, entering
 from async_barriers._protocol.store import Append, Set
 from async_barriers._protocol.verdict import missing
 from async_barriers._store import wire
@@ -34,8 +34,8 @@ WORLD = 5
 
 def keys_of(phase: PhaseKeys) -> set[str]:
     return {
-        phase.log, phase.count, phase.released, phase.reason, phase.word, phase.settled,
-        phase.summary, phase.payload(0), phase.payload(11), phase.published,
+        phase.log, phase.count, phase.released, phase.departed, phase.reason, phase.word,
+        phase.settled, phase.summary, phase.payload(0), phase.payload(11), phase.published,
     }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_no_two_phases_share_a_key(
     def fields(prefix: str, identity: str, name: str, sequence: str) -> set[str]:
         return keys_of(Keys(prefix).generation(identity).phase(name, sequence))
 
-    assert len(fields(*one)) == 10
+    assert len(fields(*one)) == 11
     assert (one == other) or not (fields(*one) & fields(*other))
     keys = Keys(one[0])
     own = keys.generation(one[1])
@@ -97,7 +97,7 @@ def test_payloads_survive_the_store(given_: list[bytes], chosen: random.Random) 
     phase = Keys("p").generation("0-ab").phase("", "0")
     order = list(range(len(given_)))
     chosen.shuffle(order)
-    log, stored = b"", {}
+    log, stored, gone = b"", {}, {}
     for rank in order:
         entry = Entry(phase, rank, len(given_), chosen.choice([COMMIT, GATHER]), 0)
         for request in entering(entry, given_[rank]):
@@ -105,7 +105,11 @@ def test_payloads_survive_the_store(given_: list[bytes], chosen: random.Random) 
                 assert request.key == phase.log
                 log += request.value
                 if chosen.random() < 0.2:
-                    log += departing(entry).value
+                    alone = chosen.random() < 0.5
+                    *_, left = (departing_alone if alone else departing)(entry)
+                    assert isinstance(left, Append)
+                    log += left.value
+                    gone[rank] = alone
             elif isinstance(request, Set):
                 stored[request.key] = request.value
     found, large = brought(log or None, len(given_))
@@ -113,6 +117,7 @@ def test_payloads_survive_the_store(given_: list[bytes], chosen: random.Random) 
     found |= {rank: stored[phase.payload(rank)] for rank in large}
     assert [found[rank] for rank in range(len(given_))] == given_
     assert missing(log, len(given_)) == ()
+    assert departed(log) == gone
 
 
 REFUSED = "something else wrote to the payloads"

@@ -46,6 +46,7 @@ FIELDS: dict[str, Callable[[PhaseKeys], str]] = {
     "reason": lambda keys: keys.reason,
     "word": lambda keys: keys.word,
     "summary": lambda keys: keys.summary,
+    "departed": lambda keys: keys.departed,
 }
 # When it comes: before anyone enters, while two of three wait for the last one, who comes then,
 # and while they wait in vain.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from .._protocol import phase as phases
 from .._protocol.count import GATHER
 from .._protocol.phase import Forgotten
-from .._protocol.store import CompareSet, Delete, Read, Request
+from .._protocol.store import Add, Append, CompareSet, Delete, Read, Request
 from .._protocol.verdict import Broken
 from .._store.sources import Connection
 from .phases import Departure, Phase, Turns
@@ -64,12 +64,12 @@ class Departing(Pool):
             return
         gone = Departure(phase)
         self._departs = True
-        requests: list[Request] = [phases.departing(phase.entry)]
+        requests = phases.departing(gone.entry)
         if gone.broken:
             # Before it is known which rank was the first: this one may leave before the answer.
             self._name(gone)
         if gone.broken or connection is self._bell:
-            requests.append(Read(phase.entry.keys.log))
+            requests = phases.departing_alone(gone.entry)
         connection.outbox.append((requests, partial(self._departed, gone, connection)))
         if phase.large and (gone.broken or phase.entry.kind != GATHER):
             own = phase.entry.keys.payload(self.rank)
@@ -94,35 +94,73 @@ class Departing(Pool):
                 return
             del self._after[gone]
             if gone.membership is self.membership:
-                self._after[gone] = self._entries + len(self.open)  # The answer may be lost.
+                self._look_later(gone)  # The answer may be lost.
                 read: list[Request] = [Read(gone.entry.keys.log)]
-                connection.outbox.append((read, partial(self._departed, gone, connection)))
+                looked = partial(self._looked, gone, connection, now)
+                connection.outbox.append((read, looked))
             else:
                 # A rank that was killed never departs.
                 self._name(gone)
 
     def _departed(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
-        """Delete the phase, if all have departed."""
-        entry, log, size = gone.entry, answers[0] if answers else b"", gone.entry.world_size
-        departures = size if log is None else len(phases.departed(log)) if log else 0
-        if departures > 1 or departures == size:
-            self.unfinished.pop(entry.keys.path, None)
-        if departures < size:
-            if gone.looks_after:
-                # When all others have probably sent a message more.
-                self._after[gone] = self._entries + len(self.open)
-            return
-        self._after.pop(gone, None)
+        """Delete the phase, if its count of departures is complete."""
+        number = answers[0] if answers else 0
+        if number > 1:
+            self.unfinished.pop(gone.entry.keys.path, None)
+        if number >= gone.entry.world_size:
+            self._delete(gone, connection, alone=True)
+        elif gone.looks_after:
+            self._look_later(gone)
+            if number:
+                self._departs = True
+                self._tidy_soon()
+
+    def _added(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
+        gone.adding = False
+        self._departed(gone, connection, answers)
+
+    def _look_later(self, gone: Departure) -> None:
+        """Look when all others have probably sent a message more, and ever more rarely."""
+        self._after[gone] = self._entries + len(self.open) * gone.patience
+        gone.patience *= 2
+
+    def _looked(
+        self, gone: Departure, connection: Connection, now: bool, answers: list[Any]
+    ) -> None:
+        """Delete the phase, if all have departed; else count those that did not do so alone."""
+        (log,) = answers
         if log is None:
-            return  # Another rank has deleted it.
+            self._after.pop(gone, None)  # Another rank has deleted it.
+            return
+        if gone.adding:
+            return  # To delete the number now could leave it there.
+        found = phases.departed(log)
+        alone = sum(found.values())
+        if len(found) >= gone.entry.world_size:
+            self._delete(gone, connection, alone=alone > 0 or gone.added > 0)
+        elif now and gone.last and (more := len(found) - alone - gone.added) > 0:
+            # Noted before it is sent: if the connection is lost, they must not be added twice.
+            gone.added, gone.adding = gone.added + more, True
+            add = Add(gone.entry.keys.departed, more)
+            connection.outbox.append(([add], partial(self._added, gone, connection)))
+            self._tidy_soon()
+
+    def _delete(self, gone: Departure, connection: Connection, *, alone: bool) -> None:
+        self._after.pop(gone, None)
+        self.unfinished.pop(gone.entry.keys.path, None)
         if connection.lost is not None and self._idle:
             # The messages of the lost connection go out on this one; see `_stand`.
             connection = self._idle[-1]
-        spent = phases.spent(entry, broken=gone.broken, large=gone.large)
+        spent = phases.spent(gone.entry, broken=gone.broken, alone=alone, large=gone.large)
         connection.outbox.append((spent, nothing))
         if gone.step is not None and gone.broken:
             self._forget_latest(gone, gone.step, connection)
         self._tidy_soon()
+
+    def _depart_alone(self, connection: Connection) -> None:
+        for requests, heard in connection.outbox:
+            if isinstance(requests[0], Append) and isinstance(heard, partial):
+                requests[:] = phases.departing_alone(heard.args[0].entry)
 
     def _tidy(self) -> None:
         if self._departs:

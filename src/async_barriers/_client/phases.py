@@ -115,11 +115,18 @@ class Departure:
     It keeps nothing of the caller's, such as payloads, since that may take a while.
 
     :ivar broken: it was not released, as far as this rank knows
-    :ivar looks_after: this rank has to see to its end: it entered last, or does not know
+    :ivar last: this rank entered last
+    :ivar looks_after: it has to see to the end of the phase: it entered last, or does not know
+    :ivar added: how many departures of others it has added to `PhaseKeys.departed`
+    :ivar adding: that is under way
+    :ivar patience: how often this rank enters phases, for each that it awaits, until it looks again
     :ivar large: the ranks whose payloads are known to have keys of their own
     """
 
-    __slots__ = ("broken", "entry", "large", "looks_after", "membership", "name", "step")
+    __slots__ = (
+        "added", "adding", "broken", "entry", "large", "last", "looks_after", "membership", "name",
+        "patience", "step",
+    )  # fmt: skip
 
     def __init__(self, phase: Phase) -> None:
         self.membership = phase.membership
@@ -127,6 +134,10 @@ class Departure:
         self.step = phase.step
         self.entry = phase.entry
         self.broken = not isinstance(phase.verdict, Released)
+        self.added = 0
+        self.adding = False
+        self.patience = 1
+        self.last = phase.last
         self.looks_after = phase.last or not (phase.counted or isinstance(phase.verdict, Broken))
         self.large: list[int] = []
         if phase.entry.kind == GATHER and not self.broken and phase.brought is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._errors import BarrierConnectionError
 from .._protocol.count import Count
-from .._protocol.store import Append, Read, Set, SetMany
+from .._protocol.store import Read, Set, SetMany
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep, within
@@ -75,7 +75,7 @@ class Pool(SessionState):
         self._tidying = False
         for connection in self._connections():
             if connection.outbox and connection.lost is None:
-                self._have_answered(connection)
+                self._depart_alone(connection)
                 connection.call()
                 self._tidy_soon()
         for connection in self._idle[:-1]:
@@ -84,19 +84,10 @@ class Pool(SessionState):
                 self._announced.pop(connection, None)
                 connection.close()
 
-    @staticmethod
-    def _have_answered(connection: Connection) -> None:
-        """Before a message that enters no phase: ask how many departed, since the last one must
-        learn it. Only departures are appended in an outbox."""
-        for requests, _ in connection.outbox:
-            first = requests[0]
-            if len(requests) == 1 and isinstance(first, Append):
-                requests.append(Read(first.key))
-
     async def _flush(self) -> None:
         for connection in self._connections():
             while connection.outbox and connection.lost is None:
-                self._have_answered(connection)
+                self._depart_alone(connection)
                 await connection.call(Read(self.keys.state))
 
     async def _retire(self, connection: Connection) -> None:
@@ -109,7 +100,7 @@ class Pool(SessionState):
         deadline = self._now() + self.init_secs
         connection.stop_waiting()
         while connection.lost is None and (connection.unsaid or connection.outbox):
-            self._have_answered(connection)
+            self._depart_alone(connection)
             answered = connection.call(Read(self.keys.state))
             if not await within(loop, answered, deadline - self._now()):
                 break

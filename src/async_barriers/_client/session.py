@@ -96,12 +96,12 @@ class Session(Joining):
         send what follows: the last rank to depart deletes the keys."""
         for connection in self._connections():
             connection.stop_waiting()
-            self._have_answered(connection)
+            self._depart_alone(connection)
             answered = connection.call(Read(self.keys.state))
             while await within(loop, answered, deadline - self._now()) and (
                 connection.unsaid or (connection.outbox and connection.lost is None)
             ):
-                self._have_answered(connection)
+                self._depart_alone(connection)
                 answered = connection.call(Read(self.keys.state))
 
     async def _say_goodbye(

@@ -266,6 +266,10 @@ class SessionState:
     def end_with_loop(self) -> None:
         raise NotImplementedError
 
+    def _depart_alone(self, connection: Connection) -> None:
+        """Before a message that enters no phase: have the departures in the outbox answered."""
+        raise NotImplementedError
+
     def _woken(self, phase: Phase) -> None:
         raise NotImplementedError
 

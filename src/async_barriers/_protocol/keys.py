@@ -29,17 +29,19 @@ class PhaseKeys:
     :ivar path: what all of them begin with
     :ivar log: the ranks that entered, and those that departed, one a line
     :ivar count: the register that decides; see `_count`
+    :ivar departed: how many ranks departed, but for some that entered another phase as they did
     :ivar released: written by the last rank when all have entered; ranks wait for it, in a commit
         the leader
     """
 
-    __slots__ = ("count", "log", "path", "released")
+    __slots__ = ("count", "departed", "log", "path", "released")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.log = path + "/log"
         self.count = path + "/count"
         self.released = path + "/released"
+        self.departed = path + "/departed"
 
     @property
     def reason(self) -> str:
@@ -73,7 +75,8 @@ class PhaseKeys:
     def of_broken(self) -> list[str]:
         """All that may be there of a phase that broke, but for large payloads."""
         return [
-            self.log, self.count, self.released, self.reason, self.summary, self.word, self.settled,
+            self.log, self.count, self.released, self.departed, self.reason, self.summary,
+            self.word, self.settled,
         ]  # fmt: skip
 
     def payload(self, rank: int) -> str:

@@ -320,26 +320,40 @@ async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
     return absent
 
 
-def departing(entry: Entry) -> Append:
-    """What a rank writes when it will not look at the phase any more."""
-    return Append(entry.keys.log, b"%dd\n" % entry.rank)
+def departing(entry: Entry) -> list[Request]:
+    """What a rank writes, with its entry into another phase, when it will not look at this one any
+    more; not answered."""
+    return [Append(entry.keys.log, b"%dd\n" % entry.rank)]
 
 
-def departed(log: bytes) -> set[int]:
-    """The ranks that have departed, by a phase's log."""
-    lines = [line[:-1] for line in log.split() if line[-1:] == b"d" and len(line) < 20]
-    return {int(line) for line in lines if line.isdigit()}
+def departing_alone(entry: Entry) -> list[Request]:
+    """The same, in a message that enters no phase; the answer is the number of those.
+
+    First the number, so that it is there when a rank that reads the log finds this departure.
+    """
+    return [Add(entry.keys.departed, 1), Append(entry.keys.log, b"%da\n" % entry.rank)]
 
 
-def spent(entry: Entry, *, broken: bool, large: Iterable[int] = ()) -> list[Request]:
-    """What the last rank to depart deletes; for a broken phase, all that any call may write.
+def departed(log: bytes) -> dict[int, bool]:
+    """The ranks that have departed, by a phase's log, and whether each did so alone."""
+    lines = [line for line in log.split() if line[-1:] in (b"d", b"a") and len(line) < 20]
+    return {int(line[:-1]): line[-1:] == b"a" for line in lines if line[:-1].isdigit()}
 
+
+def spent(
+    entry: Entry, *, broken: bool, alone: bool = True, large: Iterable[int] = ()
+) -> list[Request]:
+    """What is deleted when all have departed; for a broken phase, all that any call may write.
+
+    :param alone: whether any rank departed alone
     :param large: the ranks whose payloads are known to have keys of their own
     """
     keys = entry.keys
     if broken:
         return [DeleteMany(keys.of_broken)]
     names = [keys.log, keys.count, keys.released]
+    if alone:
+        names.append(keys.departed)
     if entry.world_size > _FEW:
         names.append(keys.summary)
     if entry.kind == COMMIT:
