@@ -1,8 +1,8 @@
 """What one crossing of a new name runs through, and says: so that nobody adds to it unawares.
 
 The goal is at most 30 functions of ours in 8 rooms (modules), one message for a rank that enters,
-one more for the last one, and bytes that do not depend on the number of ranks. Today it is 84
-functions in 16 rooms (94 in 17 where a rank has waited for so long that it asks who came last), and
+one more for the last one, and bytes that do not depend on the number of ranks. Today it is 85
+functions in 16 rooms (95 in 17 where a rank has waited for so long that it asks who came last), and
 9 bytes received. The last rank receives 41, and one phase's log, which it looks after: 11 bytes for
 each rank at most. The ceilings are a little above; whoever needs less lowers them.
 """
@@ -31,13 +31,13 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyn
 PACKAGE = str(Path(async_barriers.__file__).parent)
 CROSSINGS = 12
 # Of a rank that waits and of the last one together: functions, rooms.
-AT_ONCE = (84, 16)
-LATE = (94, 17)
+AT_ONCE = (85, 16)
+LATE = (95, 17)
 # For a rank that waits, and for the last one, in any world.
 MESSAGES = (1, 2)
 BYTES_RECEIVED = (10, 42)
 # More for the last one, for each rank of so small a world.
-LOG_BYTES = 5
+LOG_BYTES = 8
 
 
 class Taken:

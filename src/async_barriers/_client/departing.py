@@ -24,7 +24,7 @@ _MOST_UNFINISHED = 64
 class Departing(Pool):
     """Forgets phases that nobody on this rank waits for."""
 
-    # Whether this rank has departed from a phase since `_tidy` was called last.
+    # Whether this rank has departed from a phase since the outboxes were flushed.
     _departs = False
 
     def forget(self, phase: Phase) -> None:
@@ -62,7 +62,7 @@ class Departing(Pool):
                 self._clear_early(turns)
         if phase.early or isinstance(phase.error, Forgotten):
             return
-        gone = Departure(phase)
+        gone = phase.departure = Departure(phase)
         self._departs = True
         requests = phases.departing(gone.entry)
         if gone.broken:
@@ -95,12 +95,14 @@ class Departing(Pool):
             del self._after[gone]
             if gone.membership is self.membership:
                 self._look_later(gone)  # The answer may be lost.
-                read: list[Request] = [Read(gone.entry.keys.log)]
-                looked = partial(self._looked, gone, connection, now)
-                connection.outbox.append((read, looked))
+                self._read_log(gone, connection, now)
             else:
                 # A rank that was killed never departs.
                 self._name(gone)
+
+    def _read_log(self, gone: Departure, connection: Connection, now: bool) -> None:
+        read: list[Request] = [Read(gone.entry.keys.log)]
+        connection.outbox.append((read, partial(self._looked, gone, connection, now)))
 
     def _departed(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
         """Delete the phase, if its count of departures is complete."""
@@ -111,9 +113,8 @@ class Departing(Pool):
             self._delete(gone, connection, alone=True)
         elif gone.looks_after:
             self._look_later(gone)
-            if number:
-                self._departs = True
-                self._tidy_soon()
+            if number and not gone.added:
+                self._read_log(gone, connection, now=True)
 
     def _added(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
         gone.adding = False
@@ -143,7 +144,6 @@ class Departing(Pool):
             gone.added, gone.adding = gone.added + more, True
             add = Add(gone.entry.keys.departed, more)
             connection.outbox.append(([add], partial(self._added, gone, connection)))
-            self._tidy_soon()
 
     def _delete(self, gone: Departure, connection: Connection, *, alone: bool) -> None:
         self._after.pop(gone, None)
@@ -162,24 +162,13 @@ class Departing(Pool):
             if isinstance(requests[0], Append) and isinstance(heard, partial):
                 requests[:] = phases.departing_alone(heard.args[0].entry)
 
-    def _tidy(self) -> None:
+    async def _flush(self) -> None:
         if self._departs:
             self._departs = False
-            self._ask_now()
-        super()._tidy()
-
-    async def _flush(self) -> None:
-        self._ask_now()
+            usable = [each for each in self._connections() if each.lost is None]
+            if usable:
+                self.look_after(usable[0], now=True)
         await super()._flush()
-        # Others may depart without an answer after this rank has left.
-        for gone in self._after:
-            self._name(gone)
-
-    def _ask_now(self) -> None:
-        for connection in self._connections():
-            if connection.lost is None:
-                self.look_after(connection, now=True)
-                return
 
     def _forget_latest(self, gone: Departure, step: int, connection: Connection) -> None:
         """All are past this step, and refuse those before it by themselves."""

@@ -119,11 +119,14 @@ class Entering(Departing):
         """The store has counted this rank's arrival."""
         if said.error is not None or phase.entry is not entry:
             return
+        count = phases.entered(entry, said.result())
         if phase.connection is not connection:
             # The phase is over for this rank; another phase may wait on this connection.
+            if phase.departure is not None:
+                last = not isinstance(count, Broken) and count.full(*entry.world)
+                phase.departure.last = phase.departure.looks_after = last
             return
         phase.counted = True
-        count = phases.entered(entry, said.result())
         stopping = phase.decided or phase.giving_up
         if stopping and (isinstance(count, Broken) or not count.full(*entry.world)):
             return

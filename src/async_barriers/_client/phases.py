@@ -40,6 +40,7 @@ class Phase:
     :ivar counted: this rank has learned whether it was the last one to enter
     :ivar last: it was
     :ivar latest: the latest step of its name that was broken, when this rank entered
+    :ivar departure: what is left of it, once nobody waits for it any more
     :ivar record: what its leader writes in the log of commits, once it has begun to
     :ivar lost: the error that ended the connection on which this rank had entered
     """
@@ -62,6 +63,7 @@ class Phase:
     counted = False
     last = False
     latest: int | None = None
+    departure: Departure | None = None
     large = False
     users = 0
     verdict: Verdict | None = None

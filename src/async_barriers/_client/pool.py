@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from .._errors import BarrierConnectionError
@@ -71,13 +72,13 @@ class Pool(SessionState):
             self.loop.call_at(self.loop.now() + _IDLE_SECS, self._tidy)
 
     def _tidy(self) -> None:
-        """Send what still waits in the outboxes, and keep only one of the unused connections."""
         self._tidying = False
-        for connection in self._connections():
-            if connection.outbox and connection.lost is None:
-                self._depart_alone(connection)
-                connection.call()
-                self._tidy_soon()
+        if not self.closing:
+            self.start(self._flush_and_close_spares())
+
+    async def _flush_and_close_spares(self) -> None:
+        """Send what still waits in the outboxes, and keep only one of the unused connections."""
+        await self._flush()
         for connection in self._idle[:-1]:
             if not connection.unsaid and not connection.outbox:
                 self._idle.remove(connection)
@@ -85,10 +86,12 @@ class Pool(SessionState):
                 connection.close()
 
     async def _flush(self) -> None:
+        """Send what waits in the outboxes, and what follows from the answers."""
         for connection in self._connections():
-            while connection.outbox and connection.lost is None:
-                self._depart_alone(connection)
-                await connection.call(Read(self.keys.state))
+            with contextlib.suppress(BarrierConnectionError):
+                while connection.outbox and connection.lost is None:
+                    self._depart_alone(connection)
+                    await connection.call()
 
     async def _retire(self, connection: Connection) -> None:
         """Close it when everything sent there is answered, departures and what follows them too.

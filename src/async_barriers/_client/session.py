@@ -127,6 +127,9 @@ class Session(Joining):
         flushed = self.start(self._flush())
         if not await within(loop, flushed, deadline - self._now()):
             return
+        # Others may depart from these after this rank has left, and not be answered.
+        for gone in self._after:
+            self._name(gone)
         hosts = await self._source.hosts(loop)
         if self._drained:
             return
