@@ -14,7 +14,7 @@ from async_barriers import BarrierError
 from async_barriers._protocol.count import COMMIT, GATHER, MAX_RANKS
 from async_barriers._protocol.keys import MAX_KEY_BYTES, Keys, PhaseKeys, check_name, check_prefix
 from async_barriers._protocol.payloads import SMALL_BYTES, brought, carried
-from async_barriers._protocol.phase import Entry, departed, departing, departing_alone, entering
+from async_barriers._protocol.phase import Entry, departed, departing, entering
 from async_barriers._protocol.store import Append, Set
 from async_barriers._protocol.verdict import missing
 from async_barriers._store import wire
@@ -97,7 +97,7 @@ def test_payloads_survive_the_store(given_: list[bytes], chosen: random.Random) 
     phase = Keys("p").generation("0-ab").phase("", "0")
     order = list(range(len(given_)))
     chosen.shuffle(order)
-    log, stored, gone = b"", {}, {}
+    log, stored, gone = b"", {}, set()
     for rank in order:
         entry = Entry(phase, rank, len(given_), chosen.choice([COMMIT, GATHER]), 0)
         for request in entering(entry, given_[rank]):
@@ -105,11 +105,10 @@ def test_payloads_survive_the_store(given_: list[bytes], chosen: random.Random) 
                 assert request.key == phase.log
                 log += request.value
                 if chosen.random() < 0.2:
-                    alone = chosen.random() < 0.5
-                    *_, left = (departing_alone if alone else departing)(entry)
+                    (left,) = departing(entry)
                     assert isinstance(left, Append)
                     log += left.value
-                    gone[rank] = alone
+                    gone.add(rank)
             elif isinstance(request, Set):
                 stored[request.key] = request.value
     found, large = brought(log or None, len(given_))

@@ -10,7 +10,7 @@ from .._protocol import phase as phases
 from .._protocol.count import GATHER
 from .._protocol.phase import Forgotten
 from .._protocol.store import Add, Append, CompareSet, Delete, Read, Request
-from .._protocol.verdict import Broken
+from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
 from .phases import Departure, Phase, Turns
 from .pool import Pool, nothing
@@ -64,6 +64,8 @@ class Departing(Pool):
             return
         gone = phase.departure = Departure(phase)
         self._departs = True
+        if gone.looks_after:
+            self._look_later(gone)
         requests = phases.departing(gone.entry)
         if gone.broken:
             # Before it is known which rank was the first: this one may leave before the answer.
@@ -101,20 +103,20 @@ class Departing(Pool):
                 self._name(gone)
 
     def _read_log(self, gone: Departure, connection: Connection, now: bool) -> None:
-        read: list[Request] = [Read(gone.entry.keys.log)]
-        connection.outbox.append((read, partial(self._looked, gone, connection, now)))
+        reads: list[Request] = [Read(gone.entry.keys.log)]
+        if now:
+            reads.append(Read(gone.entry.keys.departed))
+        connection.outbox.append((reads, partial(self._looked, gone, connection, now)))
 
     def _departed(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
         """Delete the phase, if its count of departures is complete."""
-        number = answers[0] if answers else 0
-        if number > 1:
+        counted = answers[0] if answers else 0
+        if counted > 1:
             self.unfinished.pop(gone.entry.keys.path, None)
-        if number >= gone.entry.world_size:
+        if counted >= gone.entry.world_size:
             self._delete(gone, connection, alone=True)
-        elif gone.looks_after:
-            self._look_later(gone)
-            if number and not gone.added:
-                self._read_log(gone, connection, now=True)
+        elif counted and gone.last and not gone.added:
+            self._read_log(gone, connection, now=True)
 
     def _added(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
         gone.adding = False
@@ -122,27 +124,28 @@ class Departing(Pool):
 
     def _look_later(self, gone: Departure) -> None:
         """Look when all others have probably sent a message more, and ever more rarely."""
-        self._after[gone] = self._entries + len(self.open) * gone.patience
+        self._after[gone] = self._entries + (len(self.open) + 2) * gone.patience
         gone.patience *= 2
 
     def _looked(
         self, gone: Departure, connection: Connection, now: bool, answers: list[Any]
     ) -> None:
         """Delete the phase, if all have departed; else count those that did not do so alone."""
-        (log,) = answers
+        log, alone = answers[0], (number(answers[1]) if now else None) or 0
         if log is None:
             self._after.pop(gone, None)  # Another rank has deleted it.
             return
         if gone.adding:
             return  # To delete the number now could leave it there.
-        found = phases.departed(log)
-        alone = sum(found.values())
-        if len(found) >= gone.entry.world_size:
+        others = len(phases.departed(log)) - gone.added
+        # What another rank added is in both.
+        total = others + alone if gone.last else max(others, alone)
+        if total >= gone.entry.world_size:
             self._delete(gone, connection, alone=alone > 0 or gone.added > 0)
-        elif now and gone.last and (more := len(found) - alone - gone.added) > 0:
+        elif now and gone.last and others > 0:
             # Noted before it is sent: if the connection is lost, they must not be added twice.
-            gone.added, gone.adding = gone.added + more, True
-            add = Add(gone.entry.keys.departed, more)
+            gone.added, gone.adding = gone.added + others, True
+            add = Add(gone.entry.keys.departed, others)
             connection.outbox.append(([add], partial(self._added, gone, connection)))
 
     def _delete(self, gone: Departure, connection: Connection, *, alone: bool) -> None:

@@ -327,17 +327,14 @@ def departing(entry: Entry) -> list[Request]:
 
 
 def departing_alone(entry: Entry) -> list[Request]:
-    """The same, in a message that enters no phase; the answer is the number of those.
-
-    First the number, so that it is there when a rank that reads the log finds this departure.
-    """
-    return [Add(entry.keys.departed, 1), Append(entry.keys.log, b"%da\n" % entry.rank)]
+    """The same, in a message that enters no phase; the answer is the number of those."""
+    return [Add(entry.keys.departed, 1)]
 
 
-def departed(log: bytes) -> dict[int, bool]:
-    """The ranks that have departed, by a phase's log, and whether each did so alone."""
-    lines = [line for line in log.split() if line[-1:] in (b"d", b"a") and len(line) < 20]
-    return {int(line[:-1]): line[-1:] == b"a" for line in lines if line[:-1].isdigit()}
+def departed(log: bytes) -> set[int]:
+    """The ranks that have departed with an entry into another phase, by a phase's log."""
+    lines = [line[:-1] for line in log.split() if line[-1:] == b"d" and len(line) < 20]
+    return {int(line) for line in lines if line.isdigit()}
 
 
 def spent(
