@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -267,12 +268,15 @@ async def test_one_asks_for_all(
                     pass  # So that all find at once that they are to report.
                 while len(reported) < waiting:
                     await anyio.sleep(0.01)
+                took_secs = anyio.current_time() - due
     finally:
         # To close so many takes longer than a test may.
         for rank in ranks:
             crash(rank)
     asked = [each.key for each in sent if isinstance(each, Append) and "/asked/" in each.key]
-    assert sorted(asked) == sorted(own.asked(rank) for rank in missing)
+    assert set(asked) == {own.asked(rank) for rank in missing}
+    # What one rank finds serves the others for half a second; a slow machine takes longer.
+    assert len(asked) <= len(missing) * max(1, math.ceil((took_secs - 0.5) / 0.5))
     assert sum(isinstance(each, Read) for each in sent) < 9 * waiting
     states = ["alive", "alive", "alive", "silent"]
     for each in reported[:waiting]:
