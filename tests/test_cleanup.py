@@ -224,20 +224,29 @@ async def test_ten_thousand_phases(
     assert after.resident_kib < before.resident_kib + 8 * 1024
 
 
-async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
-    """The rank cannot know yet that it is the first to depart, and names the phase all the same."""
-    first, second = await memory.barriers(2)
+def parks(memory: World, at: tuple[str, str], goes_on_at: tuple[str, str]) -> threading.Event:
+    """Have a call wait for another one, each given by its operation and the end of its key.
+
+    :return: set when the first one waits
+    """
     parked, goes_on = threading.Event(), threading.Event()
 
     def hook(operation: str, key: str) -> None:
-        if operation == "add" and key.endswith("1:x/0/departed"):
+        if operation == at[0] and key.endswith(at[1]):
             parked.set()
             goes_on.wait(5)
-        elif operation == "compare_set" and key.endswith("/unfinished"):
+        elif operation == goes_on_at[0] and key.endswith(goes_on_at[1]):
             goes_on.set()
 
     store: Any = memory.store
     store.data.hook = hook
+    return parked
+
+
+async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
+    """The rank cannot know yet that it is the first to depart, and names the phase all the same."""
+    first, second = await memory.barriers(2)
+    parked = parks(memory, ("add", "1:x/0/departed"), ("compare_set", "/unfinished"))
     with pytest.raises(BarrierTimeoutError):
         await first.execute_barrier("x", timeout_secs=0.1)
     await memory.call(parked.wait, 5)
@@ -255,17 +264,7 @@ async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
         await memory.entered(0, name="a")
         await second.execute_barrier("a")
         await waiting.returned()
-    leaves, entered = threading.Event(), threading.Event()
-
-    def hook(operation: str, key: str) -> None:
-        if operation == "compare_set" and key.endswith("/member/1"):
-            leaves.set()
-            entered.wait(5)
-        elif operation == "add" and key.endswith("1:b/0/count"):
-            entered.set()
-
-    store: Any = memory.store
-    store.data.hook = hook
+    leaves = parks(memory, ("compare_set", "/member/1"), ("add", "1:b/0/count"))
     async with Tasks() as tasks:
         tasks.start(second.aclose)
         await memory.call(leaves.wait, 5)

@@ -31,8 +31,8 @@ async def leave(
     would tell nothing new.
 
     :param hosts: the store ends with this process
-    :param unfinished: the broken phases that this rank was the first to depart from: what their
-        keys begin with, and the key of the latest broken step
+    :param unfinished: the broken phases that this rank was the first to depart from, and those that
+        it looked after: what their keys begin with, and the key of the latest broken step
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
