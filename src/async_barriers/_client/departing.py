@@ -1,4 +1,4 @@
-"""Departing from phases that are over; the last rank to depart deletes the keys."""
+"""Departing from phases that are over, and deleting their keys when all ranks have departed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .pool import Pool, nothing
 
 T = TypeVar("T")
 
-# So many broken phases a rank names as it leaves, the latest of them.
+# So many phases a rank names as it leaves, the latest of them.
 _MOST_UNFINISHED = 64
 
 
@@ -93,7 +93,7 @@ class Departing(Pool):
         """
         for gone, due in list(self._after.items()):
             if due > self._entries and not now:
-                return
+                continue
             del self._after[gone]
             if gone.membership is self.membership:
                 self._look_later(gone)  # The answer may be lost.
@@ -162,6 +162,7 @@ class Departing(Pool):
 
     def _depart_alone(self, connection: Connection) -> None:
         for requests, heard in connection.outbox:
+            # Nothing but departures is appended there.
             if isinstance(requests[0], Append) and isinstance(heard, partial):
                 requests[:] = phases.departing_alone(heard.args[0].entry)
 
