@@ -652,10 +652,13 @@ def errors_of(calls: Sequence[Call], kind: str) -> list[dict[str, Any]]:
 
 
 def noted(job: Job, call: int, *ranks: int, barrier: int = 0) -> None:
-    """Wait until ``ranks`` have entered ``call``, counted from 1; 0 is connecting."""
+    """Wait until ``ranks`` have entered ``call``, counted from 1, and who enters after them is told
+    from them; 0 is connecting."""
     store, key = job.store, f"0//async_barriers/dist/{barrier}/log/0"
     lines = {b"%d %d" % (call, rank) for rank in ranks}
     until(lambda: store.check([key]) and lines <= set(store.get(key).splitlines()))
+    # The clocks of arrivals tick once in a millisecond.
+    time.sleep(0.001)
 
 
 def quiet_exit(job: Job, *ranks: int) -> None:

@@ -62,9 +62,10 @@ class DistBarrier(Barrier):
         deadline
     :raises TypeError, ValueError: an argument is not allowed
 
-    `BarrierResult.last_rank` is the rank that came last by the ranks' own clocks, and is as right
-    as those agree. `BarrierTimeoutError.missing_ranks` comes from the group's store, where each
-    rank notes its arrivals. If the store does not answer it is empty, and the message says so.
+    `BarrierResult.last_rank` is the rank that came last by the ranks' own clocks, to the
+    millisecond, and is as right as those agree. `BarrierTimeoutError.missing_ranks` comes from the
+    group's store, where each rank notes its arrivals. If the store does not answer it is empty, and
+    the message says so.
     """
 
     barrier_type: ClassVar[str] = "dist_barrier"
