@@ -28,6 +28,7 @@ from async_barriers._checks import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
 from async_barriers._client import barrier as barriers
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import COMMIT, Count
+from async_barriers._protocol.payloads import IN_LOG, SMALL_BYTES
 from async_barriers._protocol.phase import Entry
 from async_barriers._protocol.verdict import Broken, Released
 from async_barriers._store.copies import copy_of
@@ -991,6 +992,35 @@ async def test_a_payload_is_what_was_brought(tcp: World) -> None:
     )
     assert results == [b"\0"] * 4
     assert publish.calls == [dict(enumerate(brought))]
+
+
+async def test_payloads_of_many_ranks(tcp: World) -> None:
+    """In a world that is not small they stand apart from the names, and are deleted with them."""
+    ranks = await tcp.barriers(IN_LOG + 2)
+    brought = [b"", b"p" * (SMALL_BYTES + 1), *(b"%d" % rank for rank in range(IN_LOG))]
+    publish = Publisher()
+
+    def calls(of: Callable[[AnyBarrier, bytes], Any]) -> list[Any]:
+        return [of(rank, payload) for rank, payload in zip(ranks, brought, strict=True)]
+
+    await gather(calls(lambda rank, one: partial(rank.commit, publish, payload=one, leader=1)))
+    assert publish.calls == [dict(enumerate(brought))]
+    told = await gather(calls(lambda rank, one: partial(rank.all_gather, one)))
+    assert told == [tuple(brought)] * len(ranks)
+    # The log, which each rank reads at a deadline, has the names alone.
+    log = await tcp.read(tcp.keys(name="", sequence=1).log)
+    assert log is not None
+    assert len(log) < 5 * len(ranks)
+    async with Tasks() as tasks:
+        # The other half names another leader.
+        half = len(ranks) // 2
+        outcomes = commits(tasks, ranks[:half], publish, leader=0)
+        outcomes += commits(tasks, ranks[half:], publish, leader=1)
+        for outcome in outcomes:
+            error = await outcome.raised(BrokenBarrierError)
+            assert "all ranks must make the same call" in str(error)
+    await commits_again(ranks)
+    await nothing_is_left(tcp)
 
 
 # Coroutines that are thrown away; on asyncio alone can a coroutine be stepped by hand.

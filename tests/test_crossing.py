@@ -36,8 +36,10 @@ from async_barriers import (
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import Count
 from async_barriers._protocol.phase import Entry
+from async_barriers._protocol.store import CompareSet, Request
 from async_barriers._protocol.verdict import Broken, Released
 from async_barriers._store.copies import copy_of
+from async_barriers._store.future import Future
 
 pytestmark = pytest.mark.anyio
 
@@ -278,6 +280,49 @@ async def test_one_register_settles_a_race(shared: World) -> None:
     assert broken == [Broken(0, "", 1.0, (1,))] * 3
     released = await shared.call(lambda: race("released", deadline_first=False))
     assert released == [Released(None)] * 3
+
+
+async def test_of_all_that_break_it_one_did(shared: World) -> None:
+    """With one deadline for all, each reads before any of them writes; one then tells the others,
+    and not each tells each."""
+    await shared.barriers(3)
+
+    def race() -> list[tuple[object, bool]]:
+        entries = [Entry(shared.keys(name="x"), rank, 4) for rank in range(3)]
+        store = DirectStore(copy_of(shared.store))
+        found: list[tuple[object, bool]] = []
+
+        def give_up(rank: int) -> None:
+            late = Broken(rank, "", 1.0)
+            call = phases.give_up(
+                AfterReading(rank), entries[rank], late, entered=True, names_missing=True
+            )
+            found.append(run(call))
+
+        class AfterReading:
+            """Has the next rank give up between what one reads and what it writes."""
+
+            waits = True
+
+            def __init__(self, rank: int) -> None:
+                self._rank = rank
+
+            def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
+                if isinstance(requests[0], CompareSet) and self._rank < 2:
+                    rank, self._rank = self._rank, 2
+                    give_up(rank + 1)
+                return store.call(*requests)
+
+        for entry in entries:
+            store.call(*phases.entering(entry))
+        give_up(0)
+        store.call(*phases.spent(entries[0], broken=True))
+        store.close()
+        return found
+
+    # The last one to begin was the first to write.
+    broken = Broken(2, "", 1.0, (3,))
+    assert await shared.call(race) == [(broken, True), (broken, False), (broken, False)]
 
 
 async def test_a_full_house_does_not_matter(tcp: World) -> None:

@@ -96,10 +96,12 @@ class Count:
         full = world_size * (world_size + 1) // 2
         return self.arrived > world_size or (self.arrived == world_size and self.ranks != full)
 
-    @property
-    def broken_value(self) -> bytes:
-        """The value that a rank writes to break the phase."""
-        return b"%d" % (self.value + _BROKEN)
+    def broken_by(self, rank: int) -> bytes:
+        """The value with which ``rank`` breaks the phase.
+
+        It is no other rank's, so that of many that break it at once each knows whether it did.
+        """
+        return b"%d" % (self.value + _BROKEN + (rank + 1) * _RANK)
 
 
 of_sum = Count

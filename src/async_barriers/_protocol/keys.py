@@ -72,11 +72,16 @@ class PhaseKeys:
         return self.path + "/published"
 
     @property
+    def payloads(self) -> str:
+        """In large worlds, what the ranks of a commit or an `all_gather` bring, one a line."""
+        return self.path + "/payloads"
+
+    @property
     def of_broken(self) -> list[str]:
         """All that may be there of a phase that broke, but for large payloads."""
         return [
             self.log, self.count, self.released, self.departed, self.reason, self.summary,
-            self.word, self.settled,
+            self.word, self.settled, self.payloads,
         ]  # fmt: skip
 
     def payload(self, rank: int) -> str:

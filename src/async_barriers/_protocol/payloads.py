@@ -1,7 +1,8 @@
 """The payloads of a commit or an `all_gather`, in the lines with which the ranks arrive.
 
-A rank that needs them reads one key, the log. A large payload has a key of its own, and its line
-says so. Pure functions.
+A rank that needs them reads one key. In a small world that is the phase's log. At a deadline each
+rank reads the log, for the names alone, so in a larger one the payloads stand apart from it. A
+large payload has a key of its own, and its line says so. Pure functions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from .._errors import BarrierError
 # With payloads of this size, 16,384 ranks fill three quarters of what c10d's server takes in one
 # value.
 SMALL_BYTES = 256
+# In worlds up to this size, payloads stand in the log: for all ranks to read 1.4 MiB is little.
+IN_LOG = 64
 _LINE = re.compile(rb"([0-9]{1,5})(?: c[0-9]{1,5})? (?:=([A-Za-z0-9+/]*=*)|-)")
 
 

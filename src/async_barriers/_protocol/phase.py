@@ -16,7 +16,7 @@ from .._errors import BarrierConnectionError
 from . import count as counts
 from .count import CALLS, COMMIT, EXECUTE, Count
 from .keys import PhaseKeys
-from .payloads import SMALL_BYTES, brought, carried
+from .payloads import IN_LOG, SMALL_BYTES, brought, carried
 from .store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Request, Set, Store
 from .verdict import (
     Broken,
@@ -102,7 +102,11 @@ def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
             line += b" c%d" % entry.leader
         if len(payload) > SMALL_BYTES:
             requests.append(Set(keys.payload(entry.rank), payload))
-        line += b" " + carried(payload)
+        brings = line + b" " + carried(payload)
+        if entry.world_size <= IN_LOG:
+            line = brings
+        else:
+            requests.append(Append(keys.payloads, brings + b"\n"))
     requests.append(Append(keys.log, line + b"\n"))
     requests.append(Add(keys.count, counts.entry(entry.rank, entry.code)))
     return requests
@@ -174,7 +178,7 @@ async def _foul(store: Store, entry: Entry, value: bytes) -> tuple[bytes, bytes]
     )
     reason, now = await store.call(
         CompareSet(entry.keys.reason, b"", mine),
-        CompareSet(entry.keys.count, value, counts.of_sum(0).broken_value),
+        CompareSet(entry.keys.count, value, counts.of_sum(0).broken_by(entry.rank)),
     )
     return reason, now
 
@@ -218,7 +222,7 @@ async def give_up(
     while True:
         if not counts.is_count(value):
             reason, value = await _foul(store, entry, value or b"")
-            if value == counts.of_sum(0).broken_value:
+            if value == counts.of_sum(0).broken_by(entry.rank):
                 return decode_reason(reason), True
             continue
         judged = await judge(store, entry, value, reason, entered=entered)
@@ -230,7 +234,7 @@ async def give_up(
         if log:
             broken = replace(broken, missing=missing(log[0], entry.world_size))
             log = []
-        held, wanted = value or b"", judged.broken_value
+        held, wanted = value or b"", judged.broken_by(entry.rank)
         # One message, so that a rank that is killed here leaves no reason without a break.
         reason, value = await store.call(
             CompareSet(keys.reason, b"", encode_reason(broken)),
@@ -277,14 +281,15 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     :raises BarrierError: something else wrote there
     """
     keys = entry.keys
-    value, log = await store.call(Read(keys.count), Read(keys.log))
+    apart = [Read(keys.payloads)] if entry.world_size > IN_LOG else []
+    value, log, *lines = await store.call(Read(keys.count), Read(keys.log), *apart)
     if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
         return None
     if entry.kind == COMMIT and (disagreement := differing(log)) is not None:
         # Another rank may have found it out before; see `entered`.
         (reason,) = await store.call(CompareSet(keys.reason, b"", encode_reason(disagreement)))
         return decode_reason(reason)
-    payloads, large = brought(log, entry.world_size)
+    payloads, large = brought(lines[0] if apart else log, entry.world_size)
     if large:
         values = await store.call(*[Read(entry.keys.payload(rank)) for rank in large])
         payloads |= {rank: value or b"" for rank, value in zip(large, values, strict=True)}
@@ -355,5 +360,7 @@ def spent(
         names.append(keys.summary)
     if entry.kind == COMMIT:
         names += [keys.word, keys.settled]
+    if entry.kind != EXECUTE and entry.world_size > IN_LOG:
+        names.append(keys.payloads)
     names += map(keys.payload, large)
     return [DeleteMany(names)]
