@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 BENCH_STAMP := .venv/.bench-installed
 MINUTES ?= 5
 RANKS ?= 4
-BENCHMARKS = crossing round_trips scale event_loop staging break_latency waiting start \
+BENCHMARKS = crossing round_trips scale event_loop staging break_latency deadlines waiting start \
 	step_signal
 SOURCES = $(wildcard src tests examples benchmarks tools)
 

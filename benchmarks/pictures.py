@@ -23,6 +23,7 @@ TITLES = {
     "event_loop": "The event loop",
     "staging": "Staging and uploading meanwhile",
     "break_latency": "Break latency",
+    "deadlines": "One deadline for many ranks",
     "waiting": "Cost of waiting",
     "start": "Import and start",
     "step_signal": "Asking at each step",

@@ -164,7 +164,7 @@ class Scenario(PhaseLaws):
         async def first(host: Host) -> None:
             state = State(1, "1-past", self.world_size, None, 1)
             store = await host.open()
-            store.call(Set(KEYS.state, state.encode()))
+            store.call(Set(KEYS.state, state.encoded))
 
         self.specs.append(Spec("past", 0, (), first))
 

@@ -48,3 +48,11 @@ def test_many_ranks_are_set_against_torch() -> None:
     said = run("scale.py", "--sizes", "16,32", "--rounds", "1", "--burst-secs", "0.05")
     assert "server CPU us per rank at 32 ranks, of torch's: " in said
     assert "\nbytes received per rank: " in said
+
+
+@pytest.mark.processes
+def test_one_deadline_for_all() -> None:
+    """How late the last rank is told, in each use."""
+    said = run("deadlines.py", "--sizes", "16", "--rounds", "1")
+    assert "\nall_gather " in said
+    assert "the last rank was told 0." in said

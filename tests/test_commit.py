@@ -26,6 +26,7 @@ from async_barriers import (
 )
 from async_barriers._checks import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
 from async_barriers._client import barrier as barriers
+from async_barriers._protocol import commit as settling
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import COMMIT, Count
 from async_barriers._protocol.payloads import IN_LOG, SMALL_BYTES
@@ -223,11 +224,11 @@ async def test_one_register_settles_who_speaks(shared: World) -> None:
             assert isinstance(judged, Count)
             assert judged.full(*entry.world)
             assert not ours
-        assert run(phases.collect(store, leader)) == {0: b"brought", 1: b"brought"}
-        run(phases.settle(store, leader, word))
+        assert run(settling.collect(store, leader)) == {0: b"brought", 1: b"brought"}
+        run(settling.settle(store, leader, word))
         judged, ours = run(phases.give_up(store, peer, Broken(1, "late, too"), entered=True))
         assert (judged, ours) == (word, False)
-        assert run(phases.hear(store, peer)) == word
+        assert run(settling.hear(store, peer)) == word
         store.call(*phases.spent(leader, broken=True))
         store.close()
         return word

@@ -115,7 +115,7 @@ def test_a_generation_that_is_overwritten_is_found(monkeypatch: pytest.MonkeyPat
     """Two that come first at once: the one stands where the other never comes."""
 
     async def replaced(store: Store, keys: Keys, found: bytes | None, state: State) -> State:
-        await store.call(Set(keys.state, state.encode()), Read(keys.state))
+        await store.call(Set(keys.state, state.encoded), Read(keys.state))
         return state
 
     two_that_join().wander(runs=RUNS)

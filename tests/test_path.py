@@ -23,7 +23,7 @@ import pytest
 from worlds import AnyBarrier, World
 
 import async_barriers
-from async_barriers import BarrierResult
+from async_barriers import BarrierResult, BrokenBarrierError
 from async_barriers._store.connection import SocketConnection
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
@@ -187,3 +187,34 @@ async def test_messages(
         assert round(path.sent[rank] / CROSSINGS) == MESSAGES[is_last]
         log = LOG_BYTES * world_size * is_last
         assert path.received[rank] / CROSSINGS <= BYTES_RECEIVED[is_last] + log
+
+
+@pytest.mark.parametrize(("step", "messages"), [(None, 2), (3, 3)], ids=["", "step"])
+async def test_messages_of_a_break(
+    tcp: World,
+    monkeypatch: pytest.MonkeyPatch,
+    anyio_backend: str,
+    step: int | None,
+    messages: int,
+) -> None:
+    """A rank that aborts reads, and then breaks the phase and rings in one message, so that no
+    break is left unsaid if the rank dies; with steps there is a note to write first. Each of those
+    that wait looks once."""
+    ranks = await tcp.barriers(3)
+    path = Taken(ranks)
+
+    async def waits(rank: AnyBarrier) -> None:
+        with pytest.raises(BrokenBarrierError):
+            await rank.execute_barrier("x", step=step)
+
+    async with anyio.create_task_group() as tasks:
+        for rank in ranks[:-1]:
+            tasks.start_soon(waits, rank)
+        while not all(map(has_entered, ranks[:-1])):
+            await anyio.sleep(0)
+        with monkeypatch.context() as patched:
+            path.count(patched)
+            await ranks[-1].abort("no space", "x", step=step)
+            while any(rank._session.open for rank in ranks[:-1]):
+                await anyio.sleep(0)
+    assert path.sent == {0: 1, 1: 1, 2: messages}, path.sent

@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 from .._errors import BarrierConnectionError
+from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import CompareSet, Read, Request, SetMany
+from .._protocol.store import CompareSet, Read, SetMany
 from .._protocol.verdict import Broken, Verdict, number
 from .._store.future import Future
 from .._store.sources import Connection
@@ -64,6 +65,9 @@ class Breaking(Hearing):
         :param final: the caller returns in any case; a commit's leader then settles it as broken
         """
         connection = phase.connection or self._bell
+        # At a deadline many break it at once, and one of them rings. Where steps are given, its
+        # peers have to find a note of it first.
+        rings = phase.membership.peers if not names and phase.step is None else None
         again = False
         while True:
             try:
@@ -74,11 +78,12 @@ class Breaking(Hearing):
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
                 judged, ours = await phases.give_up(
-                    connection, phase.entry, broken, entered=sure, names_missing=names
+                    connection, phase.entry, broken, entered=sure, names_missing=names, rings=rings
                 )
+                told = ours and rings is not None
                 # The peers may not know of a break that was sent on a lost connection.
                 ours = ours or (again and isinstance(judged, Broken) and judged.rank == self.rank)
-                if ours:
+                if ours and not told:
                     await self._tell_of_break(connection, phase)
                 if isinstance(judged, Broken) and phase.early and phase.entered:
                     # The log may have been deleted just then, and with it this rank's own entry.
@@ -153,19 +158,19 @@ class Breaking(Hearing):
 
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
         membership = phase.membership
-        requests: list[Request] = []
-        if phase.step is not None:
-            # A rank that comes for an earlier step finds this, until all are past this step.
-            key = membership.own.latest(phase.name)
-            held = b""
-            while True:
-                (now,) = await connection.call(CompareSet(key, held, b"%d" % phase.step))
-                if (number(now) or 0) >= phase.step:
-                    break
-                # This is the answer for an absent key: the key was deleted meanwhile.
-                held = b"" if now == held else now
-        requests.append(SetMany(membership.bells, b"broken"))
-        await connection.call(*requests, Read(phase.entry.keys.count))
+        tells = SetMany(membership.peers, b"broken"), Read(phase.entry.keys.count)
+        if phase.step is None:
+            await connection.call(*tells)
+            return
+        # A rank that comes for an earlier step finds this, until all are past this step.
+        key = membership.own.latest(phase.name)
+        held = b""
+        while True:
+            now, _ = await connection.call(CompareSet(key, held, b"%d" % phase.step), *tells)
+            if (number(now) or 0) >= phase.step:
+                return
+            # This is the answer for an absent key: the key was deleted meanwhile.
+            held = b"" if now == held else now
 
     def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:
         if phase.decided:
@@ -202,7 +207,6 @@ class Breaking(Hearing):
         This rank tells its peers what it owes them on new ones, once the store can be reached.
         """
         self._doubtful = True
-        phase.worried = True
         old = phase.connection
         if old is not None and old.lost is None:
             old.on_lost = None
@@ -239,7 +243,7 @@ class Breaking(Hearing):
                 membership, outcomes = phase.membership, self.outcomes
                 record, number = await outcomes.noting(connection, phase, verdict)
                 asked = [] if number and not self._rings else [Read(membership.own.threaded)]
-                answers = await phases.settle(
+                answers = await commits.settle(
                     connection, phase.entry, verdict, record, [*number, *asked]
                 )
                 if number:

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
+from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, Count
@@ -87,7 +88,7 @@ class Hearing(Entering):
         """The leader of a commit hears that all are in: read their payloads."""
         with contextlib.suppress(BarrierConnectionError):
             try:
-                brought = await phases.collect(connection, phase.entry)
+                brought = await commits.collect(connection, phase.entry)
             except BarrierConnectionError:
                 raise
             except BarrierError:
@@ -109,7 +110,7 @@ class Hearing(Entering):
         connection = phase.connection
         assert connection is not None
         try:
-            judged = await phases.hear(connection, phase.entry)
+            judged = await commits.hear(connection, phase.entry)
         except ValueError as exc:
             error = BarrierConnectionError(
                 f"{describe(phase.name, phase.sequence, self.prefix)}: the verdict of this "
@@ -151,7 +152,7 @@ class Hearing(Entering):
         connection = phase.connection or self._bell
         if connection is None:
             raise BarrierConnectionError("there is no connection to the store")
-        brought = await phases.collect(connection, phase.entry)
+        brought = await commits.collect(connection, phase.entry)
         if brought is None:
             raise Forgotten
         if isinstance(brought, Broken):

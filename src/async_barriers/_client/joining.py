@@ -166,7 +166,7 @@ class Joining(Listening):
             (found,) = await store.call(Read(self.keys.state))
             # A number: the last rank has cleared up, and none has come since. An empty store is a
             # new one.
-            if found is None or not (found.isdigit() or found == before.state.encode()):
+            if found is None or not (found.isdigit() or found == before.state.encoded):
                 return
             if self._now() >= until:
                 raise self._left_error(closed_by)

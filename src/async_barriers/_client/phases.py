@@ -59,7 +59,6 @@ class Phase:
     full = False
     rejoined = False
     differs = False
-    worried = False
     counted = False
     last = False
     latest: int | None = None

@@ -145,7 +145,7 @@ class Session(Joining):
             return
         if goodbye.result() and hosts:
             # A rank that clears up ends the state first.
-            all_left, state = membership.own.all_left, membership.state.encode()
+            all_left, state = membership.own.all_left, membership.state.encoded
             await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
         with contextlib.suppress(BarrierConnectionError):
             await within(

@@ -60,7 +60,7 @@ async def join(
             # It was refused and lives on, but not as this rank: another process may claim that.
             left = [(claim, replace(claim, left=True)) for claim in claims]
             key = keys.member(rank)
-            await store.call(*(CompareSet(key, was.encode(), now.encode()) for was, now in left))
+            await store.call(*(CompareSet(key, was.encoded, now.encoded) for was, now in left))
         raise
     except RUBBISH as exc:
         raise BarrierError(
@@ -90,7 +90,7 @@ async def _join(
             state = State(first, _identity(first), world_size, life.run_id, by, life)
             if await _replaced(store, keys, found, state) is None:
                 continue
-            found = state.encode()
+            found = state.encoded
         state = state_of(found)
         _check_run(keys, rank, life, state)
         if state.world_size != world_size:
@@ -121,7 +121,7 @@ async def _join(
             continue
         claim = Member(life, state.identity)
         claims.append(claim)
-        mine = claim.encode()
+        mine = claim.encoded
         (now,) = await store.call(CompareSet(keys.member(rank), held or b"", mine))
         if now != mine:
             continue
@@ -164,8 +164,8 @@ def _identity(number: int) -> str:
 
 async def _replaced(store: Store, keys: Keys, found: bytes | None, state: State) -> State | None:
     """Put ``state`` in place of the one found; None if another process was faster."""
-    (now,) = await store.call(CompareSet(keys.state, found or b"", state.encode()))
-    return state if now == state.encode() else None
+    (now,) = await store.call(CompareSet(keys.state, found or b"", state.encoded))
+    return state if now == state.encoded else None
 
 
 async def _end(

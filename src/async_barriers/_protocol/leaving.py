@@ -36,11 +36,11 @@ async def leave(
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
-    gone = replace(membership.claim, left=True).encode()
+    gone = replace(membership.claim, left=True).encoded
     closed = json.dumps({"rank": rank, "reason": in_one_line(reason)}).encode()
     requests: list[Request] = [
         # Not a plain write: another life may hold the rank by now.
-        CompareSet(keys.member(rank), membership.claim.encode(), gone),
+        CompareSet(keys.member(rank), membership.claim.encoded, gone),
         CompareSet(own.closed, b"", closed),
         Add(own.roll, LEFT + GONE + (HOST if hosts else 0)),
         Read(keys.state),
@@ -51,7 +51,7 @@ async def leave(
     if lines := b"".join(json.dumps(each).encode() + b"\n" for each in (unfinished or {}).items()):
         requests.insert(0, Append(own.unfinished, lines))
     _, first, roll, found = await store.call(*requests)
-    if found != membership.state.encode():
+    if found != membership.state.encoded:
         # The generation is over, so no rank uses what was just written.
         spent = [own.roll, own.closed, own.unfinished, own.bell(rank)]
         await store.call(DeleteMany(spent))
@@ -99,7 +99,7 @@ async def clear(store: Store, membership: Membership) -> None:
     """
     keys, own = membership.keys, membership.own
     after = b"%d" % (membership.state.number + 1)
-    (now,) = await store.call(CompareSet(keys.state, membership.state.encode(), after))
+    (now,) = await store.call(CompareSet(keys.state, membership.state.encoded, after))
     if now != after:
         return  # A newcomer was faster.
     ranks = range(membership.world_size)

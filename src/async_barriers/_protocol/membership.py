@@ -58,7 +58,8 @@ class Member:
     generation: str
     left: bool = False
 
-    def encode(self) -> bytes:
+    @cached_property
+    def encoded(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
 
@@ -77,7 +78,8 @@ class State:
     by: int | None = None
     life: Life | None = None
 
-    def encode(self) -> bytes:
+    @cached_property
+    def encoded(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
 
@@ -103,6 +105,13 @@ class Membership:
     def bells(self) -> list[str]:
         """The bells of all ranks."""
         return bells_of(self.keys, self.state)
+
+    @property
+    def peers(self) -> list[str]:
+        """The bells of all other ranks."""
+        bells = self.bells
+        del bells[self.rank]
+        return bells
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def around(membership: Membership) -> list[Request]:
 def surroundings(membership: Membership, replies: list[Any]) -> Surroundings:
     """The meaning of the answers to `around`."""
     found, roll, closed, host_leaves, asked = replies
-    over = found != membership.state.encode()
+    over = found != membership.state.encoded
     successor = None
     if found and over:
         try:
@@ -208,7 +217,7 @@ async def still_holds(store: Store, membership: Membership) -> bool:
     found, held = await store.call(
         Read(membership.keys.state), Read(membership.keys.member(membership.rank))
     )
-    return bool(found == membership.state.encode() and held == membership.claim.encode())
+    return bool(found == membership.state.encoded and held == membership.claim.encoded)
 
 
 def state_of(value: bytes) -> State:
@@ -222,7 +231,7 @@ def state_of(value: bytes) -> State:
         entry["by"],
         None if life is None else Life(**life),
     )
-    if not 0 < state.world_size <= MAX_RANKS or state.encode() != value:
+    if not 0 < state.world_size <= MAX_RANKS or state.encoded != value:
         raise ValueError(show(value))
     return state
 

@@ -16,8 +16,20 @@ from .._errors import BarrierConnectionError
 from . import count as counts
 from .count import CALLS, COMMIT, EXECUTE, Count
 from .keys import PhaseKeys
-from .payloads import IN_LOG, SMALL_BYTES, brought, carried
-from .store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Request, Set, Store
+from .payloads import IN_LOG, SMALL_BYTES, carried
+from .store import (
+    Add,
+    Append,
+    CompareSet,
+    Delete,
+    DeleteMany,
+    Get,
+    Read,
+    Request,
+    Set,
+    SetMany,
+    Store,
+)
 from .verdict import (
     Broken,
     Released,
@@ -25,9 +37,7 @@ from .verdict import (
     decode_reason,
     decode_word,
     different_call,
-    differing,
     encode_reason,
-    encode_word,
     missing,
     number,
     ranges,
@@ -205,7 +215,13 @@ async def confirm(store: Store, entry: Entry) -> Released | None:
 
 
 async def give_up(
-    store: Store, entry: Entry, broken: Broken, *, entered: bool, names_missing: bool = False
+    store: Store,
+    entry: Entry,
+    broken: Broken,
+    *,
+    entered: bool,
+    names_missing: bool = False,
+    rings: list[str] | None = None,
 ) -> tuple[Verdict | Count, bool]:
     """Break the phase, unless it is decided. Return the verdict, and whether this call broke it.
 
@@ -213,8 +229,11 @@ async def give_up(
 
     :param names_missing: name the missing ranks from the log; else ``broken`` names them, and
         nothing is looked up
+    :param rings: keys to write with the break, which wake the other ranks
     """
     keys = entry.keys
+    # After the break, and before the answer to this.
+    tells: list[Request] = [SetMany(rings, b"broken"), Read(keys.count)] if rings else []
     reads: list[Request] = [Read(keys.count), Read(keys.reason)]
     if names_missing:
         reads.append(Read(keys.log))
@@ -236,9 +255,10 @@ async def give_up(
             log = []
         held, wanted = value or b"", judged.broken_by(entry.rank)
         # One message, so that a rank that is killed here leaves no reason without a break.
-        reason, value = await store.call(
+        reason, value, *_ = await store.call(
             CompareSet(keys.reason, b"", encode_reason(broken)),
             CompareSet(keys.count, held, wanted),
+            *tells,
         )
         if value == wanted:
             return decode_reason(reason), True
@@ -247,53 +267,6 @@ async def give_up(
             await store.call(Delete(keys.reason))
             raise Forgotten
         # Another rank entered or broke it meanwhile: look again.
-
-
-async def settle(
-    store: Store,
-    entry: Entry,
-    verdict: Verdict,
-    before: Iterable[Request] = (),
-    after: Iterable[Request] = (),
-) -> list[Any]:
-    """Write the leader's verdict on a commit in which all are in; it may be written again.
-
-    :param before: requests before the verdict, in the same message
-    :param after: requests after it; their answers, which show that the verdict is there
-    """
-    # Plain writes: nobody else writes there, and an answer would bring the whole verdict back.
-    word, settled = Set(entry.keys.word, encode_word(verdict)), Set(entry.keys.settled, b"1")
-    return await store.call(*before, word, settled, *after)
-
-
-async def hear(store: Store, entry: Entry) -> Verdict | None:
-    """The verdict of a commit's leader; None if there is none yet."""
-    (word,) = await store.call(Read(entry.keys.word))
-    return None if word is None else decode_word(word)
-
-
-async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | None:
-    """Every rank's payload; None if not all are in, or the phase is broken.
-
-    The count cannot say that all are in a commit but name different leaders. The log can: it is
-    complete by then, so that all ranks that read it find the same.
-
-    :raises BarrierError: something else wrote there
-    """
-    keys = entry.keys
-    apart = [Read(keys.payloads)] if entry.world_size > IN_LOG else []
-    value, log, *lines = await store.call(Read(keys.count), Read(keys.log), *apart)
-    if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
-        return None
-    if entry.kind == COMMIT and (disagreement := differing(log)) is not None:
-        # Another rank may have found it out before; see `entered`.
-        (reason,) = await store.call(CompareSet(keys.reason, b"", encode_reason(disagreement)))
-        return decode_reason(reason)
-    payloads, large = brought(lines[0] if apart else log, entry.world_size)
-    if large:
-        values = await store.call(*[Read(entry.keys.payload(rank)) for rank in large])
-        payloads |= {rank: value or b"" for rank, value in zip(large, values, strict=True)}
-    return {rank: payloads[rank] for rank in range(entry.world_size)}
 
 
 async def survey(store: Store, entry: Entry) -> tuple[int, ...]:

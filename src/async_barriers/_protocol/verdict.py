@@ -116,7 +116,8 @@ def missing(log: bytes | None, world_size: int) -> tuple[int, ...]:
 def differing(log: bytes | None) -> Broken | None:
     """Why a commit is broken whose ranks do not name one leader; None if they do."""
     log = log or b""
-    leader = b" " + (log.partition(b"\n")[0].split(b" ", 2) + [b""])[1]
+    words = log.partition(b"\n")[0].split(b" ", 2)
+    leader = b" " + b"".join(words[1:2])
     if log.count(leader + b" ") + log.count(leader + b"\n") == log.count(b"\n"):
         return None  # Most often all lines name the leader of the first one.
     first: tuple[str, str] | None = None
