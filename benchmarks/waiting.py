@@ -3,7 +3,8 @@
     python benchmarks/waiting.py --ranks 16 --secs 60
 
 Ranks in one process wait for one that does not come, with all settings at their defaults, so a
-minute has two progress reports in it.
+minute has two progress reports in it. The memory of an idle rank is that of Python's objects alone,
+in a process that has other ranks already: not that of imports, nor the kernel's for its sockets.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import gc
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from fleet import Fleet
 from many_ranks import ManyRanks
 from proxy import Proxy, Server, Traffic, difference
 from results import table
+from torch.distributed import TCPStore
+from variants import HOST
+
+from async_barriers import StoreBarrier
 
 KINDS = ("ours", "torch")
 MANY = 16
@@ -33,6 +39,9 @@ STEPS = (
     ("for each further phase", "one", "many", MANY - 1),
 )
 STEPS_FIELDS = ("threads", "sockets", "kib")
+# So many ranks are there before those whose memory is measured.
+BEFORE, MEASURED = 32, 200
+IDLE_GOAL_KIB = 4.0
 
 
 class Waiters(ManyRanks):
@@ -70,6 +79,31 @@ class Waiters(ManyRanks):
         return [asyncio.ensure_future(cross()) for cross in self._crosses.values()]
 
 
+class Idle:
+    """Ranks that are connected, and wait for nothing. See `fleet.Fleet`."""
+
+    def __init__(self, _: int, port: int) -> None:
+        store = TCPStore(HOST, port, wait_for_workers=False)
+        size = BEFORE + MEASURED
+        self._ranks = [StoreBarrier(store, rank=rank, world_size=size) for rank in range(BEFORE)]
+        self._rest = [(store, rank, size) for rank in range(BEFORE, size)]
+
+    def kib(self) -> float:
+        """Of Python's objects, for each rank more."""
+        return asyncio.run(self._kib())
+
+    async def _kib(self) -> float:
+        await asyncio.gather(*(rank.connect() for rank in self._ranks))
+        gc.collect()
+        tracemalloc.start()
+        rest = [StoreBarrier(store, rank=rank, world_size=n) for store, rank, n in self._rest]
+        await asyncio.gather(*(rank.connect() for rank in rest))
+        await asyncio.sleep(SETTLE_SECS)
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+        return taken / MEASURED / 1024
+
+
 def resources() -> dict[str, float]:
     """The resources of this process."""
     gc.collect()
@@ -98,8 +132,21 @@ def main() -> None:
         for step, of in row["per_rank"].items()
     ]
     report.say(table(head, lines))
+    kib = memory_of_an_idle_rank()
+    verdict = "reached" if kib <= IDLE_GOAL_KIB else "MISSED"
+    report.say(f"\nan idle rank more: {kib:.1f} KiB of objects, goal {IDLE_GOAL_KIB:g}: {verdict}")
     if args.save:
-        report.save("waiting", {"ranks": args.ranks, "secs": args.secs, "rows": rows})
+        found = {"ranks": args.ranks, "secs": args.secs, "rows": rows, "idle_kib": kib}
+        report.save("waiting", found)
+
+
+def memory_of_an_idle_rank() -> float:
+    """In KiB."""
+    with (
+        Fleet(1, Server) as server,
+        Fleet(1, functools.partial(Idle, port=server.ask("port")[0])) as idle,
+    ):
+        return float(idle.ask("kib")[0])
 
 
 def measure(kind: str, ranks: int, secs: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from direct import DirectStore, run
+from stores import keys_of
 from worlds import (
     AnyBarrier,
     Outcome,
@@ -36,7 +37,7 @@ from async_barriers import (
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import Count
 from async_barriers._protocol.phase import Entry
-from async_barriers._protocol.store import CompareSet, Request
+from async_barriers._protocol.store import CompareSet, Request, Set
 from async_barriers._protocol.verdict import Broken, Released
 from async_barriers._store.copies import copy_of
 from async_barriers._store.future import Future
@@ -280,6 +281,52 @@ async def test_one_register_settles_a_race(shared: World) -> None:
     assert broken == [Broken(0, "", 1.0, (1,))] * 3
     released = await shared.call(lambda: race("released", deadline_first=False))
     assert released == [Released(None)] * 3
+
+
+@pytest.mark.parametrize("entered", [True, False])
+@pytest.mark.parametrize("gives_up", [True, False])
+async def test_rubbish_that_is_deleted_meanwhile(
+    memory: World, entered: bool, gives_up: bool
+) -> None:
+    """Where arrivals are counted: a rank that had entered is in doubt, another one begins anew, and
+    none asks again and again."""
+    await memory.barriers(2)
+
+    def meets() -> object:
+        entry = Entry(memory.keys(name="x"), 0, 2)
+        store = DirectStore(memory.store)
+        store.call(Set(entry.keys.count, b"rubbish"))
+
+        class Deleting:
+            """Deletes the phase between what is read and what is written."""
+
+            waits = True
+            written = 0
+
+            def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
+                self.written += isinstance(requests[0], CompareSet)
+                assert self.written < 4
+                if self.written == 1:
+                    store.call(*phases.spent(entry, broken=True))
+                return store.call(*requests)
+
+        try:
+            if gives_up:
+                broken = Broken(0, "late")
+                return run(phases.give_up(Deleting(), entry, broken, entered=entered))
+            return run(phases.look(Deleting(), entry, entered=entered))
+        except phases.Forgotten:
+            left = [key for key in keys_of(memory.innermost) if key.startswith(entry.keys.path)]
+            return left or None
+
+    came = await memory.call(meets)
+    if entered:
+        assert came is None
+    elif gives_up:
+        assert came == (Broken(0, "late"), True)
+    else:
+        assert isinstance(came, Count)
+        assert not came.arrived
 
 
 async def test_of_all_that_break_it_one_did(shared: World) -> None:

@@ -22,6 +22,7 @@ from async_barriers._protocol.store import (
     Set,
     SetMany,
 )
+from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection
 from async_barriers._store.threads import ThreadedConnection
@@ -100,6 +101,26 @@ def test_appends_of_many_lose_no_line(on: OnALoop, pair: tuple[Connection, Conne
     (log,) = on.answer(pair[0].call(Read("log")))
     assert sorted(log.splitlines(keepends=True)) == sorted(lines[0] + lines[1])
     assert [line for line in log.splitlines(keepends=True) if line in lines[1]] == lines[1]
+
+
+def test_an_append_to_what_is_deleted_meanwhile(
+    on: OnALoop, pair: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a store has no append of its own: the line is the first one then."""
+    one, two = pair
+    on.answer(one.call(Append("log", b"a\n"), Read("log")))
+    read = BlockingStore._read
+
+    def and_is_deleted(self: BlockingStore, key: str) -> bytes | None:
+        found = read(self, key)
+        monkeypatch.undo()
+        self.do(Delete(key))
+        return found
+
+    monkeypatch.setattr(BlockingStore, "_read", and_is_deleted)
+    on.answer(one.call(Append("log", b"b\n"), Add("n", 1)))
+    monkeypatch.undo()
+    assert on.answer(two.call(Read("log"))) in ([b"b\n"], [b"a\nb\n"])
 
 
 def test_whoever_waits_is_woken(on: OnALoop, pair: tuple[Connection, Connection]) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_low
 from types import FrameType
 from typing import Any
 
@@ -46,12 +47,14 @@ class Taken:
     :ivar seen: in how many crossings each function did
     :ivar sent: messages by rank, of all crossings
     :ivar received: bytes by rank, of all crossings
+    :ivar each: messages and bytes by rank, of one crossing each
     """
 
     def __init__(self, ranks: list[AnyBarrier]) -> None:
         self.seen: Counter[tuple[str, str]] = Counter()
         self.sent: Counter[int] = Counter()
         self.received: Counter[int] = Counter()
+        self.each: list[tuple[Counter[int], Counter[int]]] = []
         self._ranks = ranks
         self._functions: set[tuple[str, str]] = set()
 
@@ -157,6 +160,7 @@ async def crossed(ranks: list[AnyBarrier], patch: pytest.MonkeyPatch, *, late: b
             path.seen, path.sent, path.received = before
         else:
             done += 1
+            path.each.append((path.sent - before[1], path.received - before[2]))
     return path
 
 
@@ -183,10 +187,12 @@ async def test_messages(
     assert set(path.sent) == set(path.received) == set(range(world_size))
     for rank in range(world_size):
         is_last = rank == world_size - 1
-        # What waits for company may be sent on its own now and then: four times a second at most.
-        assert round(path.sent[rank] / CROSSINGS) == MESSAGES[is_last]
+        # What waits for company may be sent on its own, four times a second: on a busy machine that
+        # is in some of the crossings.
+        assert median_low(sent[rank] for sent, _ in path.each) == MESSAGES[is_last]
         log = LOG_BYTES * world_size * is_last
-        assert path.received[rank] / CROSSINGS <= BYTES_RECEIVED[is_last] + log
+        most = BYTES_RECEIVED[is_last] + log
+        assert median_low(received[rank] for _, received in path.each) <= most
 
 
 @pytest.mark.parametrize(("step", "messages"), [(None, 2), (3, 3)], ids=["", "step"])
@@ -218,3 +224,40 @@ async def test_messages_of_a_break(
             while any(rank._session.open for rank in ranks[:-1]):
                 await anyio.sleep(0)
     assert path.sent == {0: 1, 1: 1, 2: messages}, path.sent
+
+
+@pytest.mark.parametrize(
+    ("leader", "messages"),
+    [(2, {0: 2, 1: 2, 2: 3}), (0, {0: 4, 1: 2, 2: 3})],
+    ids=["leader comes last", "leader comes first"],
+)
+async def test_messages_of_a_commit(
+    tcp: World,
+    monkeypatch: pytest.MonkeyPatch,
+    anyio_backend: str,
+    leader: int,
+    messages: dict[int, int],
+) -> None:
+    """Each rank enters, and reads the verdict that the leader writes. A leader that comes last has
+    the payloads with the answer to its entry; another one is woken by the last, and reads them.
+    The leader then wakes observers."""
+    ranks = await tcp.barriers(3)
+
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        return b"".join(payloads.values())
+
+    async def commits(rank: AnyBarrier) -> None:
+        payload = b"%d" % ranks.index(rank)
+        told = await rank.commit(publish, payload=payload, name="x", leader=leader)
+        assert told == b"012"
+
+    path = Taken(ranks)
+    with monkeypatch.context() as patched:
+        path.count(patched)
+        async with anyio.create_task_group() as tasks:
+            for rank in ranks[:-1]:
+                tasks.start_soon(commits, rank)
+            while not all(map(has_entered, ranks[:-1])):
+                await anyio.sleep(0)
+            tasks.start_soon(commits, ranks[-1])
+    assert path.sent == messages, path.sent

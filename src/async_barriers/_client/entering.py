@@ -148,7 +148,7 @@ class Entering(Departing):
                     self._announce(phase, connection, Set(entry.keys.released, me))
                 self.settle(phase, Released(self.rank))
             elif entry.leads and not stopping:
-                self.start(self._collect(phase, connection))
+                self.start(self._collect(phase, connection, *said.result()[1:]))
             elif self._rings:
                 self._announce(phase, connection, Set(entry.keys.released, me))
             else:

@@ -84,11 +84,15 @@ class Hearing(Entering):
             # The real write may have come just before the key was deleted.
             await self._look(phase, connection)
 
-    async def _collect(self, phase: Phase, connection: Connection) -> None:
-        """The leader of a commit hears that all are in: read their payloads."""
+    async def _collect(self, phase: Phase, connection: Connection, *log: bytes | None) -> None:
+        """The leader of a commit hears that all are in: read their payloads.
+
+        :param log: if it has been read
+        """
         with contextlib.suppress(BarrierConnectionError):
             try:
-                brought = await commits.collect(connection, phase.entry)
+                collect = commits.collected if log else commits.collect
+                brought = await collect(connection, phase.entry, *log)
             except BarrierConnectionError:
                 raise
             except BarrierError:

@@ -54,15 +54,26 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     """
     keys = entry.keys
     apart = [Read(keys.payloads)] if entry.world_size > IN_LOG else []
-    value, log, *lines = await store.call(Read(keys.count), Read(keys.log), *apart)
+    value, *logs = await store.call(Read(keys.count), Read(keys.log), *apart)
     if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
         return None
+    return await collected(store, entry, *logs)
+
+
+async def collected(
+    store: Store, entry: Entry, log: bytes | None, apart: bytes | None = None
+) -> dict[int, bytes] | Broken:
+    """As `collect`, when all are in.
+
+    :param apart: the payloads of a large world
+    """
+    keys = entry.keys
     if entry.kind == COMMIT and (disagreement := differing(log)) is not None:
         # Another rank may have found it out before; see `entered`.
         (reason,) = await store.call(CompareSet(keys.reason, b"", encode_reason(disagreement)))
         return decode_reason(reason)
-    payloads, large = brought(lines[0] if apart else log, entry.world_size)
+    payloads, large = brought(log if entry.world_size <= IN_LOG else apart, entry.world_size)
     if large:
-        values = await store.call(*[Read(entry.keys.payload(rank)) for rank in large])
+        values = await store.call(*[Read(keys.payload(rank)) for rank in large])
         payloads |= {rank: value or b"" for rank, value in zip(large, values, strict=True)}
     return {rank: payloads[rank] for rank in range(entry.world_size)}

@@ -119,12 +119,15 @@ def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
             requests.append(Append(keys.payloads, brings + b"\n"))
     requests.append(Append(keys.log, line + b"\n"))
     requests.append(Add(keys.count, counts.entry(entry.rank, entry.code)))
+    if entry.leads and entry.world_size <= IN_LOG:
+        # If its leader is the last one, it has all payloads by the answer.
+        requests.append(Read(keys.log))
     return requests
 
 
 def entered(entry: Entry, answers: list[Any]) -> Count | Broken:
     """The count when this rank arrived, or why its arrival breaks the phase."""
-    count = counts.of_sum(answers[-1])
+    count = counts.of_sum(answers[0])
     if count.broken:
         return count
     if count.differs(entry.code):
@@ -153,10 +156,10 @@ async def judge(
     store: Store, entry: Entry, value: bytes | None, reason: bytes | None, *, entered: bool = True
 ) -> Verdict | Count:
     """As `look`, from a count and a reason that were read."""
-    if entered and not value:
-        raise Forgotten
     while not counts.is_count(value):
         reason, value = await _foul(store, entry, value or b"")
+    if entered and not value:
+        raise Forgotten
     count = counts.of_value(value)
     if count.broken:
         if reason is None:
@@ -178,18 +181,27 @@ async def judge(
         return count  # Something else wrote there; the leader may still overwrite it.
 
 
-async def _foul(store: Store, entry: Entry, value: bytes) -> tuple[bytes, bytes]:
+async def _foul(
+    store: Store, entry: Entry, value: bytes, tells: Iterable[Request] = ()
+) -> tuple[bytes | None, bytes]:
     """Break a phase whose count is no number, so that later ranks can add to it.
 
     Return its reason and its count, since another rank may have entered or broken it meanwhile.
+
+    :param tells: requests after it, in the same message
     """
     mine = encode_reason(
         Broken(None, f"something else wrote {show(value)} where its arrivals are counted")
     )
-    reason, now = await store.call(
+    reason, now, *_ = await store.call(
         CompareSet(entry.keys.reason, b"", mine),
         CompareSet(entry.keys.count, value, counts.of_sum(0).broken_by(entry.rank)),
+        *tells,
     )
+    if now == value:
+        # This is the answer for an absent key: it was deleted after it was read.
+        await store.call(Delete(entry.keys.reason))
+        return None, b""
     return reason, now
 
 
@@ -240,7 +252,7 @@ async def give_up(
     value, reason, *log = await store.call(*reads)
     while True:
         if not counts.is_count(value):
-            reason, value = await _foul(store, entry, value or b"")
+            reason, value = await _foul(store, entry, value or b"", tells)
             if value == counts.of_sum(0).broken_by(entry.rank):
                 return decode_reason(reason), True
             continue

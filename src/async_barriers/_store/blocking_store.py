@@ -126,7 +126,8 @@ class BlockingStore:
             winner = _bytes(self._store.compare_set(request.key, current, wanted))
             if winner == wanted:
                 return
-            current = winner
+            # This is the answer for an absent key: it was deleted after it was read.
+            current = b"" if winner == current else winner
 
     def _read(self, key: str) -> bytes | None:
         if self._reads_at_once:
