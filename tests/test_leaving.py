@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import time
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from processes import BACKENDS, CRASHES, EXIT_SECS, Forge
 from rank_process import PREFIX, say
@@ -34,6 +36,7 @@ from async_barriers import (
     StoreBarrier,
 )
 from async_barriers._protocol import leaving
+from async_barriers._protocol.membership import FIELD, GONE
 from async_barriers._protocol.store import Read
 
 in_process = pytest.mark.anyio
@@ -350,3 +353,32 @@ async def test_leaving_with_an_answer_yet_to_come(capfd: pytest.CaptureFixture[s
             bell.call(*[Read(rank._session.keys.state)] * 50)
             await rank.aclose()
     assert "failed on SocketImpl" not in capfd.readouterr().err
+
+
+@in_process
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_rank_that_says_twice_that_it_leaves_counts_once(
+    monkeypatch: pytest.MonkeyPatch, anyio_backend: str
+) -> None:
+    """A signal handler raises when the store has counted it. Counted twice it would pass for its
+    peer, and the keys of both would go."""
+    server = serve()
+    async with job(server, 2) as (first, second):
+        membership = second._session.membership
+        assert membership is not None
+        counted = leaving._counted
+
+        async def struck_once(*args: Any) -> bool:
+            monkeypatch.setattr(leaving, "_counted", counted)
+            raise Struck
+
+        monkeypatch.setattr(leaving, "_counted", struck_once)
+        raised: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: raised.append(context.get("exception")))
+        await first.aclose()
+        loop.set_exception_handler(None)
+        assert [type(exc) for exc in raised] == [Struck]
+        assert (await told(second.execute_barrier("x"))).rank == 0
+        roll = int(await anyio.to_thread.run_sync(server.get, membership.own.roll))
+        assert (roll & FIELD, roll // GONE & FIELD) == (2, 1)

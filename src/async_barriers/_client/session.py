@@ -40,8 +40,9 @@ _EXIT_SECS = 0.5
 class Session(Joining):
     """All that a connected barrier has."""
 
-    # What this rank was when it last said that it leaves.
+    # What this rank was when it last said that it leaves; and when it last began to.
     _left_as: Membership | None = None
+    _leaves_as: Membership | None = None
 
     @cached_property
     def presence(self) -> Presence:
@@ -135,15 +136,18 @@ class Session(Joining):
             return
         # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
+        again, self._leaves_as = self._leaves_as is membership, membership
+        unfinished = self.unfinished
         goodbye = self.start(
-            leaving.leave(bell, membership, reason, hosts=hosts, unfinished=self.unfinished)
+            leaving.leave(bell, membership, reason, hosts=hosts, unfinished=unfinished, again=again)
         )
         said = await within(loop, goodbye, deadline - self._now())
-        # It may be on its way, and must not be counted twice.
+        # If it was interrupted, it begins anew; the peers may not have been woken.
+        needed = said and goodbye.result()
         self._left_as = membership
         if not said:
             return
-        if goodbye.result() and hosts:
+        if needed and hosts:
             # A rank that clears up ends the state first.
             all_left, state = membership.own.all_left, membership.state.encoded
             await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
@@ -155,8 +159,12 @@ class Session(Joining):
     async def _part(self, loop: Loop, deadline: float) -> None:
         """Be gone after the host was let go; its store may be gone, too."""
         bell, membership = self._bell, self.membership
-        if bell is not None and bell.lost is None and membership is not None:
+        if membership is None or membership is self._leaves_as:
+            return
+        if bell is not None and bell.lost is None:
             await within(loop, self.start(self._flush()), deadline - self._now())
+            # Said once at most, since it must not be counted twice.
+            self._leaves_as = membership
             parting = self.start(leaving.part(bell, membership))
             await within(loop, parting, deadline - self._now())
 

@@ -14,7 +14,7 @@ from .._errors import in_one_line
 from .keys import Keys, PhaseKeys
 from .membership import FIELD, GONE, HOST, LEFT, Membership
 from .store import Add, Append, CompareSet, DeleteMany, Read, Request, Set, SetMany, Store
-from .verdict import RUBBISH
+from .verdict import RUBBISH, number
 
 
 async def leave(
@@ -24,6 +24,7 @@ async def leave(
     *,
     hosts: bool,
     unfinished: Mapping[str, str] | None = None,
+    again: bool = False,
 ) -> bool:
     """Say that this rank can never be waited for again.
 
@@ -33,16 +34,21 @@ async def leave(
     :param hosts: the store ends with this process
     :param unfinished: the broken phases that this rank was the first to depart from, and those that
         it looked after: what their keys begin with, and the key of the latest broken step
+    :param again: it may have been said before, when a signal handler interrupted this rank
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
     gone = replace(membership.claim, left=True).encoded
+    counts: Request = Add(own.roll, LEFT + GONE + (HOST if hosts else 0))
+    if again and await store.call(Read(keys.member(rank))) == [gone]:
+        # One counted twice would pass for another rank, and the keys would go under that one.
+        counts = Read(own.roll)
     closed = json.dumps({"rank": rank, "reason": in_one_line(reason)}).encode()
     requests: list[Request] = [
         # Not a plain write: another life may hold the rank by now.
         CompareSet(keys.member(rank), membership.claim.encoded, gone),
         CompareSet(own.closed, b"", closed),
-        Add(own.roll, LEFT + GONE + (HOST if hosts else 0)),
+        counts,
         Read(keys.state),
     ]
     if hosts:
@@ -50,7 +56,8 @@ async def leave(
         requests.insert(2, Set(own.host_leaves, b"1"))
     if lines := b"".join(json.dumps(each).encode() + b"\n" for each in (unfinished or {}).items()):
         requests.insert(0, Append(own.unfinished, lines))
-    _, first, roll, found = await store.call(*requests)
+    _, first, counted, found = await store.call(*requests)
+    roll = counted if isinstance(counted, int) else number(counted) or 0
     if found != membership.state.encoded:
         # The generation is over, so no rank uses what was just written.
         spent = [own.roll, own.closed, own.unfinished, own.bell(rank)]
