@@ -171,7 +171,10 @@ class Waits:
         assert [said.result() for said, _ in self.asked] == [wanted for _, wanted in self.asked]
         assert not self.served.connection.unsaid
         if self.awaited is not None:
-            assert self.served.server.waiting == b"/" + self.awaited.encode()
+            key = b"/" + self.awaited.encode()
+            assert self.served.server.waiting == key
+            # Also if it was deleted at once.
+            assert key not in self.served.server.woken
 
 
 @given(st.lists(steps, max_size=25))
@@ -198,9 +201,30 @@ def test_a_wake_just_before_its_cancellation() -> None:
     # Asked anew, of a key that is there, it ends at once.
     assert bytes(served.server.said) == b"\0\1" + b"\1" + b"\0" * 7 + b"1" + b"\0"
     served.hear(2)
-    assert not woken
+    assert woken == ["w"]
     served.hear()
     assert answer.result() == [b"1"]
+    assert woken == ["w"]
+
+
+def test_a_key_that_is_deleted_as_its_wait_is_asked_for_anew() -> None:
+    """As the bell of a rank that was stopped, and is taken for dead: the wait ends no more."""
+    served, woken = Served(), []
+    served.connection.on_wake = lambda: woken.append("w")
+    served.connection.call(wait="w")
+    served.exchange()
+    served.server.write(b"/w", b"1")
+    answer = served.connection.call(Read("x"))
+    del served.server.values[b"/w"]
+    served.exchange()
+    assert answer.result() == [None]
+    assert woken == ["w"]
+    # What it waits for next is another matter.
+    served.connection.call(wait="v")
+    served.exchange()
+    served.server.write(b"/v", b"1")
+    served.connection.call(Read("x"), wait="u")
+    served.exchange()
     assert woken == ["w"]
 
 

@@ -88,6 +88,8 @@ class SocketConnection:
         # Messages whose answers have yet to come, in order; a wait's byte is the last one.
         self._due: deque[_Message] = deque()
         self._awaited: str | None = None
+        # The key of a wait that was cancelled to be asked for anew.
+        self._renewed: str | None = None
         self._unsaid = bytearray()
         # The bytes of an incomplete answer, and how many it takes to go on.
         self._heard: list[bytes] = []
@@ -120,6 +122,7 @@ class SocketConnection:
                 if due and due[-1] is _WAKE:
                     due[-1] = _CANCELLATION
                     said.insert(0, wire.CANCEL_WAIT)
+                    self._renewed = self._awaited if wait is None else None
                 if kinds:
                     due.append(message)
                 if wait is not None:
@@ -262,13 +265,13 @@ class SocketConnection:
                     raise ValueError(f"byte {byte} where a wait ends")
                 if message is _WAKE:
                     due.popleft()
-                    if self._awaited is not None:
-                        self._awaited = None
-                        if self.on_wake is not None:
-                            self.on_wake()
+                    self._wake()
                 elif message is _SPENT or byte == wire.CANCELLED:
-                    # If the wait ended by itself just before its cancellation, two bytes come.
                     due.popleft()
+                elif self._renewed is not None and self._renewed == self._awaited:
+                    # The wait ended by itself just before its cancellation, so two bytes come. The
+                    # key may be gone by now, and the wait that was asked for anew not end.
+                    self._wake()
                 continue
             try:
                 answers, at = wire.hear(message.kinds, heard, at)
@@ -285,6 +288,12 @@ class SocketConnection:
             if not due:
                 raise ValueError("more came than was asked for")
             self._heard.append(heard[at:])
+
+    def _wake(self) -> None:
+        if self._awaited is not None:
+            self._awaited = None
+            if self.on_wake is not None:
+                self.on_wake()
 
     # -- its end -----------------------------------------------------------------------
 
