@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from served import Served
 
@@ -177,7 +177,13 @@ class Waits:
             assert key not in self.served.server.woken
 
 
+WAITS: list[tuple[Any, ...]] = [("call", [], "w"), ("send", 60, True), ("arrive", 60), ("serve", 4)]
+
+
 @given(st.lists(steps, max_size=25))
+@example([*WAITS, ("call", [], "v"), ("write", "w"), ("call", [Read("a")], None)])
+@example([*WAITS, ("write", "w"), ("call", [Read("a")], None), ("delete", "w")])
+@example([*WAITS, ("write", "w"), ("call", [Read("a")], None), ("call", [], "w")])
 def test_waits_among_messages(taken: list[tuple[Any, ...]]) -> None:
     """A wait is cancelled and asked anew with each message, and its byte may be on its way then:
     no byte is taken for another, and whoever waits is woken."""

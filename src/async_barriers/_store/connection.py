@@ -88,8 +88,9 @@ class SocketConnection:
         # Messages whose answers have yet to come, in order; a wait's byte is the last one.
         self._due: deque[_Message] = deque()
         self._awaited: str | None = None
-        # The key of a wait that was cancelled to be asked for anew.
-        self._renewed: str | None = None
+        # How often it was told for which key to wait; and which of those waits are being cancelled.
+        self._waits = 0
+        self._cancelled: deque[int] = deque()
         self._unsaid = bytearray()
         # The bytes of an incomplete answer, and how many it takes to go on.
         self._heard: list[bytes] = []
@@ -122,11 +123,12 @@ class SocketConnection:
                 if due and due[-1] is _WAKE:
                     due[-1] = _CANCELLATION
                     said.insert(0, wire.CANCEL_WAIT)
-                    self._renewed = self._awaited if wait is None else None
+                    self._cancelled.append(self._waits)
                 if kinds:
                     due.append(message)
                 if wait is not None:
                     self._awaited = wait
+                    self._waits += 1
                 if self._awaited is not None:
                     said.append(wire.wait(self._awaited))
                     due.append(_WAKE)
@@ -263,15 +265,20 @@ class SocketConnection:
                 at += 1
                 if byte > wire.CANCELLED:
                     raise ValueError(f"byte {byte} where a wait ends")
-                if message is _WAKE:
+                woken = message is _WAKE
+                if woken or message is _SPENT:
                     due.popleft()
-                    self._wake()
-                elif message is _SPENT or byte == wire.CANCELLED:
+                elif byte == wire.CANCELLED:
                     due.popleft()
-                elif self._renewed is not None and self._renewed == self._awaited:
-                    # The wait ended by itself just before its cancellation, so two bytes come. The
-                    # key may be gone by now, and the wait that was asked for anew not end.
-                    self._wake()
+                    self._cancelled.popleft()
+                else:
+                    # The wait ended by itself just before its cancellation, so two bytes come. If
+                    # it was asked for anew, that one may not end: the key may be gone by now.
+                    woken = self._cancelled[0] == self._waits
+                if woken and self._awaited is not None:
+                    self._awaited = None
+                    if self.on_wake is not None:
+                        self.on_wake()
                 continue
             try:
                 answers, at = wire.hear(message.kinds, heard, at)
@@ -288,12 +295,6 @@ class SocketConnection:
             if not due:
                 raise ValueError("more came than was asked for")
             self._heard.append(heard[at:])
-
-    def _wake(self) -> None:
-        if self._awaited is not None:
-            self._awaited = None
-            if self.on_wake is not None:
-                self.on_wake()
 
     # -- its end -----------------------------------------------------------------------
 
