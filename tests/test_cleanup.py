@@ -20,6 +20,7 @@ from stores import keys_of
 from worlds import AnyBarrier, Tasks, World, gather, library_threads_gone, until
 
 from async_barriers import BarrierError, BarrierTimeoutError, BrokenBarrierError
+from async_barriers._protocol.store import DeleteMany
 
 pytestmark = pytest.mark.anyio
 
@@ -273,6 +274,24 @@ async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
     await first.aclose()
     await library_threads_gone()
     assert [key for key in keys_of(memory.innermost) if "/phase/" in key] == []
+
+
+async def test_a_late_answer_about_a_phase_that_is_deleted(memory: World) -> None:
+    """Two looks may be under way at once; the older one adds no departures to what is gone."""
+    first, second = await memory.barriers(2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(first.execute_barrier, "a"))
+        await memory.entered(0, name="a")
+        await second.execute_barrier("a")
+        await waiting.returned()
+    session = second._session
+    (gone,) = (each for each in session._after if each.name == "a")
+    (connection,) = session._idle
+    said = len(connection.outbox)
+    session._looked(gone, connection, False, [b"0\n1\n0d\n1d\n"])
+    session._looked(gone, connection, True, [b"0\n1\n1d\n", None])
+    requests = [request for each, _ in connection.outbox[said:] for request in each]
+    assert [type(request) for request in requests] == [DeleteMany]
 
 
 async def test_phases_that_a_rank_never_came_to(shared: World) -> None:

@@ -135,8 +135,8 @@ class Departing(Pool):
         if log is None:
             self._after.pop(gone, None)  # Another rank has deleted it.
             return
-        if gone.adding:
-            return  # To delete the number now could leave it there.
+        if gone.adding or gone.deleted:
+            return  # To delete the number before it is added to, or to add to it, leaves it there.
         others = len(phases.departed(log)) - gone.added
         # What another rank added is in both.
         total = others + alone if gone.last else max(others, alone)
@@ -149,6 +149,7 @@ class Departing(Pool):
             connection.outbox.append(([add], partial(self._added, gone, connection)))
 
     def _delete(self, gone: Departure, connection: Connection, *, alone: bool) -> None:
+        gone.deleted = True
         self._after.pop(gone, None)
         self.unfinished.pop(gone.entry.keys.path, None)
         if connection.lost is not None and self._idle:

@@ -120,13 +120,14 @@ class Departure:
     :ivar looks_after: it has to see to the end of the phase: it entered last, or does not know
     :ivar added: how many departures of others it has added to `PhaseKeys.departed`
     :ivar adding: that is under way
+    :ivar deleted: its keys are, or are about to be
     :ivar patience: how often this rank enters phases, for each that it awaits, until it looks again
     :ivar large: the ranks whose payloads are known to have keys of their own
     """
 
     __slots__ = (
-        "added", "adding", "broken", "entry", "large", "last", "looks_after", "membership", "name",
-        "patience", "step",
+        "added", "adding", "broken", "deleted", "entry", "large", "last", "looks_after",
+        "membership", "name", "patience", "step",
     )  # fmt: skip
 
     def __init__(self, phase: Phase) -> None:
@@ -136,7 +137,7 @@ class Departure:
         self.entry = phase.entry
         self.broken = not isinstance(phase.verdict, Released)
         self.added = 0
-        self.adding = False
+        self.adding = self.deleted = False
         self.patience = 1
         self.last = phase.last
         self.looks_after = phase.last or not (phase.counted or isinstance(phase.verdict, Broken))
