@@ -17,8 +17,8 @@ from async_barriers.testing import FaultyStore
 pytestmark = pytest.mark.anyio
 
 DEADLINE_SECS = 0.5
-# Law 5 allows one second; a little more for a machine that runs several worlds at once.
-# A little for a busy machine, on which also the threads that make the calls have to wait.
+# Law 5 allows one second; more for a machine that runs several worlds at once, on which the threads
+# that make the calls have to wait, too.
 BOUND_SECS = DEADLINE_SECS + 1 + 0.6
 WORLDS_AT_ONCE = 3
 
