@@ -259,14 +259,20 @@ async def test_a_departure_under_way_as_its_rank_leaves(memory: World) -> None:
     assert [key for key in keys_of(memory.innermost) if "/phase/" in key] == []
 
 
-async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
-    """The other one departs from the phase a moment later, with its entry into the next one."""
+async def two_that_crossed(memory: World) -> list[AnyBarrier]:
+    """Two ranks, the second of which was the last to enter "a"."""
     first, second = await memory.barriers(2)
     async with Tasks() as tasks:
         waiting = tasks.start(partial(first.execute_barrier, "a"))
         await memory.entered(0, name="a")
         await second.execute_barrier("a")
         await waiting.returned()
+    return [first, second]
+
+
+async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
+    """The other one departs from the phase a moment later, with its entry into the next one."""
+    first, second = await two_that_crossed(memory)
     leaves = parks(memory, ("compare_set", "/member/1"), ("add", "1:b/0/count"))
     async with Tasks() as tasks:
         tasks.start(second.aclose)
@@ -280,12 +286,7 @@ async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
 
 async def test_a_late_answer_about_a_phase_that_is_deleted(memory: World) -> None:
     """Two looks may be under way at once; the older one adds no departures to what is gone."""
-    first, second = await memory.barriers(2)
-    async with Tasks() as tasks:
-        waiting = tasks.start(partial(first.execute_barrier, "a"))
-        await memory.entered(0, name="a")
-        await second.execute_barrier("a")
-        await waiting.returned()
+    first, second = await two_that_crossed(memory)
     session = second._session
     (gone,) = (each for each in session._after if each.name == "a")
     (connection,) = session._idle
