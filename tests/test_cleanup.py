@@ -286,7 +286,7 @@ async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
 
 async def test_a_late_answer_about_a_phase_that_is_deleted(memory: World) -> None:
     """Two looks may be under way at once; the older one adds no departures to what is gone."""
-    first, second = await two_that_crossed(memory)
+    _, second = await two_that_crossed(memory)
     session = second._session
     (gone,) = (each for each in session._after if each.name == "a")
     (connection,) = session._idle
