@@ -16,6 +16,7 @@ import gc
 import os
 import time
 import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +84,28 @@ class Idle:
     """Ranks that are connected, and wait for nothing. See `fleet.Fleet`."""
 
     def __init__(self, _: int, port: int) -> None:
-        store = TCPStore(HOST, port, wait_for_workers=False)
-        size = BEFORE + MEASURED
-        self._ranks = [StoreBarrier(store, rank=rank, world_size=size) for rank in range(BEFORE)]
-        self._rest = [(store, rank, size) for rank in range(BEFORE, size)]
+        self._store = TCPStore(HOST, port, wait_for_workers=False)
+        self._ranks: list[StoreBarrier] = []
 
     def kib(self) -> float:
         """Of Python's objects, for each rank more."""
         return asyncio.run(self._kib())
 
     async def _kib(self) -> float:
-        await asyncio.gather(*(rank.connect() for rank in self._ranks))
+        await self._connect(range(BEFORE))
         gc.collect()
         tracemalloc.start()
-        rest = [StoreBarrier(store, rank=rank, world_size=n) for store, rank, n in self._rest]
-        await asyncio.gather(*(rank.connect() for rank in rest))
+        await self._connect(range(BEFORE, BEFORE + MEASURED))
         await asyncio.sleep(SETTLE_SECS)
         gc.collect()
         taken, _ = tracemalloc.get_traced_memory()
         return taken / MEASURED / 1024
+
+    async def _connect(self, ranks: Iterable[int]) -> None:
+        size = BEFORE + MEASURED
+        more = [StoreBarrier(self._store, rank=rank, world_size=size) for rank in ranks]
+        self._ranks += more
+        await asyncio.gather(*(barrier.connect() for barrier in more))
 
 
 def resources() -> dict[str, float]:

@@ -193,13 +193,19 @@ def test_waits_among_messages(taken: list[tuple[Any, ...]]) -> None:
     waits.end()
 
 
-def test_a_wake_just_before_its_cancellation() -> None:
-    """Two bytes come: of the wait's end, and of its cancellation, which ends nothing any more."""
-    served, woken = Served(), []
+def woken_unheard() -> tuple[Served, list[str]]:
+    """A connection whose wait for "w" has ended, which it has not heard; and whom it has woken."""
+    served, woken = Served(), list[str]()
     served.connection.on_wake = lambda: woken.append("w")
     served.connection.call(wait="w")
     served.exchange()
     served.server.write(b"/w", b"1")
+    return served, woken
+
+
+def test_a_wake_just_before_its_cancellation() -> None:
+    """Two bytes come: of the wait's end, and of its cancellation, which ends nothing any more."""
+    served, woken = woken_unheard()
     answer = served.connection.call(Read("w"))
     served.arrive()
     while served.server.serve():
@@ -215,11 +221,7 @@ def test_a_wake_just_before_its_cancellation() -> None:
 
 def test_a_key_that_is_deleted_as_its_wait_is_asked_for_anew() -> None:
     """As the bell of a rank that was stopped, and is taken for dead: the wait ends no more."""
-    served, woken = Served(), []
-    served.connection.on_wake = lambda: woken.append("w")
-    served.connection.call(wait="w")
-    served.exchange()
-    served.server.write(b"/w", b"1")
+    served, woken = woken_unheard()
     answer = served.connection.call(Read("x"))
     del served.server.values[b"/w"]
     served.exchange()

@@ -67,7 +67,7 @@ class Breaking(Hearing):
         connection = phase.connection or self._bell
         # At a deadline many break it at once, and one of them rings. Where steps are given, its
         # peers have to find a note of it first.
-        rings = phase.membership.peers if not names and phase.step is None else None
+        at_once = not names and phase.step is None
         again = False
         while True:
             try:
@@ -77,10 +77,11 @@ class Breaking(Hearing):
                 # On the connection that it entered on, its arrival comes first. A phase that began
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
+                tells = phases.telling(phase.entry, phase.membership.peers) if at_once else ()
                 judged, ours = await phases.give_up(
-                    connection, phase.entry, broken, entered=sure, names_missing=names, rings=rings
+                    connection, phase.entry, broken, entered=sure, names_missing=names, tells=tells
                 )
-                told = ours and rings is not None
+                told = ours and at_once
                 # The peers may not know of a break that was sent on a lost connection.
                 ours = ours or (again and isinstance(judged, Broken) and judged.rank == self.rank)
                 if ours and not told:
@@ -158,7 +159,7 @@ class Breaking(Hearing):
 
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
         membership = phase.membership
-        tells = SetMany(membership.peers, b"broken"), Read(phase.entry.keys.count)
+        tells = phases.telling(phase.entry, membership.peers)
         if phase.step is None:
             await connection.call(*tells)
             return

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from .._protocol import phase as phases
 from .._protocol.count import GATHER
 from .._protocol.phase import Forgotten
-from .._protocol.store import Add, Append, CompareSet, Delete, Read, Request
+from .._protocol.store import Add, CompareSet, Delete, Read, Request
 from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
 from .phases import Departure, Phase, Turns
@@ -163,8 +163,7 @@ class Departing(Pool):
 
     def _depart_alone(self, connection: Connection) -> None:
         for requests, heard in connection.outbox:
-            # Nothing but departures is appended there.
-            if isinstance(requests[0], Append) and isinstance(heard, partial):
+            if isinstance(heard, partial) and heard.func == self._departed:
                 requests[:] = phases.departing_alone(heard.args[0].entry)
 
     async def _flush(self) -> None:

@@ -137,10 +137,8 @@ class Session(Joining):
         # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
         again, self._leaves_as = self._leaves_as is membership, membership
-        unfinished = self.unfinished
-        goodbye = self.start(
-            leaving.leave(bell, membership, reason, hosts=hosts, unfinished=unfinished, again=again)
-        )
+        leave = partial(leaving.leave, unfinished=self.unfinished, again=again)
+        goodbye = self.start(leave(bell, membership, reason, hosts=hosts))
         said = await within(loop, goodbye, deadline - self._now())
         # If it was interrupted, it begins anew; the peers may not have been woken.
         needed = said and goodbye.result()

@@ -276,7 +276,7 @@ class SessionState:
     async def _look(self, phase: Phase, connection: Connection, *, came_late: bool = False) -> None:
         raise NotImplementedError
 
-    async def _collect(self, phase: Phase, connection: Connection) -> None:
+    async def _collect(self, phase: Phase, connection: Connection, *log: bytes | None) -> None:
         raise NotImplementedError
 
     def _begin_giving_up(

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import count as counts
 from .count import COMMIT
-from .payloads import IN_LOG, brought
+from .payloads import brought
 from .phase import Entry
 from .store import CompareSet, Read, Request, Set, Store
 from .verdict import (
@@ -53,7 +53,7 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     :raises BarrierError: something else wrote there
     """
     keys = entry.keys
-    apart = [Read(keys.payloads)] if entry.world_size > IN_LOG else []
+    apart = [Read(keys.payloads)] if entry.apart else []
     value, *logs = await store.call(Read(keys.count), Read(keys.log), *apart)
     if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
         return None
@@ -72,7 +72,7 @@ async def collected(
         # Another rank may have found it out before; see `entered`.
         (reason,) = await store.call(CompareSet(keys.reason, b"", encode_reason(disagreement)))
         return decode_reason(reason)
-    payloads, large = brought(log if entry.world_size <= IN_LOG else apart, entry.world_size)
+    payloads, large = brought(apart if entry.apart else log, entry.world_size)
     if large:
         values = await store.call(*[Read(keys.payload(rank)) for rank in large])
         payloads |= {rank: value or b"" for rank, value in zip(large, values, strict=True)}

@@ -8,7 +8,7 @@ which rank broke it and why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +93,11 @@ class Entry:
         return f"commit(leader={self.leader})" if self.kind == COMMIT else CALLS[self.kind]
 
     @property
+    def apart(self) -> bool:
+        """Whether payloads stand in a log of their own."""
+        return self.world_size > IN_LOG
+
+    @property
     def awaited(self) -> str:
         """The key that this rank waits for once it has entered."""
         follows = self.kind == COMMIT and not self.leads
@@ -113,13 +118,13 @@ def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
         if len(payload) > SMALL_BYTES:
             requests.append(Set(keys.payload(entry.rank), payload))
         brings = line + b" " + carried(payload)
-        if entry.world_size <= IN_LOG:
-            line = brings
-        else:
+        if entry.apart:
             requests.append(Append(keys.payloads, brings + b"\n"))
+        else:
+            line = brings
     requests.append(Append(keys.log, line + b"\n"))
     requests.append(Add(keys.count, counts.entry(entry.rank, entry.code)))
-    if entry.leads and entry.world_size <= IN_LOG:
+    if entry.leads and not entry.apart:
         # If its leader is the last one, it has all payloads by the answer.
         requests.append(Read(keys.log))
     return requests
@@ -182,7 +187,7 @@ async def judge(
 
 
 async def _foul(
-    store: Store, entry: Entry, value: bytes, tells: Iterable[Request] = ()
+    store: Store, entry: Entry, value: bytes, tells: Sequence[Request] = ()
 ) -> tuple[bytes | None, bytes]:
     """Break a phase whose count is no number, so that later ranks can add to it.
 
@@ -233,7 +238,7 @@ async def give_up(
     *,
     entered: bool,
     names_missing: bool = False,
-    rings: list[str] | None = None,
+    tells: Sequence[Request] = (),
 ) -> tuple[Verdict | Count, bool]:
     """Break the phase, unless it is decided. Return the verdict, and whether this call broke it.
 
@@ -241,11 +246,9 @@ async def give_up(
 
     :param names_missing: name the missing ranks from the log; else ``broken`` names them, and
         nothing is looked up
-    :param rings: keys to write with the break, which wake the other ranks
+    :param tells: requests after the break, in the same message; see `telling`
     """
     keys = entry.keys
-    # After the break, and before the answer to this.
-    tells: list[Request] = [SetMany(rings, b"broken"), Read(keys.count)] if rings else []
     reads: list[Request] = [Read(keys.count), Read(keys.reason)]
     if names_missing:
         reads.append(Read(keys.log))
@@ -279,6 +282,11 @@ async def give_up(
             await store.call(Delete(keys.reason))
             raise Forgotten
         # Another rank entered or broke it meanwhile: look again.
+
+
+def telling(entry: Entry, bells: list[str]) -> tuple[Request, ...]:
+    """Wake the ranks that have these bells, since the phase is broken; the last one is answered."""
+    return SetMany(bells, b"broken"), Read(entry.keys.count)
 
 
 async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
@@ -345,7 +353,7 @@ def spent(
         names.append(keys.summary)
     if entry.kind == COMMIT:
         names += [keys.word, keys.settled]
-    if entry.kind != EXECUTE and entry.world_size > IN_LOG:
+    if entry.kind != EXECUTE and entry.apart:
         names.append(keys.payloads)
     names += map(keys.payload, large)
     return [DeleteMany(names)]
