@@ -48,7 +48,7 @@ LARGER_ROOMS = {
     "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
-    "_protocol.phase": 355,
+    "_protocol.phase": 345,
     "_store.connection": 395,
     "_store.loops": 445,
     "blocking": 345,

@@ -12,7 +12,7 @@ from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import CompareSet, Read, SetMany
+from .._protocol.store import CompareSet, Read, Request, SetMany
 from .._protocol.verdict import Broken, Verdict, number
 from .._store.future import Future
 from .._store.sources import Connection
@@ -77,7 +77,7 @@ class Breaking(Hearing):
                 # On the connection that it entered on, its arrival comes first. A phase that began
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
-                tells = phases.telling(phase.entry, phase.membership.peers) if at_once else ()
+                tells = _telling(phase) if at_once else ()
                 judged, ours = await phases.give_up(
                     connection, phase.entry, broken, entered=sure, names_missing=names, tells=tells
                 )
@@ -159,7 +159,7 @@ class Breaking(Hearing):
 
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
         membership = phase.membership
-        tells = phases.telling(phase.entry, membership.peers)
+        tells = _telling(phase)
         if phase.step is None:
             await connection.call(*tells)
             return
@@ -259,3 +259,8 @@ class Breaking(Hearing):
                 if self._over:
                     raise
                 connection = None
+
+
+def _telling(phase: Phase) -> tuple[Request, ...]:
+    """Wake its other ranks, since it is broken; the last request is answered."""
+    return SetMany(phase.membership.peers, b"broken"), Read(phase.entry.keys.count)

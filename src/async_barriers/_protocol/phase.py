@@ -17,19 +17,7 @@ from . import count as counts
 from .count import CALLS, COMMIT, EXECUTE, Count
 from .keys import PhaseKeys
 from .payloads import IN_LOG, SMALL_BYTES, carried
-from .store import (
-    Add,
-    Append,
-    CompareSet,
-    Delete,
-    DeleteMany,
-    Get,
-    Read,
-    Request,
-    Set,
-    SetMany,
-    Store,
-)
+from .store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Request, Set, Store
 from .verdict import (
     Broken,
     Released,
@@ -246,7 +234,7 @@ async def give_up(
 
     :param names_missing: name the missing ranks from the log; else ``broken`` names them, and
         nothing is looked up
-    :param tells: requests after the break, in the same message; see `telling`
+    :param tells: requests after the break, in the same message
     """
     keys = entry.keys
     reads: list[Request] = [Read(keys.count), Read(keys.reason)]
@@ -282,11 +270,6 @@ async def give_up(
             await store.call(Delete(keys.reason))
             raise Forgotten
         # Another rank entered or broke it meanwhile: look again.
-
-
-def telling(entry: Entry, bells: list[str]) -> tuple[Request, ...]:
-    """Wake the ranks that have these bells, since the phase is broken; the last one is answered."""
-    return SetMany(bells, b"broken"), Read(entry.keys.count)
 
 
 async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
