@@ -9,6 +9,7 @@ from functools import partial
 import anyio
 import pytest
 from stores import MemoryStore
+from torch.distributed import DistStoreError
 from worlds import Tasks, close, gather, library_threads_gone, share
 
 from async_barriers import BarrierError, BarrierResult, StoreBarrier
@@ -111,3 +112,40 @@ async def test_a_fault_at_any_point(
         for nth in share(range(calls + 2), anyio_backend_name):
             tasks.start_soon(in_turn, nth)
     await library_threads_gone()
+
+
+async def test_closing_when_the_store_takes_nothing_any_more() -> None:
+    """Nor gets the key that would wake the thread that waits: it ends all the same (law 8)."""
+    store = FaultyStore(MemoryStore())
+    barrier = StoreBarrier(store, rank=0, world_size=2)
+    await barrier.connect()
+    store.fail()
+    await barrier.aclose()
+    await library_threads_gone()
+
+
+async def test_a_store_with_words_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it raises when a wait has lasted as long as was asked is no loss of the store."""
+
+    waits, waited = MemoryStore.wait, 0
+
+    def runs_out(self: MemoryStore, keys: list[str], timeout: timedelta | None = None) -> None:
+        nonlocal waited
+        try:
+            waits(self, keys, timeout)
+        except DistStoreError:
+            waited += 1
+            raise TimeoutError("so late") from None
+
+    monkeypatch.setattr("async_barriers._store.blocking_store._AT_A_TIME", timedelta(seconds=0.05))
+    monkeypatch.setattr(MemoryStore, "wait", runs_out)
+    store = MemoryStore()
+    ranks = [StoreBarrier(store, rank=rank, world_size=2) for rank in range(2)]
+    async with Tasks() as tasks:
+        waiting = tasks.start(ranks[0].execute_barrier)
+        while waited < 5:
+            await anyio.sleep(0.01)
+        await ranks[1].execute_barrier()
+        await waiting.returned()
+    assert not any(rank.statistics().reconnections for rank in ranks)
+    await close(ranks)
