@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
@@ -9,10 +10,9 @@ from functools import partial
 import anyio
 import pytest
 from stores import MemoryStore
-from torch.distributed import DistStoreError
 from worlds import Tasks, close, gather, library_threads_gone, share
 
-from async_barriers import BarrierError, BarrierResult, StoreBarrier
+from async_barriers import BarrierError, BarrierResult, BrokenBarrierError, StoreBarrier
 from async_barriers.testing import FaultyStore
 
 pytestmark = pytest.mark.anyio
@@ -124,28 +124,24 @@ async def test_closing_when_the_store_takes_nothing_any_more() -> None:
     await library_threads_gone()
 
 
-async def test_a_store_with_words_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it raises when a wait has lasted as long as was asked is no loss of the store."""
+async def test_a_wait_that_misses_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a process which was stopped while it was written and deleted. And the store's
+    words for a wait that has lasted as long as was asked are its own."""
 
-    waits, waited = MemoryStore.wait, 0
-
-    def runs_out(self: MemoryStore, keys: list[str], timeout: timedelta | None = None) -> None:
-        nonlocal waited
-        try:
-            waits(self, keys, timeout)
-        except DistStoreError:
-            waited += 1
-            raise TimeoutError("so late") from None
+    def misses(self: MemoryStore, keys: list[str], timeout: timedelta | None = None) -> None:
+        assert timeout is not None
+        time.sleep(timeout.total_seconds())
+        raise TimeoutError("so late")
 
     monkeypatch.setattr("async_barriers._store.blocking_store._AT_A_TIME", timedelta(seconds=0.05))
-    monkeypatch.setattr(MemoryStore, "wait", runs_out)
+    monkeypatch.setattr(MemoryStore, "wait", misses)
     store = MemoryStore()
     ranks = [StoreBarrier(store, rank=rank, world_size=2) for rank in range(2)]
+    await gather([rank.execute_barrier for rank in ranks])
+    await gather([partial(rank.commit, publish) for rank in ranks])
     async with Tasks() as tasks:
         waiting = tasks.start(ranks[0].execute_barrier)
-        while waited < 5:
-            await anyio.sleep(0.01)
-        await ranks[1].execute_barrier()
-        await waiting.returned()
+        assert await ranks[1].abort("no more")
+        await waiting.raised(BrokenBarrierError)
     assert not any(rank.statistics().reconnections for rank in ranks)
     await close(ranks)

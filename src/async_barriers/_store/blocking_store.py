@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +33,7 @@ from .wire import ABSENT
 
 # c10d knows no endless wait, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
-# How long to wait where nothing but the key ends it, which a store that fails may never get.
+# How long to wait where nothing but the key ends it, which may never come or be gone by then.
 _AT_A_TIME = timedelta(seconds=3)
 # None where a look at a socket may block.
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if hasattr(socket, "MSG_DONTWAIT") else None
@@ -86,20 +85,21 @@ class BlockingStore:
             del store
             raise lost(exc) from exc
 
-    def wait(self, key: str, given_up: Callable[[], bool] = lambda: False) -> None:
-        """Block until ``key`` exists, or until some seconds after it was ``given_up``."""
+    def wait(self, key: str) -> None:
+        """Block until ``key`` exists; for some seconds at most, unless this is `interruptible`.
+
+        So a process that was stopped while the key was written and deleted misses nothing.
+        """
         timeout = _FOREVER if self.interruptible else _AT_A_TIME
-        while not given_up():
-            began = time.monotonic()
-            try:
-                self._look_before_call()
-                self._store.wait([key], timeout)
-                return
-            except Exception as exc:
-                # A store written in Python may say it in other words than c10d.
-                over = time.monotonic() - began >= timeout.total_seconds()
-                if not (over or _timed_out(exc)):
-                    raise lost(exc) from exc
+        began = time.monotonic()
+        try:
+            self._look_before_call()
+            self._store.wait([key], timeout)
+        except Exception as exc:
+            # A store written in Python may say it in other words than c10d.
+            over = time.monotonic() - began >= timeout.total_seconds()
+            if not (over or _timed_out(exc)):
+                raise lost(exc) from exc
 
     @property
     def interruptible(self) -> bool:

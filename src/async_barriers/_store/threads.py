@@ -156,7 +156,8 @@ class ThreadedConnection:
             if self._waited is None:
                 self._waited = BlockingStore(self._open_store())
             # If it was closed while this opened, its key may have been written and deleted.
-            self._waited.wait(key, lambda: self.lost is not None)
+            if self.lost is None:
+                self._waited.wait(key)
 
         def woken() -> None:
             self._waiting = False
