@@ -17,7 +17,7 @@ from .._errors import BarrierError
 SMALL_BYTES = 256
 # In worlds up to this size, payloads stand in the log: for all ranks to read 1.4 MiB is little.
 IN_LOG = 64
-_LINE = re.compile(rb"([0-9]{1,5})(?: c[0-9]{1,5})? (?:=([A-Za-z0-9+/]*=*)|-)")
+_LINES = re.compile(rb"^([0-9]{1,5})(?: c[0-9]{1,5})? (=[A-Za-z0-9+/]*=*|-)$", re.MULTILINE)
 
 
 def carried(payload: bytes) -> bytes:
@@ -32,15 +32,13 @@ def brought(log: bytes | None, world_size: int) -> tuple[dict[int, bytes], list[
     """
     found: dict[int, bytes] = {}
     large: list[int] = []
-    for line in (log or b"").split(b"\n"):
-        if (match := _LINE.fullmatch(line)) is None:
-            continue
-        rank, small = int(match[1]), match[2]
+    for number, brings in _LINES.findall(log or b""):
+        rank = int(number)
         try:
-            if small is None:
+            if brings == b"-":
                 large.append(rank)
             else:
-                found.setdefault(rank, b64decode(small))
+                found.setdefault(rank, b64decode(brings[1:]))
         except ValueError:
             continue
     here = {*found, *large}
