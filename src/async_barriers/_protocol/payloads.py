@@ -32,13 +32,12 @@ def brought(log: bytes | None, world_size: int) -> tuple[dict[int, bytes], list[
     """
     found: dict[int, bytes] = {}
     large: list[int] = []
-    for number, brings in _LINES.findall(log or b""):
-        rank = int(number)
+    for rank, brings in _LINES.findall(log or b""):
         try:
             if brings == b"-":
-                large.append(rank)
+                large.append(int(rank))
             else:
-                found.setdefault(rank, b64decode(brings[1:]))
+                found.setdefault(int(rank), b64decode(brings[1:]))
         except ValueError:
             continue
     here = {*found, *large}
