@@ -25,6 +25,7 @@ from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection
 from async_barriers._store.threads import ThreadedConnection
+from async_barriers._store.worker import in_own_thread
 
 
 def test_a_key_that_is_deleted_as_it_is_read(tmp_path: Path) -> None:
@@ -146,8 +147,8 @@ def test_a_store_in_python_may_speak_text() -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["it waits", "its store is being opened"])
-def test_a_call_that_hangs_is_interrupted(tcp: TCPStore, loop: PrivateLoop, waits: bool) -> None:
-    """Shutting its socket down ends a call that nothing else would end (laws 5 and 8)."""
+def test_a_wait_whose_connection_is_closed(tcp: TCPStore, loop: PrivateLoop, waits: bool) -> None:
+    """Its own key ends it, though a connection that is lost says nothing else any more."""
     on, connection = over(tcp, loop)
     assert isinstance(connection, ThreadedConnection)
     on.answer(connection.call(wait="never"))
@@ -156,7 +157,29 @@ def test_a_call_that_hangs_is_interrupted(tcp: TCPStore, loop: PrivateLoop, wait
         time.sleep(0.05)
     connection.close(reset=True)
     on.until(lambda: all(ended.done() for ended in connection.ended), 2)
-    connection.interrupt()
+
+
+def test_a_wait_whose_key_cannot_be_written(tcp: TCPStore, loop: PrivateLoop) -> None:
+    """The connection that would do so is lost, and that of the wait is not."""
+    on, connection = over(tcp, loop)
+    assert isinstance(connection, ThreadedConnection)
+    on.answer(connection.call(wait="never"))
+    on.until(lambda: connection._waited is not None)
+    assert connection._called is not None
+    connection._called.interrupt()
+    with pytest.raises(BarrierConnectionError):
+        on.answer(connection.call(Read("k")))
+    on.until(lambda: all(ended.done() for ended in connection.ended), 2)
+
+
+def test_a_call_that_never_returns(tcp: TCPStore) -> None:
+    """Not even when its server answers: so it may be left alone when the interpreter ends."""
+    store = BlockingStore(tcp.clone())  # type: ignore[attr-defined]
+    waiting = in_own_thread("waits", lambda: store.wait("k"))
+    time.sleep(0.1)
+    store.never_return()
+    tcp.set("k", "v")
+    assert not waiting.wait(0.5)
 
 
 def test_a_wait_that_goes_on_long_after_closing(loop: PrivateLoop) -> None:
@@ -203,8 +226,8 @@ def test_a_torch_that_hides_its_descriptor(tcp: TCPStore, monkeypatch: pytest.Mo
     """Without it the store works, and cannot be interrupted."""
     monkeypatch.setattr(blocking_store, "_shared_socket", lambda store: None)
     plain = BlockingStore(tcp.clone())  # type: ignore[attr-defined]
-    assert not plain.interruptible
     plain.interrupt()
+    plain.never_return()
     plain.do(Set("k", b"v"))
     assert plain.do(Read("k")) == b"v"
     plain.close()

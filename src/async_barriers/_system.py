@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import socket
+import struct
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,8 @@ if sys.platform not in ("darwin", "win32"):
 UNHARMED = getattr(socket, "MSG_NOSIGNAL", 0)
 # Python has no names for those of macOS.
 _SO_NOSIGPIPE, _SO_NWRITE = 0x1022, 0x1024
+# Nor for this one of Linux.
+_SO_ATTACH_FILTER = 26
 
 
 def prepare(sock: socket.socket) -> None:
@@ -38,6 +41,18 @@ def unsent(sock: socket.socket) -> bool:
         return bool(sock.getsockopt(socket.SOL_SOCKET, _SO_NWRITE))
     waiting = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4)
     return bool(int.from_bytes(waiting, sys.byteorder))
+
+
+def deafen(sock: socket.socket) -> None:
+    """Have the kernel drop all that comes to a socket, so that a read there never returns.
+
+    :raises OSError: the socket is gone
+    """
+    if sys.platform == "linux":
+        # One instruction of BPF: return, having accepted no byte.
+        program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+        attached = struct.pack("HP", 1, ctypes.addressof(program))
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
 
 
 def hosted_here(port: int) -> bool:

@@ -20,6 +20,7 @@ from .._store.future import Future
 from .._store.loops import Loop
 from .._store.private_loop import PrivateLoop
 from .._store.waiting import within
+from .._store.worker import Promise
 from . import process
 from .joining import Joining
 from .phases import Phase
@@ -199,8 +200,24 @@ class Session(Joining):
 
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `worker.end_at_exit`."""
-        if not self.foreign and (self._leaving is None or not self._leaving.done):
-            self._leave_now(min(deadline, time.monotonic() + 2 * _EXIT_SECS), "its program ended")
+        if self.foreign or (self._leaving is not None and self._leaving.done):
+            return
+        by = min(deadline, time.monotonic() + 2 * _EXIT_SECS)
+        left: Promise[None] = Promise()
+
+        def leave() -> None:
+            try:
+                self._leave_now(by, "its program ended")
+            finally:
+                left.settle()
+
+        loop = self.loop
+        if loop is not None and loop.elsewhere and not loop.lets_go:
+            # Only its own thread, a daemon, may take the connections from it.
+            loop.post(leave)
+            left.wait(by - time.monotonic())
+        else:
+            leave()
 
     def forsake(self) -> None:
         """In a forked child: nothing here reaches the parent's connections, and no call is made."""

@@ -150,11 +150,12 @@ class ArrivalLog:
         self._worker.retire(self._hang_up)
 
     def abandon(self) -> None:
-        """From any thread: give up a store that does not answer."""
+        """Before the interpreter ends, from any thread: give up a store that does not answer."""
         self._lost = self._lost or "the group's store did not answer"
         self._given_up.set()
         if (store := self._store) is not None:
-            store.interrupt()
+            store.never_return()
+            self._worker.forget()
 
     @property
     def _gone(self) -> str:

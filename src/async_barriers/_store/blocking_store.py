@@ -29,9 +29,10 @@ from .._protocol.store import (
     Set,
     SetMany,
 )
+from .._system import deafen
 from .wire import ABSENT
 
-# c10d knows no endless wait, and its milliseconds must fit a C int.
+# c10d knows no endless timeout, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
 # How long to wait where nothing but the key ends it, which may never come or be gone by then.
 _AT_A_TIME = timedelta(seconds=3)
@@ -86,11 +87,12 @@ class BlockingStore:
             raise lost(exc) from exc
 
     def wait(self, key: str) -> None:
-        """Block until ``key`` exists; for some seconds at most, unless this is `interruptible`.
+        """Block until ``key`` exists; for some seconds at most over other stores than a TCPStore.
 
-        So a process that was stopped while the key was written and deleted misses nothing.
+        So a process that was stopped while the key was written and deleted misses nothing there. A
+        TCPStore's server remembers for it, and its client prints that a wait timed out.
         """
-        timeout = _FOREVER if self.interruptible else _AT_A_TIME
+        timeout = _AT_A_TIME if self._socket is None else _FOREVER
         began = time.monotonic()
         try:
             self._look_before_call()
@@ -101,16 +103,20 @@ class BlockingStore:
             if not (over or _timed_out(exc)):
                 raise lost(exc) from exc
 
-    @property
-    def interruptible(self) -> bool:
-        """Whether `interrupt` can end a call."""
-        return self._socket is not None
-
     def interrupt(self) -> None:
-        """From any thread: end the call under way, if that is possible."""
+        """From any thread: end the call under way, if that is possible; c10d prints a trace."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
+
+    def never_return(self) -> None:
+        """From any thread: have a call that hangs hang until the process ends, if possible.
+
+        If it returned to an interpreter that finalises, that would end with SIGABRT.
+        """
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                deafen(self._socket)
 
     def close(self) -> None:
         del self._store, self._base
@@ -147,8 +153,7 @@ class BlockingStore:
 
 
 def _shared_socket(store: TCPStore) -> socket.socket | None:
-    """A copy of c10d's own descriptor, which only its repr has: it ends a call that c10d would
-    never return from."""
+    """A copy of c10d's own descriptor, which only its repr has."""
     found = re.search(r"fd=(\d+)", repr(store))
     if found is None:
         return None

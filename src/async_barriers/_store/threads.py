@@ -19,7 +19,7 @@ from .._protocol.store import (
 from .blocking_store import BlockingStore, lost
 from .future import Future
 from .loops import Loop
-from .worker import Promise, Worker
+from .worker import Promise, Worker, end_at_exit
 
 _TRIES, _TRY_SECS = 10, 0.1
 _CLOSED = b"closed"
@@ -65,7 +65,7 @@ class ThreadedConnection:
         awaited = self._awaited
 
         def make() -> tuple[list[list[Any]], list[Any]]:
-            if self._failed or self._interrupted:
+            if self._failed or self._given_up:
                 # Earlier requests may not have come, so this must not come either.
                 raise BarrierConnectionError("this connection to the store was lost")
             self._failed = True
@@ -76,7 +76,7 @@ class ThreadedConnection:
         def make_all() -> tuple[list[list[Any]], list[Any]]:
             if self._called is None:
                 self._called = BlockingStore(self._open_store())
-                if self._interrupted:
+                if self._given_up:
                     # It was closed while it opened: a call would never return, or print c10d's
                     # traces.
                     raise BarrierConnectionError("this connection to the store was closed")
@@ -134,9 +134,16 @@ class ThreadedConnection:
         return bool(self._due)
 
     def close(self, *, reset: bool = False) -> None:
-        """End the threads after their calls; interrupt one that hangs, if that works."""
+        """End the threads after their calls; one that hangs ends when its store answers."""
         self.on_lost = None
         self._end(BarrierConnectionError("this connection to the store was closed"), reset)
+
+    def end(self, deadline: float) -> None:
+        """Before the interpreter ends, if it was given up: what hangs must not return any more."""
+        for store, worker in ((self._called, self._caller), (self._waited, self._waiter)):
+            if store is not None and worker is not None:
+                store.never_return()
+                worker.forget()
 
     def forsake(self) -> None:
         """In a forked child: there are no threads, and the store is the parent's."""
@@ -184,7 +191,8 @@ class ThreadedConnection:
 
     _waiting = False
     _waited_key = ""
-    _interrupted = False
+    # What was not said yet is not said any more.
+    _given_up = False
     # By the thread that calls: a call has failed there, or is under way.
     _failed = False
 
@@ -212,8 +220,8 @@ class ThreadedConnection:
             store = self._called
             if store is None:
                 return
-            with contextlib.suppress(BarrierConnectionError):
-                if waiting and waiter is not None and not (reset and store.interruptible):
+            try:
+                if waiting and waiter is not None:
                     # Its own key wakes the thread that waits. Written again, in case the store only
                     # looks now and then and another client deletes it meanwhile.
                     woken = False
@@ -224,13 +232,17 @@ class ThreadedConnection:
                     # A wait that hangs must find the key when it goes on, and deletes it then.
                     if woken:
                         self._take_away(store, key)
+            except BarrierConnectionError:
+                if self._waited is not None:
+                    self._waited.interrupt()
             store.close()
 
         if self._waiter is not None:
             self._waiter.retire(self._close_waited)
         self._caller.retire(close_called)
         if reset:
-            self.interrupt()
+            self._given_up = True
+            end_at_exit(self)
         # Not when its thread returns, since it may never return.
         for answered in due:
             answered.fail(another(error))
@@ -238,7 +250,7 @@ class ThreadedConnection:
     def _close_waited(self) -> None:
         if (store := self._waited) is not None:
             with contextlib.suppress(BarrierConnectionError):
-                if not self._interrupted:
+                if not self._given_up:
                     self._take_away(store, self._waited_key)
             store.close()
 
@@ -248,17 +260,10 @@ class ThreadedConnection:
         if store.do(Read(key)) == _CLOSED:
             store.do(Delete(key))
 
-    def interrupt(self) -> None:
-        """From any thread: end the calls that hang, if that is possible."""
-        self._interrupted = True
-        for store in (self._called, self._waited):
-            if store is not None:
-                store.interrupt()
-
     def _answers(self, store: BlockingStore, requests: Iterable[Request]) -> list[Any]:
         answers = []
         for request in requests:
-            if self._interrupted:
+            if self._given_up:
                 # The connection was given up while a call before this one hung.
                 raise BarrierConnectionError("this connection to the store was closed")
             answer = store.do(request)

@@ -142,6 +142,11 @@ class Worker:
         if self._thread is not None and self._started:
             self._thread.join(max(0.0, timeout_secs))
 
+    def forget(self) -> None:
+        """Do not wait for its thread before the interpreter ends, since it hangs."""
+        if self._thread is not None:
+            _threads.discard(self._thread)
+
     @property
     def _started(self) -> bool:
         return self._thread is not None and self._thread.ident is not None
@@ -237,6 +242,9 @@ class Living(Generic[T]):
     def add(self, thing: T) -> None:
         self._references[weakref.ref(thing, self._forget)] = None
 
+    def discard(self, thing: T) -> None:
+        self._forget(weakref.ref(thing))
+
     def latest_first(self) -> list[T]:
         """The objects that live now."""
         references = list(self._references)
@@ -267,10 +275,13 @@ def end_at_exit(owner: Any) -> None:
 @atexit.register
 def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECS
-    for owner in _to_end_at_exit.latest_first():
-        with contextlib.suppress(Exception):
-            owner.end(deadline)
-    _to_end_at_exit.clear()
+    # In the second round, the connections that the others have given up.
+    for _ in range(2):
+        owners = _to_end_at_exit.latest_first()
+        _to_end_at_exit.clear()
+        for owner in owners:
+            with contextlib.suppress(Exception):
+                owner.end(deadline)
     # Also threads that were given up: one that returns from C++ later would abort the process.
     for thread in _threads.latest_first():
         thread.join(max(0.0, deadline - time.monotonic()))
