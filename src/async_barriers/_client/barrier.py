@@ -164,15 +164,19 @@ class CrossingBarrier(Barrier):
         brought = await self._checked(payload, name, step, ValueError)
         crossing = self._crossing(name, step, timeout, watch, COMMIT, leader)
         try:
-            released = await crossing.decided(brought)
+            try:
+                released = await crossing.decided(brought)
+            finally:
+                if crossing.phase is not None:
+                    self._session.outcomes.remember(crossing.phase)
+            if released is not None:
+                return released.result
+            assert crossing.phase is not None
+            return await self._publish(crossing, crossing.phase, publish)
         finally:
-            if crossing.phase is not None:
-                self._session.outcomes.remember(crossing.phase)
-        if released is not None:
-            return released.result
-        phase = crossing.phase
-        assert phase is not None
-        return await self._publish(crossing, phase, publish)
+            # A signal handler may raise before it publishes; the others must not wait for that.
+            if crossing.phase is not None and not crossing.phase.abandoned:
+                self._session.forget(crossing.phase)
 
     async def all_gather(
         self,

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-from .._errors import BarrierConnectionError
+from .._errors import BarrierConnectionError, BrokenBarrierError
 from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol import phase as phases
@@ -68,7 +68,8 @@ class Breaking(Hearing):
         # At a deadline many break it at once, and one of them rings. Where steps are given, its
         # peers have to find a note of it first.
         at_once = not names and phase.step is None
-        again = False
+        # An exception of a signal handler may have ended the attempt before.
+        again, phase.gave_up_before = phase.gave_up_before, True
         while True:
             try:
                 if connection is None or connection.lost is not None:
@@ -142,9 +143,10 @@ class Breaking(Hearing):
                 connection = await self._open(loop, self._now() + self.init_secs)
                 break
             except BarrierConnectionError:
+                # Also before it raises: who asks may ask again at once, and must let the loop run.
+                await sleep(loop, RETRY_SECS)
                 if self._now() > began + self.init_secs or self.closing:
                     raise
-                await sleep(loop, RETRY_SECS)
         phase.connection = connection
         self.tally.reconnections += 1
         connection.on_lost = None
@@ -224,6 +226,29 @@ class Breaking(Hearing):
                 self._salvage(connection)
         if not self.closing:
             self.join()
+
+    async def payloads(self, phase: Phase) -> dict[int, bytes]:
+        """The payloads of all ranks, over another connection if its own is lost."""
+        return await self._using(phase, self._payloads(phase))
+
+    async def _payloads(self, phase: Phase) -> dict[int, bytes]:
+        connection = phase.connection or self._bell
+        while phase.brought is None:
+            if connection is None or connection.lost is not None:
+                connection = await self._reopen_for(phase)
+            try:
+                brought = await commits.collect(connection, phase.entry)
+            except BarrierConnectionError:
+                if connection.lost is None:
+                    raise
+                continue
+            if brought is None:
+                raise Forgotten
+            if isinstance(brought, Broken):
+                await self.settle_commit(phase, brought)
+                raise BrokenBarrierError(phase.name, phase.sequence, brought.rank, brought.reason)
+            phase.brought = brought
+        return phase.brought
 
     def give_word(self, phase: Phase, verdict: Verdict) -> Future[Verdict]:
         """Settle a commit as its leader; this goes on until the store has the verdict."""

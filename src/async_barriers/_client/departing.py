@@ -52,6 +52,8 @@ class Departing(Pool):
         elif (bell := self._bell) is not None and bell.lost is None:
             self._depart(phase, bell)
             self._tidy_soon()
+        elif not (phase.early or isinstance(phase.error, Forgotten)):
+            self._name(Departure(phase))
 
     def _depart(self, phase: Phase, connection: Connection) -> None:
         """Write this rank's departure with the next message."""
@@ -192,7 +194,9 @@ class Departing(Pool):
         This is safe once all have joined: until then, other ranks read there how they ended.
         """
         spares = [c for c in (*self._idle, self._bell) if c is not None and c.lost is None]
-        for entry, connection in turns.tried_early if spares else ():
+        if not spares:
+            return
+        for entry, connection in turns.tried_early:
             on = connection if connection.lost is None else spares[0]
             on.outbox.append((phases.spent(entry, broken=True), nothing))
             self._tidy_soon()

@@ -35,11 +35,16 @@ class Entering(Departing):
         :param hold: called with the phase before anything else can happen
         """
         assert self.turns is not None
+        phase = self.turns.begin(name, step, kind, leader)
         if step is not None and self.open and self.awaited(name, step) is not None:
-            # Two arrivals of one rank would break it for all.
             reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
             raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
-        phase = self.turns.begin(name, step, kind, leader)
+        if hold is not None and self.turns.had_begun(phase):
+            # Two arrivals of one rank could stand for one that is missing.
+            reason = f"rank {self.rank} came for step {step} before, in a call that gave it up"
+            raise BrokenBarrierError(
+                name, phase.sequence, self.rank, reason, prefix=self.prefix, in_doubt=True
+            )
         if hold is not None:
             hold(phase)
         self.open[phase] = None
@@ -138,7 +143,7 @@ class Entering(Departing):
             self.start(self._look(phase, connection, came_late=True))
         elif count.full(*entry.world):
             me = b"%d" % self.rank
-            self._announced[connection] = phase
+            self._announced[connection] = entry, phase.membership
             phase.last = True
             if entry.kind != COMMIT:
                 if not self._rings:
@@ -173,6 +178,10 @@ class Entering(Departing):
     def _announce(self, phase: Phase, connection: Connection, *requests: Request) -> None:
         """Wake the ranks that wait for the phase's key, and ring for those that use their bell."""
         membership = phase.membership
+        if not connection.waits:
+            # At once: this rank's loop may not run again for long.
+            connection.call(*requests, SetMany(membership.bells, b"all in"))
+            return
         told = connection.call(*requests, Read(membership.own.threaded))
 
         def ring() -> None:
@@ -192,11 +201,12 @@ class Entering(Departing):
         """Set the verdict or the error of a phase; the first one stays."""
         if not phase.decided:
             phase.verdict, phase.error, phase.decided = verdict, error, True
-            turns = self.turns
-            if phase.step is not None and turns is not None and verdict is not None:
-                how = "released" if isinstance(verdict, Released) else "broken"
-                if turns.membership is phase.membership:
-                    turns.decided(phase.name, phase.step, how)
-            if phase.abandoned and not phase.giving_up:
-                self.forget(phase)
-            phase.wake()
+        # Again if it was decided before, since a signal handler may have raised in the middle.
+        turns = self.turns
+        if phase.step is not None and turns is not None and phase.verdict is not None:
+            how = "released" if isinstance(phase.verdict, Released) else "broken"
+            if turns.membership is phase.membership:
+                turns.decided(phase.name, phase.step, how)
+        if phase.abandoned and not phase.giving_up:
+            self.forget(phase)
+        phase.wake()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
+from .._errors import BarrierConnectionError, BarrierError, describe
 from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, Count
-from .._protocol.phase import Forgotten
 from .._protocol.store import Delete, Read, Request
 from .._protocol.verdict import Broken, Released
 from .._store.sources import Connection
@@ -26,7 +25,7 @@ class Hearing(Entering):
 
     def _woken(self, phase: Phase) -> None:
         entry, connection = phase.entry, phase.connection
-        if phase.decided or connection is None:
+        if phase.decided or phase.giving_up or connection is None:
             return
         if entry.kind != COMMIT:
             if self._now() - phase.since < WAITED_SECS:
@@ -148,22 +147,6 @@ class Hearing(Entering):
         if connection is not None and not connection.waits and not phase.entry.leads:
             phase.alone = True
             connection.call(wait=phase.entry.awaited)
-
-    async def payloads(self, phase: Phase) -> dict[int, bytes]:
-        """The payloads of all ranks."""
-        if phase.brought is not None:
-            return phase.brought
-        connection = phase.connection or self._bell
-        if connection is None:
-            raise BarrierConnectionError("there is no connection to the store")
-        brought = await commits.collect(connection, phase.entry)
-        if brought is None:
-            raise Forgotten
-        if isinstance(brought, Broken):
-            await self.settle_commit(phase, brought)
-            raise BrokenBarrierError(phase.name, phase.sequence, brought.rank, brought.reason)
-        phase.brought = brought
-        return brought
 
     async def ask(self, *requests: Request) -> list[Any]:
         """The store's answers, over the connection that listens."""

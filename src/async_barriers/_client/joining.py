@@ -18,6 +18,7 @@ from .._protocol import membership as members
 from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.store import Read
+from .._protocol.unfinished import naming
 from .._protocol.verdict import Broken
 from .._store.future import Effort
 from .._store.sources import CannotHost, Connection
@@ -115,6 +116,10 @@ class Joining(Listening):
             if before is not None:
                 process.holders.pop(before.claim.life.token, None)
             process.holders[joined.claim.life.token] = self
+            if self.unfinished:
+                # Of earlier generations: other ranks may never depart from them.
+                await store.call(*naming(joined.own, self.unfinished))
+                self.unfinished.clear()
         finally:
             self._claiming = False
         self._closed_by = None
@@ -145,8 +150,6 @@ class Joining(Listening):
         self._doubtful = False
         self._listen(bell)
         await self._look_around()
-        if store.lost is None:
-            self._put_back(store)
         while self._owed and self.stands:
             name, step, reason = self._owed[0]
             with contextlib.suppress(BrokenBarrierError):
@@ -154,6 +157,8 @@ class Joining(Listening):
                 await self._give_up(phase, Broken(self.rank, reason), False)
                 self.forget(phase)
             del self._owed[0]
+        # Last, since it is closed if there is no time left for this.
+        self._put_back(store)
 
     async def _await_return(self, store: Connection, before: Membership, closed_by: Closed) -> None:
         """Wait a moment for the rank that left to come back, which ends the generation.

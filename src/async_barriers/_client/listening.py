@@ -217,7 +217,11 @@ class Listening(Breaking):
         """Break a phase for what another rank did."""
         entry = phase.entry
         try:
-            arrived = phase.entered and not phase.unsure
+            # If its arrival was sent on a connection that is lost, and nobody is counted, the store
+            # may be a new one.
+            on = phase.entered_on
+            is_lost = on is not None and on.lost is not None and not phase.early
+            arrived = phase.entered and (is_lost or not phase.unsure)
             giving_up = phases.give_up(store, entry, broken, entered=arrived)
             judged, _ = await self._using(phase, giving_up)
         except Forgotten as exc:

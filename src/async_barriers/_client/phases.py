@@ -64,6 +64,7 @@ class Phase:
     latest: int | None = None
     departure: Departure | None = None
     large = False
+    gave_up_before = False
     users = 0
     verdict: Verdict | None = None
     word: Verdict | None = None
@@ -166,6 +167,8 @@ class Turns:
         self.tried_early: list[tuple[Entry, Connection]] = []
         self._next: Counter[str] = Counter()
         self._decided: dict[str, tuple[int, str]] = {}
+        # By name: steps that were begun, and whose verdict is not known.
+        self._begun: dict[str, set[int]] = {}
 
     def next_sequence(self, name: str) -> int:
         """The number that the next counted crossing of ``name`` would have."""
@@ -190,8 +193,10 @@ class Turns:
         return phase
 
     def use(self, phase: Phase) -> None:
-        """Count the turn: the next phase of the name comes after this one."""
-        if phase.step is None and not (phase.early and self.complete):
+        """Count the turn: the next phase of the name comes after this one, and a step is once."""
+        if phase.step is not None:
+            self._begun.setdefault(phase.name, set()).add(phase.step)
+        elif not (phase.early and self.complete):
             self._next[phase.name] = max(self._next[phase.name], phase.sequence + 1)
 
     def renumber(self, phase: Phase) -> None:
@@ -214,6 +219,13 @@ class Turns:
         """A step of ``name`` was decided, here or at another rank."""
         if step >= self._decided.get(name, (-1, ""))[0]:
             self._decided[name] = (step, how)
+            later = {each for each in self._begun.pop(name, ()) if each > step}
+            if later:
+                self._begun[name] = later
+
+    def had_begun(self, phase: Phase) -> bool:
+        """Whether an earlier call began this step."""
+        return phase.step in self._begun.get(phase.name, ())
 
     def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
         """The error that ``step`` comes too late, or None if it can still be crossed."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from .._errors import BarrierConnectionError
 from .._protocol.count import Count
+from .._protocol.membership import Membership
+from .._protocol.phase import Entry
 from .._protocol.store import Read, Set, SetMany
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep, within
-from .phases import Phase
 from .state import RETRY_SECS, SessionState
 
 # How long the last departure of a burst waits for a next message, and spare connections are kept.
@@ -43,13 +44,13 @@ class Pool(SessionState):
         that this rank woke there."""
         self._adrift += connection.outbox
         connection.outbox.clear()
-        phase = self._announced.pop(connection, None)
-        if phase is not None and not self.closing:
-            self.start(self._wake_again(phase))
+        announced = self._announced.pop(connection, None)
+        if announced is not None and not self.closing:
+            self.start(self._wake_again(*announced))
 
-    async def _wake_again(self, phase: Phase) -> None:
+    async def _wake_again(self, entry: Entry, membership: Membership) -> None:
         """Wake the others again: this rank entered last, and cannot know whether it woke them."""
-        loop, entry = self.loop, phase.entry
+        loop = self.loop
         assert loop is not None
         until = self._now() + self.init_secs
         while not self.closing and self._now() < until:
@@ -59,7 +60,7 @@ class Pool(SessionState):
                     (value,) = await bell.call(Read(entry.keys.count))
                     # The count is deleted once all have departed.
                     if value and Count(int(value)).full(*entry.world):
-                        bells = SetMany(phase.membership.bells, b"all in")
+                        bells = SetMany(membership.bells, b"all in")
                         await bell.call(Set(entry.keys.released, b"%d" % self.rank), bells)
                     return
             except (BarrierConnectionError, ValueError):

@@ -89,7 +89,7 @@ class Presence:
         self._note(each.rank for each in heard.values())
         self._used = _FOUND + number
         bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
-        loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, key))
+        loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, membership))
         return heard
 
     async def _when_found(
@@ -109,10 +109,11 @@ class Presence:
                     break
         return value
 
-    def _forget(self, bell: Connection, key: str) -> None:
-        if bell is self._session._bell and bell.lost is None:
+    def _forget(self, bell: Connection, membership: Membership) -> None:
+        session = self._session
+        if bell is session._bell and bell.lost is None and membership is session.membership:
             # It stays, so that the number of keys does not depend on the moment.
-            bell.call(Set(key, b""))
+            bell.call(Set(membership.own.heard, b""))
 
     async def _ask(
         self, bell: Connection, membership: Membership, ranks: tuple[int, ...], within_secs: float

@@ -129,9 +129,7 @@ class Session(Joining):
         flushed = self.start(self._flush())
         if not await within(loop, flushed, deadline - self._now()):
             return
-        # Others may depart from these after this rank has left, and not be answered.
-        for gone in self._after:
-            self._name(gone)
+        self._name_rest(membership)
         hosts = await self._source.hosts(loop)
         if self._drained:
             return
@@ -155,6 +153,14 @@ class Session(Joining):
                 loop, bell.call(Delete(membership.own.bell(self.rank))), deadline - self._now()
             )
 
+    def _name_rest(self, membership: Membership) -> None:
+        """Name the phases that others depart from after this rank has left, or never."""
+        for gone in self._after:
+            self._name(gone)
+        turns = self.turns
+        for entry, _ in turns.tried_early if turns is not None else ():
+            self.unfinished[entry.keys.path] = membership.own.latest("")
+
     async def _part(self, loop: Loop, deadline: float) -> None:
         """Be gone after the host was let go; its store may be gone, too."""
         bell, membership = self._bell, self.membership
@@ -162,9 +168,10 @@ class Session(Joining):
             return
         if bell is not None and bell.lost is None:
             await within(loop, self.start(self._flush()), deadline - self._now())
+            self._name_rest(membership)
             # Said once at most, since it must not be counted twice.
             self._leaves_as = membership
-            parting = self.start(leaving.part(bell, membership))
+            parting = self.start(leaving.part(bell, membership, self.unfinished))
             await within(loop, parting, deadline - self._now())
 
     def _closed_error(self, phase: Phase) -> BarrierClosedError:

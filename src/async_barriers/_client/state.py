@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from .._errors import BarrierConnectionError, BarrierError, describe
 from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership
+from .._protocol.phase import Entry
 from .._protocol.store import Request
 from .._protocol.verdict import Broken, Verdict
 from .._store.future import Effort, Future
@@ -86,8 +87,8 @@ class SessionState:
         self._claiming = False
         self._joining: Effort[None] | None = None
         self._joining_on: Effort[None] | None = None
-        # The phase that this rank was the last one to enter, on each connection.
-        self._announced: dict[Connection, Phase] = {}
+        # What this rank was the last one to enter, on each connection.
+        self._announced: dict[Connection, tuple[Entry, Membership]] = {}
         self._opened: list[Connection] = []
         self._idle: list[Connection] = []
         self._bell: Connection | None = None

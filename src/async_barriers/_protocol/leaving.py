@@ -1,8 +1,4 @@
-"""Leaving a generation; the last rank that is gone deletes its keys. See `membership`.
-
-A phase is deleted by the last rank that departs from it. A broken phase may have none, since a rank
-need not come to it. So the first rank that departs names it as it leaves.
-"""
+"""Leaving a generation; the last rank that is gone deletes its keys. See `membership`."""
 
 from __future__ import annotations
 
@@ -11,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .._errors import in_one_line
-from .keys import Keys, PhaseKeys
 from .membership import FIELD, GONE, HOST, LEFT, Membership
-from .store import Add, Append, CompareSet, DeleteMany, Read, Request, Set, SetMany, Store
-from .verdict import RUBBISH, number
+from .store import Add, CompareSet, DeleteMany, Read, Request, Set, SetMany, Store
+from .unfinished import keys_of, naming
+from .verdict import number
 
 
 async def leave(
@@ -23,7 +19,7 @@ async def leave(
     reason: str,
     *,
     hosts: bool,
-    unfinished: Mapping[str, str] | None = None,
+    unfinished: Mapping[str, str],
     again: bool = False,
 ) -> bool:
     """Say that this rank can never be waited for again.
@@ -32,8 +28,7 @@ async def leave(
     would tell nothing new.
 
     :param hosts: the store ends with this process
-    :param unfinished: the broken phases that this rank was the first to depart from, and those that
-        it looked after: what their keys begin with, and the key of the latest broken step
+    :param unfinished: the phases that this rank names; see `unfinished`
     :param again: it may have been said before, when a signal handler interrupted this rank
     :return: whether a rank is left that may still need the store
     """
@@ -54,8 +49,7 @@ async def leave(
     if hosts:
         # A rank that sees that also sees which rank left first.
         requests.insert(2, Set(own.host_leaves, b"1"))
-    if lines := b"".join(json.dumps(each).encode() + b"\n" for each in (unfinished or {}).items()):
-        requests.insert(0, Append(own.unfinished, lines))
+    requests[:0] = naming(own, unfinished)
     _, first, counted, found = await store.call(*requests)
     roll = counted if isinstance(counted, int) else number(counted) or 0
     if found != membership.state.encoded:
@@ -79,9 +73,9 @@ async def release_host(store: Store, membership: Membership) -> None:
     await _counted(store, membership, roll)
 
 
-async def part(store: Store, membership: Membership) -> None:
+async def part(store: Store, membership: Membership, unfinished: Mapping[str, str]) -> None:
     """Be gone, after `release_host`."""
-    (roll,) = await store.call(Add(membership.own.roll, GONE))
+    (roll,) = await store.call(*naming(membership.own, unfinished), Add(membership.own.roll, GONE))
     await _counted(store, membership, roll)
 
 
@@ -113,7 +107,7 @@ async def clear(store: Store, membership: Membership) -> None:
     unfinished, *found = await store.call(
         Read(own.unfinished), *(Read(keys.member(rank)) for rank in ranks)
     )
-    spent = own.common + _keys_of(unfinished, keys)
+    spent = own.common + keys_of(unfinished, keys)
     for rank in ranks:
         spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
     # And the claims, if they are still those of this generation.
@@ -123,16 +117,3 @@ async def clear(store: Store, membership: Membership) -> None:
         if held is not None and membership.state.identity.encode() in held
     ]
     await store.call(DeleteMany(spent))
-
-
-def _keys_of(unfinished: bytes | None, keys: Keys) -> list[str]:
-    """The keys of the phases that ranks have named; what is none of ours is passed over."""
-    found = []
-    for line in (unfinished or b"").splitlines():
-        try:
-            path, latest = json.loads(line)
-            if path.startswith(keys.root) and latest.startswith(keys.root):
-                found += [*PhaseKeys(path).of_broken, latest]
-        except RUBBISH:
-            continue
-    return found

@@ -47,7 +47,7 @@ class ThreadedConnection:
         self._waited: BlockingStore | None = None
         self._awaited: str | None = None
         # The requests without an answer yet.
-        self._due: dict[Future[list[Any]], None] = {}
+        self._due: dict[Future[list[Any]], Callable[[], None]] = {}
 
     def open(self) -> Future[list[Any]]:
         """Open the store; done when it is there."""
@@ -55,11 +55,11 @@ class ThreadedConnection:
 
     def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
         """As `Store.call`; a key that is to be waited for has a thread of its own."""
-        late, self.outbox = self.outbox, []
         answered: Future[list[Any]] = Future()
         if self.lost is not None:
             answered.fail(BarrierConnectionError(str(self.lost)))
             return answered
+        late, self.outbox = self.outbox, []
         if wait is not None:
             self._awaited = wait
         awaited = self._awaited
@@ -85,7 +85,8 @@ class ThreadedConnection:
             return done, self._answers(store, requests)
 
         def made() -> None:
-            self._due.pop(answered, None)
+            if not promise.done() or self._due.pop(answered, None) is None:
+                return
             try:
                 done, answers = promise.result()
             except BarrierConnectionError as exc:
@@ -104,8 +105,8 @@ class ThreadedConnection:
 
         promise: Promise[tuple[list[list[Any]], list[Any]]] = Promise()
         try:
+            self._due[answered] = made
             self._caller.submit(make, promise)
-            self._due[answered] = None
             promise.when_settled(lambda: self._loop.post(made))
         except RuntimeError as exc:
             self._lose(_no_thread(exc), answered)
@@ -126,8 +127,11 @@ class ThreadedConnection:
         self.on_wake = None
 
     def move(self, loop: Loop) -> None:
-        """Go on on another loop."""
+        """Go on on another loop; what was posted to the one before may never be called there."""
         self._loop = loop
+        for tell in (*self._due.values(), self._woken):
+            if tell is not None:
+                loop.post(tell)
 
     @property
     def unsaid(self) -> bool:
@@ -167,7 +171,9 @@ class ThreadedConnection:
                 self._waited.wait(key)
 
         def woken() -> None:
-            self._waiting = False
+            if self._woken is not woken or not promise.done():
+                return
+            self._woken = None
             try:
                 promise.result()
             except Exception as exc:
@@ -177,7 +183,7 @@ class ThreadedConnection:
             if self.on_wake is not None:
                 self.on_wake()
 
-        if self._waiting:
+        if self._woken is not None:
             return
         promise: Promise[None] = Promise()
         try:
@@ -185,11 +191,12 @@ class ThreadedConnection:
         except RuntimeError as exc:
             self._lose(_no_thread(exc))
             return
-        self._waiting = True
+        self._woken = woken
         self._waited_key = key
         promise.when_settled(lambda: self._loop.post(woken))
 
-    _waiting = False
+    # Called when the wait under way has ended.
+    _woken: Callable[[], None] | None = None
     _waited_key = ""
     # What was not said yet is not said any more.
     _given_up = False
@@ -214,7 +221,7 @@ class ThreadedConnection:
         self.on_lost = self.on_wake = None
         due, self._due = self._due, {}
         waiter, key = self._waiter, self._waited_key
-        waiting = waiter is not None and self._waiting
+        waiting = waiter is not None and self._woken is not None
 
         def close_called() -> None:
             store = self._called
