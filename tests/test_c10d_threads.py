@@ -95,6 +95,31 @@ def tcp() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
+def test_what_was_told_to_a_loop_that_does_not_run(loop: PrivateLoop) -> None:
+    """It is told to the next one: an answer, and that a key was written."""
+    store = MemoryStore()
+    on, connection = over(store, loop)
+    assert isinstance(connection, ThreadedConnection)
+    woken: list[int] = []
+    connection.on_wake = lambda: woken.append(1)
+    on.answer(connection.call(wait="bell"))
+    store.set("bell", b"ding")
+    answer = connection.call(Add("n", 1))
+    for worker in (connection._caller, connection._waiter):
+        # Its call before this one has ended.
+        assert worker is not None
+        assert worker.submit(lambda: None).wait(5)
+    assert len(loop._posted) == 2
+    loop._posted.clear()
+    following = PrivateLoop()
+    connection.move(following)
+    on.loop = following
+    assert on.answer(answer) == [1]
+    on.until(lambda: woken)
+    on.close()
+    following.close()
+
+
 def test_an_error_becomes_ours(loop: PrivateLoop) -> None:
     """torch's exception is the cause of ours, and its first line is in it; all that comes later
     fails, too."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 import pytest
+from reports import attempt
 from stores import keys_of
 from worlds import AnyBarrier, Tasks, World, gather, library_threads_gone, until
 
@@ -315,3 +316,58 @@ async def test_phases_that_a_rank_never_came_to(shared: World) -> None:
         counts.append(await shared.call(shared.store.num_keys))
     # A thread of a FileStore may be late with the key that ended its wait.
     assert counts[2] <= counts[0] + 1, keys_of(shared.innermost)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_one_rank_closes_after_the_other(tcp: World, first: int) -> None:
+    """Also after the host of the store: then nothing is left but what one job leaves."""
+    left = []
+    for _ in range(2):
+        ranks = await tcp.barriers(2)
+        for name in ("x", "y", "z"):
+            with pytest.raises(BarrierTimeoutError):
+                await ranks[1].execute_barrier(name, timeout_secs=0.05)
+        async with Tasks() as tasks:
+            # A host waits for its peers.
+            tasks.start(ranks[first].aclose)
+            await until(partial(others_know, ranks[1 - first]))
+            await ranks[1 - first].aclose()
+            tasks.start(ranks[first].aclose)
+        left.append(keys_of(tcp.innermost))
+    assert len(left[1]) == len(left[0]) == 1, left
+
+
+async def others_know(rank: AnyBarrier) -> bool:
+    return rank._session.closed_by is not None
+
+
+async def test_a_rank_that_is_built_anew_again_and_again(memory: World) -> None:
+    """And each time has broken a phase to which its peer never came."""
+    counts: list[int] = []
+    stays = memory.barrier(0, 2)
+    for _ in range(6):
+        comes = memory.barrier(1, 2)
+        await gather(partial(rank.execute_barrier, "w") for rank in (stays, comes))
+        for rank, name in ((comes, f"x{len(counts)}"), (stays, "y")):
+            with pytest.raises(BarrierTimeoutError):
+                await rank.execute_barrier(name, timeout_secs=0.05)
+        await comes.aclose()
+        await until(partial(others_know, stays))
+        counts.append(len(keys_of(memory.innermost)))
+    # Some are deleted a moment later.
+    assert counts[5] <= counts[2] + 5, counts
+
+
+async def test_a_job_that_never_comes_back_as_a_whole(memory: World) -> None:
+    """What its ranks tried in vain is deleted when they have left."""
+    counts = []
+    for rank in await memory.barriers(3):
+        await rank.aclose()
+    for _ in range(3):
+        ranks = [memory.barrier(rank, 3, timeout_barrier_init_secs=0.3) for rank in range(2)]
+        outcomes = await gather(partial(attempt, rank.execute_barrier("x")) for rank in ranks)
+        assert all(isinstance(each, BarrierError) for each in outcomes)
+        await gather(rank.aclose for rank in ranks)
+        await library_threads_gone()
+        counts.append(len(keys_of(memory.innermost)))
+    assert counts[2] == counts[0], keys_of(memory.innermost)

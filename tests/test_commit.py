@@ -26,6 +26,9 @@ from async_barriers import (
 )
 from async_barriers._checks import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
 from async_barriers._client import barrier as barriers
+from async_barriers._client.phases import Phase
+from async_barriers._client.publication import Publication
+from async_barriers._client.session import Session
 from async_barriers._protocol import commit as settling
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import COMMIT, Count
@@ -1155,3 +1158,46 @@ async def test_a_barrier_that_cannot_connect_is_closed() -> None:
         async with Unreachable():
             raise AssertionError("never entered")
     assert closed == [True]
+
+
+class Struck(Exception):
+    """As a signal handler's."""
+
+
+async def test_a_leader_that_is_struck_before_it_publishes(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers learn at once that it will not (law 3)."""
+    ranks = await shared.barriers(2)
+
+    def struck(*_: object) -> None:
+        raise Struck
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publication, "__init__", struck)
+        async with Tasks() as tasks:
+            waiting = tasks.start(partial(ranks[1].commit, Publisher(), name="x"))
+            with pytest.raises(Struck):
+                await ranks[0].commit(Publisher(), name="x")
+            error = await waiting.raised(BrokenBarrierError)
+            assert error.rank == 0
+            assert waiting.secs < 3
+    await gather(partial(rank.commit, Publisher(), name="x") for rank in ranks)
+
+
+async def test_payloads_whose_connection_is_lost(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were released, so they are read over another one, and nobody is in doubt."""
+    ranks = await shared.barriers(2)
+    payloads = Session.payloads
+
+    def lost(session: Session, phase: Phase) -> Any:
+        connection = phase.connection
+        if session.rank and connection is not None:
+            connection._lose(BarrierConnectionError("cut"))
+        return payloads(session, phase)
+
+    monkeypatch.setattr(Session, "payloads", lost)
+    found = await gather(partial(rank.all_gather, b"%d" % i) for i, rank in enumerate(ranks))
+    assert found == [(b"0", b"1")] * 2

@@ -166,12 +166,12 @@ def test_one_that_left_holds_nothing() -> None:
     who comes then does not count what came before."""
     place = Joining()
     first, peer = place.join(0), place.join(1)
-    assert run(leaving.leave(place.store, first, "done", hosts=False))
+    assert run(leaving.leave(place.store, first, "done", hosts=False, unfinished={}))
     second = place.join(0)
     assert second.state.number == 1
     third = place.join(1, before=peer)
     for one in (second, third):
-        run(leaving.leave(place.store, one, "done", hosts=False))
+        run(leaving.leave(place.store, one, "done", hosts=False, unfinished={}))
     left = [key for key in place.memory.data.values if not key.endswith("/state")]
     assert left == []
     assert place.join(0).state.number == 2
@@ -626,3 +626,26 @@ async def test_a_bell_that_was_cut_off_is_heard_again(tcp: World) -> None:
         await again.connect()
         assert "joined again" in str(await waiting.raised(BrokenBarrierError))
     assert await crosses([again, ranks[1]]) == 0
+
+
+async def test_a_phase_that_a_new_store_never_knew(memory: World) -> None:
+    """Its arrival was sent on a connection that is lost, and perhaps all were released: whoever
+    then finds an empty store is in doubt, and breaks nothing there (law 2)."""
+    ranks = await memory.barriers(2)
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x"))
+        await memory.entered(1, name="x")
+        session = ranks[1]._session
+        (phase,) = session.open
+        connection, bell, membership = phase.connection, session._bell, session.membership
+        assert connection is not None
+        assert bell is not None
+        assert membership is not None
+        store: Any = memory.store
+        store.data.values.clear()
+        connection.on_lost = None
+        connection.close(reset=True)
+        session._break_all(membership, bell, None)
+        error = await waiting.raised(BarrierConnectionError)
+        assert error.in_doubt
+        assert phase.entry.keys.count not in store.data.values

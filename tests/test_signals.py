@@ -7,6 +7,7 @@ another that it runs through in this thread: by default at some fifteen of them,
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,12 +27,14 @@ import pytest
 import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from processes import until
-from reports import attempt, one, serve
+from reports import attempt, job, one, serve
 from torch.distributed import Store
-from worlds import library_threads
+from worlds import Tasks, gather, library_threads
 
 import async_barriers
-from async_barriers import BarrierError, StoreBarrier
+from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
+from async_barriers._client.phases import Turns
+from async_barriers._protocol import phase as phases
 
 OURS = str(Path(async_barriers.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
@@ -303,3 +307,52 @@ async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
         if not isinstance(mine, BarrierError):
             return True
     return False
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("step", [None, 1], ids=["counted", "a step"])
+async def test_struck_as_it_tells_of_a_break(
+    monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    """It is told again, and who broke the phase knows that it did (laws 3 and 4)."""
+    gives_up = phases.give_up
+
+    async def struck_after(*args: Any, **options: Any) -> Any:
+        await gives_up(*args, **options)
+        monkeypatch.undo()
+        raise Struck
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        await gather(rank.execute_barrier for rank in ranks)
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x", step=step))
+        await anyio.sleep(0.2)
+        monkeypatch.setattr(phases, "give_up", struck_after)
+        assert await attempt(ranks[0].abort("because", "x", step=step)) is True
+        error = await waiting.raised(BrokenBarrierError)
+        assert waiting.secs < 1.2
+        assert (error.rank, error.reason) == (0, "because")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_struck_as_it_hears_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller is woken all the same, and the step is known to be over (law 5)."""
+    decided = Turns.decided
+
+    def struck(*_: Any) -> None:
+        monkeypatch.setattr(Turns, "decided", decided)
+        raise Struck
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        await gather(rank.execute_barrier for rank in ranks)
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x", step=1))
+        await anyio.sleep(0.2)
+        monkeypatch.setattr(Turns, "decided", struck)
+        began = time.monotonic()
+        await attempt(ranks[0].execute_barrier("x", step=1))
+        await waiting.returned()
+        assert time.monotonic() < began + 1
+        assert await ranks[0].abort("late", "x", step=1) is False

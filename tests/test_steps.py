@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from reports import TOLD_SECS, attempt, job, one, serve
 from torch.distributed import HashStore
-from worlds import Tasks, gather
+from worlds import Tasks, World, gather
 
 from async_barriers import (
     BarrierError,
@@ -306,3 +307,34 @@ async def test_steps_of_a_collective() -> None:
     async with DistBarrier(timeout_secs=10) as barrier:
         result = await barrier.execute_barrier("x", step=7)
         assert result == BarrierResult("x", 7, result.waited_secs, result.last_rank)
+
+
+async def test_who_gave_a_step_up_comes_for_it_again(memory: World) -> None:
+    """It is refused while its break is under way: arrivals of two ranks that came twice would pass
+    for those of all four (law 1)."""
+    ranks = await memory.barriers(4, timeout_barrier_init_secs=5.0)
+    store: Any = memory.store
+    goes_on = threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "compare_set" and key.endswith("/count"):
+            assert goes_on.wait(10)
+
+    async with Tasks() as tasks:
+        given_up = [
+            tasks.start(partial(ranks[rank].execute_barrier, "x", step=1)) for rank in (1, 2)
+        ]
+        await memory.entered(1, 2, name="x", sequence="s1")
+        store.data.hook = hook
+        for call in given_up:
+            call.scope.cancel()
+        for call in given_up:
+            await call.ended.wait()
+        for rank in (1, 2):
+            error = await over_at_once(ranks[rank].execute_barrier("x", step=1))
+            assert error.in_doubt
+            assert "came for step 1 before" in error.reason
+        late = tasks.start(partial(ranks[0].execute_barrier, "x", step=1, timeout_secs=0.3))
+        goes_on.set()
+        await late.raised(BarrierError)
+        await gather(partial(rank.execute_barrier, "x", step=2) for rank in ranks)
