@@ -199,3 +199,10 @@ async def test_too_much_is_an_error_on_all_ranks(
         assert error.rank == 1
         assert f"payload has {size} bytes; at most 4194304 are allowed" in error.reason
     assert await gather([partial(call, rank, b"p") for rank in ranks]) == [result] * 2
+
+
+async def test_a_leader_that_is_none(memory: World) -> None:
+    """It is refused before the body runs, as any other that is no rank."""
+    (rank,) = await memory.barriers(1)
+    with pytest.raises(TypeError, match="not None"):
+        rank.committing(Publisher(), leader=None)  # type: ignore[arg-type]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import re
 import threading
+from functools import partial
 from typing import Any
 
 import anyio
@@ -561,3 +563,26 @@ async def test_a_port_that_is_taken(tcp: World) -> None:
         await barrier.connect()
     assert 0.9 < anyio.current_time() - began < 2
     await barrier.aclose()
+
+
+async def test_of_two_that_abort_at_once_one_did(shared: World) -> None:
+    """The one that all are told of, on every store (law 2)."""
+    ranks = await shared.barriers(2)
+    for number in range(20):
+        name = f"x{number}"
+        did = await gather(partial(rank.abort, f"by {i}", name) for i, rank in enumerate(ranks))
+        assert sorted(did) == [False, True], did
+
+
+async def test_a_barrier_of_a_subgroup_names_the_global_rank(memory: World) -> None:
+    """Of who broke a phase, as a reader would look at the wrong process."""
+    ranks: list[Any] = await memory.barriers(2)
+    for rank in ranks:
+        rank._watch = rank._watch._replace(global_ranks=(3, 7))
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await ranks[1].abort("why", "x")
+        error = await waiting.raised(BrokenBarrierError)
+    assert (error.rank, error.global_rank) == (1, 7)
+    told = "barrier 'tests/x' #0 was broken by rank 1 (global rank 7): why"
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == told

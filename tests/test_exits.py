@@ -85,3 +85,15 @@ def test_leaving_while_the_store_is_silent(
     told = [leaves(rank, how) for how, rank in leavers]
     for how, rank in leavers:
         has_left(rank, how, max(told) + EXIT_SECS)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "the host first"])
+def test_worker_threads_are_silent_as_the_host_leaves(start_job: StartJob, late: bool) -> None:
+    """c10d prints where its server goes while a thread waits for it; none does then (law 12)."""
+    job = start_job(3, own_store=True, given={"worker_threads": True})
+    job.crosses()
+    if late:
+        told = job.ranks[0].start("end").started
+        assert job.ranks[0].exit(told + 2 * EXIT_SECS) == 0, job.ranks[0].stderr
+        assert not job.ranks[0].stderr
+    job.ends()

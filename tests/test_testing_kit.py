@@ -22,6 +22,7 @@ from async_barriers import (
     BrokenBarrierError,
     StoreBarrier,
 )
+from async_barriers._store.copies import copy_of
 from async_barriers.testing import FaultyStore, local_barriers
 
 pytestmark = pytest.mark.anyio
@@ -164,3 +165,9 @@ async def test_barriers_over_faults() -> None:
                 await barriers[1].execute_barrier()
         store.heal()
         await gather(barrier.execute_barrier for barrier in barriers)
+
+
+def test_a_prefix_around_a_store_in_python() -> None:
+    """It is used as it is: torch clones such a pair, and loses what is written in Python."""
+    store = PrefixStore("x", FaultyStore(HashStore()))
+    assert copy_of(store) is store

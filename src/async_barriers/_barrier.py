@@ -265,7 +265,7 @@ class Barrier(abc.ABC):
         step: int | None,
         timeout_secs: Timeout,
         stalled_after_secs: Timeout,
-        leader: int | None = None,
+        leader: int = 0,
     ) -> None:
         """Refuse wrong arguments before the body of a call runs, not after."""
 

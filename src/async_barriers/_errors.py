@@ -116,7 +116,10 @@ class _PhaseError(BarrierError):
 
     def __str__(self) -> str:
         # Only when it is asked for: the prefix may become known after the error is made.
-        return f"{describe(self.name, self.sequence, self.prefix)} {super().__str__()}"
+        return f"{describe(self.name, self.sequence, self.prefix)} {self._what()}"
+
+    def _what(self) -> str:
+        return BaseException.__str__(self)
 
 
 class BarrierTimeoutError(_PhaseError, TimeoutError):
@@ -169,7 +172,11 @@ class BrokenBarrierError(_PhaseError):
     :ivar rank: the rank that broke it; None if no rank is to blame
     :ivar reason: why, in words
     :ivar prefix: the barrier's, if it has one; part of the message
+    :ivar global_rank: of a subgroup's barrier, the number of ``rank`` in the job; part of the
+        message
     """
+
+    global_rank: int | None = None
 
     def __init__(
         self,
@@ -181,13 +188,17 @@ class BrokenBarrierError(_PhaseError):
         in_doubt: bool = False,
         prefix: str = "",
     ) -> None:
-        culprit = "" if rank is None else f" by rank {rank}"
-        super().__init__(f"was broken{culprit}: {in_one_line(reason)}", in_doubt=in_doubt)
+        super().__init__(in_one_line(reason), in_doubt=in_doubt)
         self.name = name
         self.sequence = sequence
         self.rank = rank
         self.reason = reason
         self.prefix = prefix
+
+    def _what(self) -> str:
+        in_job = "" if self.global_rank is None else f" (global rank {self.global_rank})"
+        by = "" if self.rank is None else f" by rank {self.rank}{in_job}"
+        return f"was broken{by}: {super()._what()}"
 
 
 class BarrierConnectionError(BarrierError, ConnectionError):

@@ -240,13 +240,12 @@ class DistBarrier(Barrier):
         step: int | None,
         timeout_secs: Timeout,
         stalled_after_secs: Timeout,
-        leader: int | None = None,
+        leader: int = 0,
     ) -> None:
         self._calls.check_open(name, step)
         self._checked_timeout(timeout_secs, stalled_after_secs)
-        if leader is not None:
-            # The number of ranks is known when they have connected.
-            check_world(leader, MAX_RANKS)
+        # The number of ranks is known when they have connected.
+        check_world(leader, MAX_RANKS)
 
     def _checked_timeout(self, timeout_secs: Timeout, stalled_after_secs: Timeout) -> float | None:
         if stalled_after_secs is not CONFIGURED and stalled_after_secs is not None:

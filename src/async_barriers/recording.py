@@ -281,7 +281,7 @@ class _Watched(Barrier):
         step: int | None,
         timeout_secs: Timeout,
         stalled_after_secs: Timeout,
-        leader: int | None = None,
+        leader: int = 0,
     ) -> None:
         self._barrier._check_body(name, step, timeout_secs, stalled_after_secs, leader)
 

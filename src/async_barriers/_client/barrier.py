@@ -358,12 +358,11 @@ class CrossingBarrier(Barrier):
         step: int | None,
         timeout_secs: Timeout,
         stalled_after_secs: Timeout,
-        leader: int | None = None,
+        leader: int = 0,
     ) -> None:
         self._check_call(name, step, timeout_secs)
         self._watch_of(stalled_after_secs)
-        if leader is not None:
-            check_world(leader, self._session.world_size)
+        check_world(leader, self._session.world_size)
 
     def _watch_of(self, stalled_after_secs: Timeout) -> Watch:
         if isinstance(stalled_after_secs, Configured):

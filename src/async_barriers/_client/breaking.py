@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-from .._errors import BarrierConnectionError, BrokenBarrierError
+from .._errors import BarrierConnectionError, BrokenBarrierError, in_one_line
 from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol import phase as phases
@@ -119,7 +119,9 @@ class Breaking(Hearing):
             phase.wake()
         if phase.abandoned:
             self.forget(phase)
-        return ours
+        # Where calls are made in threads, one rank may write the reason and another the break.
+        why = broken.rank, in_one_line(broken.reason)
+        return isinstance(judged, Broken) and (judged.rank, in_one_line(judged.reason)) == why
 
     async def _reopen_for(self, phase: Phase) -> Connection:
         """A connection for a phase whose own was lost; all calls for the phase share it."""
@@ -232,23 +234,24 @@ class Breaking(Hearing):
         return await self._using(phase, self._payloads(phase))
 
     async def _payloads(self, phase: Phase) -> dict[int, bytes]:
-        connection = phase.connection or self._bell
-        while phase.brought is None:
-            if connection is None or connection.lost is not None:
-                connection = await self._reopen_for(phase)
-            try:
-                brought = await commits.collect(connection, phase.entry)
-            except BarrierConnectionError:
-                if connection.lost is None:
-                    raise
-                continue
-            if brought is None:
-                raise Forgotten
-            if isinstance(brought, Broken):
-                await self.settle_commit(phase, brought)
-                raise BrokenBarrierError(phase.name, phase.sequence, brought.rank, brought.reason)
-            phase.brought = brought
-        return phase.brought
+        if phase.brought is not None:
+            return phase.brought
+        connection, again = phase.connection or self._bell, True
+        if connection is None or connection.lost is not None:
+            connection, again = await self._reopen_for(phase), False
+        try:
+            brought = await commits.collect(connection, phase.entry)
+        except BarrierConnectionError:
+            if connection.lost is None or not again:
+                raise
+            brought = await commits.collect(await self._reopen_for(phase), phase.entry)
+        if brought is None:
+            raise Forgotten
+        if isinstance(brought, Broken):
+            await self.settle_commit(phase, brought)
+            raise BrokenBarrierError(phase.name, phase.sequence, brought.rank, brought.reason)
+        phase.brought = brought
+        return brought
 
     def give_word(self, phase: Phase, verdict: Verdict) -> Future[Verdict]:
         """Settle a commit as its leader; this goes on until the store has the verdict."""

@@ -146,6 +146,10 @@ class Crossing:
         if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
             # What publish raises may be of another barrier.
             exc.prefix = exc.prefix or session.prefix
+            in_job = self.watch.global_ranks
+            if isinstance(exc, BrokenBarrierError) and exc.rank is not None and in_job is not None:
+                is_ours = exc.prefix == session.prefix and exc.rank < len(in_job)
+                exc.global_rank = in_job[exc.rank] if is_ours else None
         left = session.closed_by
         why = kind_of(
             exc,

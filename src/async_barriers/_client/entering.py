@@ -39,7 +39,7 @@ class Entering(Departing):
         if step is not None and self.open and self.awaited(name, step) is not None:
             reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
             raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
-        if hold is not None and self.turns.had_begun(phase):
+        if step is not None and hold is not None and self.turns.had_begun(phase):
             # Two arrivals of one rank could stand for one that is missing.
             reason = f"rank {self.rank} came for step {step} before, in a call that gave it up"
             raise BrokenBarrierError(

@@ -309,6 +309,7 @@ class Listening(Breaking):
             return
         with contextlib.suppress(BarrierConnectionError):
             await self._flush()
+            await self._end_waits()
             await leaving.release_host(bell, membership)
 
 

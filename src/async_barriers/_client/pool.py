@@ -12,6 +12,7 @@ from .._protocol.phase import Entry
 from .._protocol.store import Read, Set, SetMany
 from .._store.future import Future
 from .._store.sources import Connection
+from .._store.threads import ThreadedConnection
 from .._store.waiting import sleep, within
 from .state import RETRY_SECS, SessionState
 
@@ -93,6 +94,13 @@ class Pool(SessionState):
                 while connection.outbox and connection.lost is None:
                     self._depart_alone(connection)
                     await connection.call()
+
+    async def _end_waits(self) -> None:
+        """Let no thread wait for the store, which ends soon."""
+        for connection in self._connections():
+            if isinstance(connection, ThreadedConnection):
+                with contextlib.suppress(BarrierConnectionError):
+                    await connection.end_wait()
 
     async def _retire(self, connection: Connection) -> None:
         """Close it when everything sent there is answered, departures and what follows them too.

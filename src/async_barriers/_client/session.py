@@ -105,6 +105,7 @@ class Session(Joining):
             ):
                 self._depart_alone(connection)
                 answered = connection.call(Read(self.keys.state))
+        await within(loop, self.start(self._end_waits()), deadline - self._now())
 
     async def _say_goodbye(
         self, loop: Loop, reason: str, deadline: float, peers_deadline: float
@@ -131,8 +132,6 @@ class Session(Joining):
             return
         self._name_rest(membership)
         hosts = await self._source.hosts(loop)
-        if self._drained:
-            return
         # It rings its own bell, too, and then waits for something else.
         bell.stop_waiting()
         again, self._leaves_as = self._leaves_as is membership, membership

@@ -181,7 +181,7 @@ async def _end(
         (unfinished,) = await store.call(
             SetMany(bells_of(keys, state), b"over"), Read(own.unfinished)
         )
-        handed_on = handing_on(unfinished, keys, own, following)
+        handed_on = handing_on(unfinished, keys, state.number, following)
         await store.call(*handed_on, DeleteMany(own.common))
 
 

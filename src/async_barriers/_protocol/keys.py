@@ -28,7 +28,7 @@ class PhaseKeys:
 
     :ivar path: what all of them begin with
     :ivar log: the ranks that entered, and those that departed, one a line
-    :ivar count: the register that decides; see `_count`
+    :ivar count: the register that decides; see `count`
     :ivar departed: how many ranks departed, but for some that entered another phase as they did
     :ivar released: written by the last rank when all have entered; ranks wait for it, in a commit
         the leader

@@ -14,6 +14,9 @@ from .keys import GenerationKeys, Keys, PhaseKeys
 from .store import Append, DeleteMany, Request
 from .verdict import RUBBISH
 
+# For how many generations after its own a phase is kept.
+KEPT = 8
+
 
 def naming(own: GenerationKeys, names: Mapping[str, str]) -> list[Request]:
     """Name phases: what their keys begin with, and the key of the latest broken step."""
@@ -29,15 +32,24 @@ def keys_of(value: bytes | None, keys: Keys) -> list[str]:
 
 
 def handing_on(
-    value: bytes | None, keys: Keys, over: GenerationKeys, following: GenerationKeys
+    value: bytes | None, keys: Keys, over: int, following: GenerationKeys
 ) -> list[Request]:
-    """When a generation is over: delete the phases of those before it, which no rank awaits any
-    more, and name its own in the one that follows."""
+    """When generation ``over`` has ended: delete phases of earlier ones, and name the others in the
+    one that follows.
+
+    A rank may still break a phase of a generation that has ended for itself, and must find how it
+    was broken. So phases are kept for some generations.
+    """
     named = list(_named(value, keys))
-    old = {path: latest for path, latest in named if not path.startswith(over.root)}
+    old = {path: latest for path, latest in named if over - _number(path, keys) >= KEPT}
     spent = [key for path in old for key in PhaseKeys(path).of_broken]
-    own = {path: latest for path, latest in named if path not in old}
-    return [*naming(following, own), DeleteMany([*spent, *old.values()])]
+    others = {path: latest for path, latest in named if path not in old}
+    return [*naming(following, others), DeleteMany([*spent, *old.values()])]
+
+
+def _number(path: str, keys: Keys) -> int:
+    """The number of the generation of a phase."""
+    return int(path[len(keys.root) + 1 :].partition("-")[0])
 
 
 def _named(value: bytes | None, keys: Keys) -> Iterator[tuple[str, str]]:
@@ -46,6 +58,7 @@ def _named(value: bytes | None, keys: Keys) -> Iterator[tuple[str, str]]:
         try:
             path, latest = json.loads(line)
             if path.startswith(keys.root) and latest.startswith(keys.root):
+                _number(path, keys)
                 yield path, latest
         except RUBBISH:
             continue

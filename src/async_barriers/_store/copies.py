@@ -6,7 +6,7 @@ import secrets
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import FileStore, PrefixStore, Store, TCPStore
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
 from .blocking_store import innermost
@@ -22,6 +22,9 @@ def copy_of(store: Store) -> Store:
     if isinstance(base, FileStore):
         # A clone would count as a user, and the file is deleted only when all users are gone.
         return FileStore(base.path)  # type: ignore[attr-defined]
+    if store is not base and not isinstance(base, TCPStore | HashStore):
+        # torch loses what is written in Python of a store that it clones within another one.
+        return store
     if not hasattr(store, "clone"):
         return _without_clone(store, base)
     try:

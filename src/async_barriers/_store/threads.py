@@ -46,6 +46,7 @@ class ThreadedConnection:
         self._called: BlockingStore | None = None
         self._waited: BlockingStore | None = None
         self._awaited: str | None = None
+        self._wait_over: Future[None] = Future()
         # The requests without an answer yet.
         self._due: dict[Future[list[Any]], Callable[[], None]] = {}
 
@@ -126,6 +127,18 @@ class ThreadedConnection:
         self._awaited = None
         self.on_wake = None
 
+    async def end_wait(self) -> None:
+        """End the wait under way; c10d would print it if the server went before.
+
+        :raises BarrierConnectionError: the connection was lost
+        """
+        self.stop_waiting()
+        if self._woken is not None:
+            key, over = self._waited_key, self._wait_over
+            await self.call(Set(key, _CLOSED))
+            await over
+            await self.call(Delete(key))
+
     def move(self, loop: Loop) -> None:
         """Go on on another loop; what was posted to the one before may never be called there."""
         self._loop = loop
@@ -174,6 +187,7 @@ class ThreadedConnection:
             if self._woken is not woken or not promise.done():
                 return
             self._woken = None
+            over.resolve(None)
             try:
                 promise.result()
             except Exception as exc:
@@ -186,6 +200,7 @@ class ThreadedConnection:
         if self._woken is not None:
             return
         promise: Promise[None] = Promise()
+        over = self._wait_over = Future()
         try:
             self._waiter.submit(wait, promise)
         except RuntimeError as exc:
@@ -250,6 +265,7 @@ class ThreadedConnection:
         if reset:
             self._given_up = True
             end_at_exit(self)
+        self._wait_over.resolve(None)
         # Not when its thread returns, since it may never return.
         for answered in due:
             answered.fail(another(error))
