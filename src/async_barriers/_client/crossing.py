@@ -146,10 +146,8 @@ class Crossing:
         if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
             # What publish raises may be of another barrier.
             exc.prefix = exc.prefix or session.prefix
-            in_job = self.watch.global_ranks
-            if isinstance(exc, BrokenBarrierError) and exc.rank is not None and in_job is not None:
-                is_ours = exc.prefix == session.prefix and exc.rank < len(in_job)
-                exc.global_rank = in_job[exc.rank] if is_ours else None
+            if isinstance(exc, BrokenBarrierError) and exc.prefix == session.prefix:
+                exc.global_rank = self.watch.global_rank(exc.rank)
         left = session.closed_by
         why = kind_of(
             exc,
@@ -393,8 +391,7 @@ class Crossing:
         # If all ranks have entered meanwhile, and the leader publishes, it waits on.
 
     async def _give_up_or_doubt(self, phase: Phase, effort: Future[Any]) -> None:
-        waiting = await self._undone(phase, effort)
-        if not waiting:
+        if not await self._undone(phase, effort):
             raise self._lost(phase, phase.lost)
 
     def _lost(

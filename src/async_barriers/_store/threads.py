@@ -9,13 +9,7 @@ from typing import Any
 from torch.distributed import Store
 
 from .._errors import BarrierConnectionError, another, out_of_threads
-from .._protocol.store import (
-    SILENT,
-    Delete,
-    Read,
-    Request,
-    Set,
-)
+from .._protocol.store import SILENT, Delete, Read, Request, Set
 from .blocking_store import BlockingStore, lost
 from .future import Future
 from .loops import Loop
