@@ -777,6 +777,22 @@ def test_a_deadline_names_who_is_missing_and_is_the_end(start_job: StartJob) -> 
 
 
 @pytest.mark.processes
+def test_a_leader_whose_deadline_passes_before_all_are_in(start_job: StartJob) -> None:
+    """The late rank is told of that deadline, too: nothing was published, and nothing failed."""
+    job = start(start_job)
+    everywhere(job, "cross")
+    given = {"publish": "ranks", "payload": "x", "leader": 0}
+    leading = job.ranks[0].start("commit", **given, timeout_secs=DEADLINE_SECS)
+    error = leading.error("BarrierTimeoutError")
+    assert (error["missing_ranks"], error["in_doubt"]) == ([1, 2], False)
+    for error in errors_of(job.starts((1, 2), "commit", **given), "BarrierTimeoutError"):
+        assert (error["missing_ranks"], error["in_doubt"]) == ([1, 2], False)
+        assert error["timeout_secs"] == DEADLINE_SECS
+        assert "ranks 1, 2 had not entered" in error["text"]
+    quiet_exit(job, 0, 1, 2)
+
+
+@pytest.mark.processes
 def test_connecting_alone_is_bounded_and_named(start_job: StartJob) -> None:
     """Whoever waits for a group that does not come about is told who did not connect."""
     job = start(start_job, given={"timeout_secs": DEADLINE_SECS})

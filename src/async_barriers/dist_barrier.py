@@ -26,6 +26,7 @@ from ._dist.collectives import IN_DOUBT, PUBLISHED, TIMED_OUT, TIMED_OUT_IN_DOUB
 from ._dist.publication import Publication
 from ._errors import BarrierError, BarrierTimeoutError, BrokenBarrierError, describe, in_one_line
 from ._protocol.count import MAX_RANKS
+from ._protocol.verdict import unranged
 from ._store.future import Future
 from ._store.promises import told
 from ._store.waiting import until_done
@@ -146,10 +147,11 @@ class DistBarrier(Barrier):
         if word.how != PUBLISHED:
             reason = word.message.decode(errors="replace")
             if word.how in (TIMED_OUT, TIMED_OUT_IN_DOUBT):
-                secs, _, why = reason.partition(" ")
+                secs, ranks, why = reason.split(" ", 2)
+                missing = unranged("" if ranks == "-" else ranks)
                 in_doubt = word.how == TIMED_OUT_IN_DOUBT
                 raise BarrierTimeoutError(
-                    name, sequence, (), float(secs), detail=why, in_doubt=in_doubt
+                    name, sequence, missing, float(secs), detail=why, in_doubt=in_doubt
                 )
             raise BrokenBarrierError(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
         return word.message

@@ -24,8 +24,8 @@ class Word(NamedTuple):
     """The message of a commit's leader, or of a rank that aborts.
 
     :ivar how: PUBLISHED, FAILED, or IN_DOUBT if it may have published; and two for its deadline
-    :ivar message: the result of publish, or the reason of its failure; for a deadline, its seconds
-        and the reason
+    :ivar message: the result of publish, or the reason of its failure; for a deadline, its seconds,
+        the missing ranks and the reason
     """
 
     how: int

@@ -18,6 +18,7 @@ from .._errors import (
     describe,
     seconds,
 )
+from .._protocol.verdict import ranges
 from .._publish import Publishing
 from .._reasons import reason_of
 from .._store.worker import Promise
@@ -72,6 +73,8 @@ class Publication:
         except BarrierError as exc:
             # The leader knows that it has not published.
             exc.in_doubt = False
+            if isinstance(exc, BarrierTimeoutError):
+                self._tell_timed_out(TIMED_OUT, exc.missing_ranks)
             raise
 
     async def _publish(
@@ -115,9 +118,13 @@ class Publication:
             name, sequence, (), self._timeout, detail=reason, in_doubt=in_doubt
         )
         how = TIMED_OUT_IN_DOUBT if in_doubt else TIMED_OUT
-        self._word.settle(Word(how, f"{self._timeout} {reason}".encode()))
+        self._tell_timed_out(how, (), reason)
         calls.break_for_good(f"a commit timed out after {seconds(self._timeout)}")
         return error
+
+    def _tell_timed_out(self, how: int, missing: tuple[int, ...], reason: str = "") -> None:
+        message = f"{self._timeout} {ranges(missing) or '-'} {reason}"
+        self._word.settle(Word(how, message.encode()))
 
     def _tell_failed(self, reason: str, in_doubt: bool) -> None:
         self._word.settle(Word(IN_DOUBT if in_doubt else FAILED, reason.encode()))
