@@ -341,23 +341,6 @@ async def others_know(rank: AnyBarrier) -> bool:
     return rank._session.closed_by is not None
 
 
-async def test_a_rank_that_is_built_anew_again_and_again(memory: World) -> None:
-    """And each time has broken a phase to which its peer never came."""
-    counts: list[int] = []
-    stays = memory.barrier(0, 2)
-    for _ in range(14):
-        comes = memory.barrier(1, 2)
-        await gather(partial(rank.execute_barrier, "w") for rank in (stays, comes))
-        for rank, name in ((comes, f"x{len(counts)}"), (stays, "y")):
-            with pytest.raises(BarrierTimeoutError):
-                await rank.execute_barrier(name, timeout_secs=0.05)
-        await comes.aclose()
-        await until(partial(others_know, stays))
-        counts.append(len(keys_of(memory.innermost)))
-    # Some are deleted a moment later.
-    assert counts[13] <= counts[10] + 5, counts
-
-
 async def test_a_job_that_never_comes_back_as_a_whole(memory: World) -> None:
     """What its ranks tried in vain is deleted when they have left."""
     counts = []

@@ -36,6 +36,7 @@ from async_barriers._protocol.payloads import IN_LOG, SMALL_BYTES
 from async_barriers._protocol.phase import Entry
 from async_barriers._protocol.verdict import Broken, Released
 from async_barriers._store.copies import copy_of
+from async_barriers._store.waiting import settled
 
 pytestmark = pytest.mark.anyio
 
@@ -1201,3 +1202,34 @@ async def test_payloads_whose_connection_is_lost(
     monkeypatch.setattr(Session, "payloads", lost)
     found = await gather(partial(rank.all_gather, b"%d" % i) for i, rank in enumerate(ranks))
     assert found == [(b"0", b"1")] * 2
+
+
+async def test_a_late_look_at_a_commit_that_was_given_up(tcp: World) -> None:
+    """Its connection serves another phase by then, which waits there for its own key: the leader's
+    word on the first one releases nobody from the other (law 1)."""
+    ranks = await tcp.barriers(2)
+    session = ranks[1]._session
+    publish = Publisher(parks=True)
+    async with Tasks() as tasks:
+        leading, following = commits(tasks, ranks, publish)
+        await publish.started.wait()
+        (phase,) = session.open
+        connection = phase.connection
+        assert connection is not None
+        following.scope.cancel()
+        await following.ended.wait()
+        assert connection in session._idle
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "y"))
+        await tcp.entered(1, name="y")
+        (other,) = session.open
+        assert other.connection is connection
+        other.since = session._now() + 60  # It trusts what wakes it.
+        await settled(
+            session.use(), session.start(session._woken_by_others(phase, connection)), 1e9
+        )
+        publish.go_on.set()
+        await leading.returned()
+        await anyio.sleep(0.2)
+        assert not waiting.ended.is_set()
+        await ranks[0].execute_barrier("y")
+        await waiting.returned()

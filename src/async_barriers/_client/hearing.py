@@ -77,8 +77,10 @@ class Hearing(Entering):
     async def _woken_by_others(self, phase: Phase, connection: Connection) -> None:
         """The phase is broken, or something else wrote the key that this rank waits for."""
         await self._look(phase, connection)
-        waits_on = (connection.waits or phase.alone) and connection.lost is None
-        if waits_on and not (phase.decided or phase.giving_up):
+        # Another phase may use the connection by now, and waits for its own key there.
+        in_use = phase in self.open and phase.connection is connection
+        waits_on = in_use and (connection.waits or phase.alone)
+        if waits_on and connection.lost is None and not (phase.decided or phase.giving_up):
             connection.call(Delete(phase.entry.awaited), wait=phase.entry.awaited)
             # The real write may have come just before the key was deleted.
             await self._look(phase, connection)

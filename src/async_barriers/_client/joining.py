@@ -18,7 +18,6 @@ from .._protocol import membership as members
 from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.store import Read
-from .._protocol.unfinished import naming
 from .._protocol.verdict import Broken
 from .._store.future import Effort
 from .._store.sources import CannotHost, Connection
@@ -116,10 +115,6 @@ class Joining(Listening):
             if before is not None:
                 process.holders.pop(before.claim.life.token, None)
             process.holders[joined.claim.life.token] = self
-            if self.unfinished:
-                # Of earlier generations: other ranks may never depart from them.
-                await store.call(*naming(joined.own, self.unfinished))
-                self.unfinished.clear()
         finally:
             self._claiming = False
         self._closed_by = None

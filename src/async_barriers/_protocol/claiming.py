@@ -24,7 +24,6 @@ from .membership import (
     state_of,
 )
 from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
-from .unfinished import handing_on
 from .verdict import RUBBISH, number
 
 # Whether the process of a life lives; None if only that process can tell.
@@ -177,12 +176,11 @@ async def _end(
     run_id = state.run_id if life.run_id is None else life.run_id
     after = State(after_it, _identity(after_it), world_size, run_id, rank, life)
     if await _replaced(store, keys, found, after) is not None:
-        own, following = keys.generation(state.identity), keys.generation(after.identity)
-        (unfinished,) = await store.call(
-            SetMany(bells_of(keys, state), b"over"), Read(own.unfinished)
+        own = keys.generation(state.identity)
+        await store.call(
+            SetMany(bells_of(keys, state), b"over"),
+            DeleteMany(own.common),
         )
-        handed_on = handing_on(unfinished, keys, state.number, following)
-        await store.call(*handed_on, DeleteMany(own.common))
 
 
 async def _anyone(

@@ -88,13 +88,15 @@ async def _counted(store: Store, membership: Membership, roll: int) -> bool:
     members = joined if membership.state.number else membership.world_size
     if roll // GONE & FIELD < members:
         return False
-    await clear(store, membership)
+    await clear(store, membership, everyone=joined >= membership.world_size)
     return True
 
 
-async def clear(store: Store, membership: Membership) -> None:
+async def clear(store: Store, membership: Membership, *, everyone: bool) -> None:
     """Delete the keys of a generation that all its members have left.
 
+    :param everyone: all ranks had joined it; else some may still be in an earlier one, and must
+        find there how their phases were broken
     The state becomes the number of the next generation. It is not deleted: a newcomer may just have
     put its own there.
     """
@@ -107,7 +109,7 @@ async def clear(store: Store, membership: Membership) -> None:
     unfinished, *found = await store.call(
         Read(own.unfinished), *(Read(keys.member(rank)) for rank in ranks)
     )
-    spent = own.common + keys_of(unfinished, keys)
+    spent = own.common + keys_of(unfinished, keys.root if everyone else own.root)
     for rank in ranks:
         spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
     # And the claims, if they are still those of this generation.
