@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from .._protocol.store import SILENT, Delete, Read, Request, Set
 from .blocking_store import BlockingStore, lost
 from .future import Future
 from .loops import Loop
-from .worker import Promise, Worker, end_at_exit
+from .worker import Promise, Worker, end_at_exit, wait_for_all
 
 _TRIES, _TRY_SECS = 10, 0.1
 _CLOSED = b"closed"
@@ -150,7 +151,10 @@ class ThreadedConnection:
         self._end(BarrierConnectionError("this connection to the store was closed"), reset)
 
     def end(self, deadline: float) -> None:
-        """Before the interpreter ends, if it was given up: what hangs must not return any more."""
+        """Before the interpreter ends, once it is closed: what hangs must not return any more."""
+        if not self._given_up:
+            wait_for_all(self.ended, (time.monotonic() + deadline) / 2)
+        self._at_exit = self._given_up = True
         for store, worker in ((self._called, self._caller), (self._waited, self._waiter)):
             if store is not None and worker is not None:
                 store.never_return()
@@ -207,8 +211,8 @@ class ThreadedConnection:
     # Called when the wait under way has ended.
     _woken: Callable[[], None] | None = None
     _waited_key = ""
-    # What was not said yet is not said any more.
-    _given_up = False
+    # If given up, what was not said yet is not said any more.
+    _given_up = _at_exit = False
     # By the thread that calls: a call has failed there, or is under way.
     _failed = False
 
@@ -243,7 +247,7 @@ class ThreadedConnection:
                     woken = False
                     for _ in range(_TRIES):
                         store.do(Set(key, _CLOSED))
-                        if woken := waiter.ended.wait(_TRY_SECS):
+                        if (woken := waiter.ended.wait(_TRY_SECS)) or self._at_exit:
                             break
                     # A wait that hangs must find the key when it goes on, and deletes it then.
                     if woken:
@@ -256,9 +260,8 @@ class ThreadedConnection:
         if self._waiter is not None:
             self._waiter.retire(self._close_waited)
         self._caller.retire(close_called)
-        if reset:
-            self._given_up = True
-            end_at_exit(self)
+        self._given_up = reset
+        end_at_exit(self)
         self._wait_over.resolve(None)
         # Not when its thread returns, since it may never return.
         for answered in due:
