@@ -20,7 +20,7 @@ from torch.distributed import DistStoreError, FileStore, Store, TCPStore
 
 from async_barriers import BarrierConnectionError
 from async_barriers._protocol.store import Add, Append, Delete, Read, Set
-from async_barriers._store import blocking_store
+from async_barriers._store import blocking_store, worker
 from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.private_loop import PrivateLoop
 from async_barriers._store.sources import Connection
@@ -105,10 +105,10 @@ def test_what_was_told_to_a_loop_that_does_not_run(loop: PrivateLoop) -> None:
     on.answer(connection.call(wait="bell"))
     store.set("bell", b"ding")
     answer = connection.call(Add("n", 1))
-    for worker in (connection._caller, connection._waiter):
+    for thread in (connection._caller, connection._waiter):
         # Its call before this one has ended.
-        assert worker is not None
-        assert worker.submit(lambda: None).wait(5)
+        assert thread is not None
+        assert thread.submit(lambda: None).wait(5)
     assert len(loop._posted) == 2
     loop._posted.clear()
     following = PrivateLoop()
@@ -226,6 +226,26 @@ def test_a_wait_that_goes_on_long_after_closing(loop: PrivateLoop) -> None:
     on.until(connection._caller.ended.done)
     goes_on.set()
     on.until(lambda: all(ended.done() for ended in connection.ended), 2)
+
+
+def test_a_thread_that_hangs_and_may_return(loop: PrivateLoop) -> None:
+    """Nothing can keep it there but a socket, so the end of the interpreter waits for it."""
+    store, hangs, goes_on = MemoryStore(), threading.Event(), threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        hangs.set()
+        assert goes_on.wait(10)
+
+    on, connection = over(store, loop)
+    assert isinstance(connection, ThreadedConnection)
+    store.data.hook = hook
+    connection.call(Read("k"))
+    on.until(hangs.is_set)
+    connection.close(reset=True)
+    connection.end(time.monotonic())
+    assert connection._caller._thread in worker._threads.latest_first()
+    goes_on.set()
+    on.until(connection._caller.ended.done)
 
 
 def test_closing_while_its_first_store_is_opened(loop: PrivateLoop) -> None:

@@ -43,16 +43,19 @@ def unsent(sock: socket.socket) -> bool:
     return bool(int.from_bytes(waiting, sys.byteorder))
 
 
-def deafen(sock: socket.socket) -> None:
+def deafen(sock: socket.socket) -> bool:
     """Have the kernel drop all that comes to a socket, so that a read there never returns.
 
+    :return: whether this system can do that
     :raises OSError: the socket is gone
     """
-    if sys.platform == "linux":
-        # One instruction of BPF: return, having accepted no byte.
-        program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-        attached = struct.pack("HP", 1, ctypes.addressof(program))
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
+    if sys.platform != "linux":
+        return False
+    # One instruction of BPF: return, having accepted no byte.
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    attached = struct.pack("HP", 1, ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
+    return True
 
 
 def hosted_here(port: int) -> bool:

@@ -174,7 +174,7 @@ class CrossingBarrier(Barrier):
             assert crossing.phase is not None
             return await self._publish(crossing, crossing.phase, publish)
         finally:
-            # A signal handler may raise before it publishes; the others must not wait for that.
+            # A signal handler may raise before it publishes, and the others must not wait for that.
             if crossing.phase is not None and not crossing.phase.abandoned:
                 self._session.forget(crossing.phase)
 
@@ -419,7 +419,6 @@ class CrossingBarrier(Barrier):
             raise
         finally:
             phase.publishing = None
-            session.forget(phase)
             publication.settled.resolve(None)
 
 

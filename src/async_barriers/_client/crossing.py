@@ -414,7 +414,7 @@ class Crossing:
         while not fetching.done and self.loop.now() < until:
             await settled(self.loop, fetching, until)
         if not fetching.done or fetching.error is not None:
-            raise self._lost(phase, fetching.error, in_doubt=True)
+            raise self._lost(phase, fetching.error)
         return tuple(fetching.result()[rank] for rank in range(phase.entry.world_size))
 
     async def _not_joined(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class Entering(Departing):
             # Two arrivals of one rank could stand for one that is missing.
             reason = f"rank {self.rank} came for step {step} before, in a call that gave it up"
             raise BrokenBarrierError(
-                name, phase.sequence, self.rank, reason, prefix=self.prefix, in_doubt=True
+                name, step, self.rank, reason, prefix=self.prefix, in_doubt=True
             )
         if hold is not None:
             hold(phase)

@@ -153,8 +153,7 @@ class ArrivalLog:
         """Before the interpreter ends, from any thread: give up a store that does not answer."""
         self._lost = self._lost or "the group's store did not answer"
         self._given_up.set()
-        if (store := self._store) is not None:
-            store.never_return()
+        if (store := self._store) is not None and store.never_return():
             self._worker.forget()
 
     @property

@@ -109,14 +109,15 @@ class BlockingStore:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
-    def never_return(self) -> None:
-        """From any thread: have a call that hangs hang until the process ends, if possible.
+    def never_return(self) -> bool:
+        """From any thread: have a call that hangs hang until the process ends; whether it does.
 
         If it returned to an interpreter that finalises, that would end with SIGABRT.
         """
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                deafen(self._socket)
+        try:
+            return self._socket is not None and deafen(self._socket)
+        except OSError:
+            return False
 
     def close(self) -> None:
         del self._store, self._base
