@@ -375,7 +375,8 @@ async def test_nothing_is_published_once_it_is_closed() -> None:
         await barrier.execute_barrier()
 
 
-async def test_a_store_that_is_silent_holds_up_nobody() -> None:
+@pytest.mark.parametrize("as_it", ["connects", "leaves"])
+async def test_a_store_that_is_silent_holds_up_nobody(as_it: str) -> None:
     """c10d would wait for it without end, in a thread that nothing could end."""
     program = (
         "import signal; from torch.distributed import TCPStore; "
@@ -387,10 +388,13 @@ async def test_a_store_that_is_silent_holds_up_nobody() -> None:
         assert server.stdout is not None
         port = int(await anyio.to_thread.run_sync(server.stdout.readline))
         with default_group(dist.TCPStore("127.0.0.1", port, wait_for_workers=False)):
+            barrier = DistBarrier(timeout_secs=0.2 if as_it == "connects" else 20.0)
+            if as_it == "leaves":
+                await barrier.execute_barrier()
             server.send_signal(signal.SIGSTOP)
-            barrier = DistBarrier(timeout_secs=0.2)
-            with pytest.raises(BarrierConnectionError, match="store does not answer"):
-                await barrier.connect()
+            if as_it == "connects":
+                with pytest.raises(BarrierConnectionError, match="store does not answer"):
+                    await barrier.connect()
             await barrier.aclose()
             await library_threads_gone()
     finally:

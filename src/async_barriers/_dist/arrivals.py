@@ -149,12 +149,19 @@ class ArrivalLog:
             self._submit(self._depart, again=False)
         self._worker.retire(self._hang_up)
 
-    def abandon(self) -> None:
-        """Before the interpreter ends, from any thread: give up a store that does not answer."""
+    def abandon(self, *, at_exit: bool = False) -> None:
+        """From any thread: give up a store that does not answer.
+
+        :param at_exit: the interpreter ends, so a call that hangs there must not return any more
+        """
         self._lost = self._lost or "the group's store did not answer"
         self._given_up.set()
-        if (store := self._store) is not None and store.never_return():
+        if (store := self._store) is None:
+            return
+        if at_exit and store.never_return():
             self._worker.forget()
+        else:
+            store.interrupt()
 
     @property
     def _gone(self) -> str:

@@ -209,16 +209,16 @@ class Calls:
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `worker.end_at_exit`."""
         self.leave("it closed its barrier (its program ended)")
-        wait_for_ends([self.log.ended], deadline, self.abandon)
+        wait_for_ends([self.log.ended], deadline, lambda: self.abandon(at_exit=True))
 
     def forsake(self) -> None:
         """In a forked child: nothing here reaches the parent's group."""
         self.collectives.forsake()
 
-    def abandon(self) -> None:
+    def abandon(self, *, at_exit: bool = False) -> None:
         """From any thread: end the waiting of its threads."""
         self.collectives.abandon()
-        self.log.abandon()
+        self.log.abandon(at_exit=at_exit)
 
     # -- in the collectives' thread --------------------------------------------------------
 
