@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -246,6 +248,49 @@ def test_a_thread_that_hangs_and_may_return(loop: PrivateLoop) -> None:
     assert connection._caller._thread in worker._threads.latest_first()
     goes_on.set()
     on.until(connection._caller.ended.done)
+
+
+RETURNS_LATE = """
+import sys, threading, time
+from torch.distributed import PrefixStore, Store, TCPStore
+from async_barriers._protocol.store import Set
+from async_barriers._store.private_loop import PrivateLoop
+from async_barriers._store.threads import ThreadedConnection
+
+class Slow(Store):
+    def set(self, key, value):
+        began.set()
+        time.sleep(0.8)
+
+class EndsLate:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.6)  # Where the interpreter finalises, and no daemon thread may come from C++.
+
+began = threading.Event()
+server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+loop = PrivateLoop()
+connection = ThreadedConnection(server.clone, loop)
+opened = connection.open()
+loop.run(lambda: opened.done, time.monotonic() + 60)
+slow = Slow()
+connection._called._store = PrefixStore("slow", slow)  # Called by C++, as c10d's own are.
+connection.call(Set("k", b"v"))
+began.wait()
+connection.close(reset=True)
+sys.ends_late = EndsLate()
+"""
+
+
+@pytest.mark.processes
+def test_a_call_that_returns_as_the_interpreter_ends() -> None:
+    """A call that expects no answer cannot be kept from returning, so the end waits for it."""
+    ran = subprocess.run(
+        [sys.executable, "-c", RETURNS_LATE],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_closing_while_its_first_store_is_opened(loop: PrivateLoop) -> None:

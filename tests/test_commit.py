@@ -649,8 +649,10 @@ async def test_the_leader_gives_up_as_the_last_rank_comes_in(
 ) -> None:
     """All are in before it can break the phase: it does not publish, and its peers are told so at
     once, since nobody else can say it."""
-    # The last rank comes before the leader says that it has left, however busy the machine is.
+    # The last rank comes before the leader says that it has left, or stops asking the store,
+    # however busy the machine is.
     monkeypatch.setattr("async_barriers._client.session._LEAVE_SECS", 8.0)
+    monkeypatch.setattr("async_barriers._client.crossing.UNDO_SECS", 8.0)
     ranks = await memory.barriers(2)
     publish = Publisher()
     async with Tasks() as tasks:

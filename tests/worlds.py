@@ -125,8 +125,6 @@ class World:
                 store = self.innermost
                 self._observer = store if "without" in self.kind else copy_of(store)
             observer: Any = self._observer
-            if self.kind in ("file", "python", "python without clone"):
-                return bytes(observer.get(key)) if observer.check([key]) else None
             # A get would wait for a key that is deleted between a check and the get.
             value: bytes = observer.compare_set(key, "\0", "\0")
             return None if value == b"\0" else value

@@ -159,7 +159,8 @@ class ArrivalLog:
         if (store := self._store) is None:
             return
         if at_exit and store.never_return():
-            self._worker.forget()
+            if store.asks:
+                self._worker.forget()
         else:
             store.interrupt()
 

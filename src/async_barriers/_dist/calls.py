@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from .._errors import (
 from .._reasons import reason_of
 from .._store.loops import Loop, loop_here
 from .._store.promises import told
-from .._store.worker import Promise, end_at_exit, wait_for_ends
+from .._store.worker import Promise, end_at_exit
 from .arrivals import CONNECTING, ArrivalLog
 from .call import Call, Steps, or_inf
 from .collectives import Aborted, Collectives, DifferentCalls
@@ -32,10 +33,9 @@ from .group import Group
 
 T = TypeVar("T")
 
-# How long giving up a call may delay its caller.
-UNDO_SECS = 0.8
-# The least time for a call, whatever its deadline: only the collective decides.
-_LEAST_SECS = 0.2
+# How long giving up a call may delay its caller; and the least time for a call, whatever its
+# deadline, since only the collective decides.
+UNDO_SECS, _LEAST_SECS = 0.8, 0.2
 
 
 class Calls:
@@ -209,7 +209,8 @@ class Calls:
     def end(self, deadline: float) -> None:
         """Leave before the interpreter does; see `worker.end_at_exit`."""
         self.leave("it closed its barrier (its program ended)")
-        wait_for_ends([self.log.ended], deadline, lambda: self.abandon(at_exit=True))
+        self.log.ended.wait((deadline - time.monotonic()) / 2)
+        self.abandon(at_exit=True)
 
     def forsake(self) -> None:
         """In a forked child: nothing here reaches the parent's group."""

@@ -41,7 +41,10 @@ _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if hasattr(socket, "MSG_DONTWAIT")
 
 
 class BlockingStore:
-    """A torch store of any kind, with the operations of the protocol; each call blocks."""
+    """A torch store of any kind, with the operations of the protocol; each call blocks.
+
+    :ivar asks: whether a call is under way that returns with its answer, and no sooner
+    """
 
     def __init__(self, store: Store) -> None:
         # torch's stubs lack half of the stores' methods.
@@ -53,12 +56,14 @@ class BlockingStore:
         # FileStore's own append is a get and a set: two ranks may lose a line to each other.
         self._appends = isinstance(self._base, TCPStore | HashStore)
         self._socket = _shared_socket(self._base) if isinstance(self._base, TCPStore) else None
+        self.asks = False
         if self._socket is not None:
             store.set_timeout(_FOREVER)
 
     def do(self, request: Request) -> Any:
         """The answer to the request."""
         store = self._store
+        self.asks = not isinstance(request, Append | Set | SetMany)
         try:
             self._look_before_call()
             if isinstance(request, Append):
@@ -85,6 +90,8 @@ class BlockingStore:
             # The traceback must not keep the store, and with it the socket, from being closed.
             del store
             raise lost(exc) from exc
+        finally:
+            self.asks = False
 
     def wait(self, key: str) -> None:
         """Block until ``key`` exists; for some seconds at most over other stores than a TCPStore.
@@ -94,6 +101,7 @@ class BlockingStore:
         """
         timeout = _AT_A_TIME if self._socket is None else _FOREVER
         began = time.monotonic()
+        self.asks = True
         try:
             self._look_before_call()
             self._store.wait([key], timeout)
@@ -102,6 +110,8 @@ class BlockingStore:
             over = time.monotonic() - began >= timeout.total_seconds()
             if not (over or _timed_out(exc)):
                 raise lost(exc) from exc
+        finally:
+            self.asks = False
 
     def interrupt(self) -> None:
         """From any thread: end the call under way, if that is possible; c10d prints a trace."""

@@ -156,7 +156,7 @@ class ThreadedConnection:
             wait_for_all(self.ended, (time.monotonic() + deadline) / 2)
         self._at_exit = self._given_up = True
         for store, worker in ((self._called, self._caller), (self._waited, self._waiter)):
-            if store is not None and worker is not None and store.never_return():
+            if store is not None and worker is not None and store.never_return() and store.asks:
                 worker.forget()
 
     def forsake(self) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from multiprocessing import util as multiprocessing_util
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _numbers = itertools.count()
 EXIT_SECS = 1.0
+# Beyond that, for threads that are about to return, and for those that may be.
+_RETURNS_SECS, _HANGS_SECS = 0.3, 0.05
 
 
 class Promise(Generic[T]):
@@ -78,12 +80,11 @@ class Promise(Generic[T]):
 
     def _wake(self) -> None:
         while True:
-            # Popped at once, as a look whether there is one would not wait for a thread that adds
-            # one.
+            # Not looked at before, which would not wait for a thread that adds one.
             try:
                 wake = self._wakes.pop(0)
             except IndexError:
-                return  # another thread has called it
+                return
             wake()
 
 
@@ -143,9 +144,10 @@ class Worker:
             self._thread.join(max(0.0, timeout_secs))
 
     def forget(self) -> None:
-        """Do not wait for its thread before the interpreter ends, since it hangs."""
+        """Hardly wait for its thread before the interpreter ends, since it hangs."""
         if self._thread is not None:
             _threads.discard(self._thread)
+            _hanging.add(self._thread)
 
     @property
     def _started(self) -> bool:
@@ -206,24 +208,6 @@ def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
         promise.wait(deadline - time.monotonic())
 
 
-def wait_for_ends(
-    ended: Sequence[Promise[None]],
-    deadline: float,
-    abandon: Callable[[], object],
-    *,
-    patient: bool = True,
-) -> None:
-    """Block this thread until threads have ended, or `time.monotonic` says ``deadline``.
-
-    :param abandon: makes them end if they have not ended in half of the time
-    :param patient: whether they get that half
-    """
-    if patient:
-        wait_for_all(ended, (deadline + time.monotonic()) / 2)
-    abandon()
-    wait_for_all(ended, deadline)
-
-
 # -- before the interpreter ends ----------------------------------------------------------
 
 
@@ -258,7 +242,7 @@ class Living(Generic[T]):
 
 
 _to_end_at_exit: Living[Any] = Living()
-_threads: Living[threading.Thread] = Living()
+_threads, _hanging = Living[threading.Thread](), Living[threading.Thread]()
 
 
 def end_at_exit(owner: Any) -> None:
@@ -282,10 +266,14 @@ def _at_exit() -> None:
         for owner in owners:
             with contextlib.suppress(Exception):
                 owner.end(deadline)
-    # Also threads that were given up: one that returns from C++ later would abort the process.
-    for thread in _threads.latest_first():
-        thread.join(max(0.0, deadline - time.monotonic()))
-    _threads.clear()  # This is called twice, and waits once for a thread that hangs.
+    # Also threads that were given up: one that returns from C++ later would abort the process. Of
+    # those that hang for good, one may just have had its answer.
+    now = time.monotonic()
+    returned = max(deadline, now + _RETURNS_SECS)
+    for threads, until in ((_threads, returned), (_hanging, now + _HANGS_SECS)):
+        for thread in threads.latest_first():
+            thread.join(max(0.0, until - time.monotonic()))
+        threads.clear()  # This is called twice, and waits once for a thread that hangs.
 
 
 def _in_child() -> None:
@@ -293,8 +281,8 @@ def _in_child() -> None:
     for owner in _to_end_at_exit.latest_first():
         with contextlib.suppress(Exception):
             owner.forsake()
-    _to_end_at_exit.clear()
-    _threads.clear()
+    for things in (_to_end_at_exit, _threads, _hanging):
+        things.clear()
 
 
 os.register_at_fork(after_in_child=_in_child)
