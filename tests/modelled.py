@@ -150,10 +150,6 @@ class Connection:
             if self.on_wake is not None:
                 self.on_wake()
 
-    def fulfil(self, *requests: Request) -> None:
-        self.stop_waiting()
-        self.call(*requests)
-
     def stop_waiting(self) -> None:
         self._awaited = None
         self.on_wake = None

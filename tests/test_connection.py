@@ -22,7 +22,6 @@ from async_barriers._protocol.store import (
     Set,
     SetMany,
 )
-from async_barriers._store import wire
 from async_barriers._store.future import Future
 
 keys = st.sampled_from(["a", "b", "c"])
@@ -138,8 +137,9 @@ class Waits:
 
     def fulfil(self) -> None:
         if self.awaited is not None:
-            self.served.connection.fulfil(Set(self.awaited, b""))
-            self.awaited = None
+            key = self.awaited
+            self.stop()
+            self.served.connection.call(Set(key, b""))
 
     def stop(self) -> None:
         self.served.connection.stop_waiting()
@@ -236,18 +236,16 @@ def test_a_key_that_is_deleted_as_its_wait_is_asked_for_anew() -> None:
     assert woken == ["w"]
 
 
-def test_fulfil_is_one_message_without_an_answer() -> None:
-    """Who writes what it waits for itself: nobody is called, and the next answer is not the
-    wait's byte."""
+def test_who_writes_what_it_waits_for_itself() -> None:
+    """Nobody is called, and the next answer is not the wait's byte."""
     served = Served()
     served.connection.on_wake = pytest.fail
     served.connection.call(Add("n", 1), wait="w")
     served.exchange()
-    served.connection.fulfil(Set("w", b"1"))
+    served.connection.stop_waiting()
+    served.connection.call(Set("w", b"1"))
     assert not served.connection.unsaid
     answer = served.connection.call(Read("w"))
-    # Nothing is left to cancel.
-    assert wire.CANCEL_WAIT not in served.socket.sent
     served.exchange()
     assert answer.result() == [b"1"]
     # Where another one was faster, too.
@@ -255,7 +253,8 @@ def test_fulfil_is_one_message_without_an_answer() -> None:
     served.connection.call(wait="w")
     served.exchange()
     served.server.write(b"/w", b"2")
-    served.connection.fulfil(Set("w", b"3"))
+    served.connection.stop_waiting()
+    served.connection.call(Set("w", b"3"))
     answer = served.connection.call(Read("w"), wait="v")
     served.exchange()
     assert answer.result() == [b"3"]

@@ -134,7 +134,7 @@ def test_all_that_is_under_way_fails(pair: Pair, way: str) -> None:
     assert [str(error) for error in pair.lost] == [str(one.error)]
     assert heard == []
     # No more use, and no harm.
-    connection.fulfil(Set("w", b""))
+    connection.call(Set("w", b""))
     connection.stop_waiting()
     connection.move(pair.loop)
     connection.close()
@@ -263,7 +263,7 @@ def test_a_forked_child_says_nothing(pair: Pair) -> None:
     if not child:
         pair.connection.forsake()
         pair.connection.call(Read("b"))
-        pair.connection.fulfil(Set("c", b""))
+        pair.connection.call(Set("c", b""))
         pair.connection.close(reset=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0

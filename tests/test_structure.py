@@ -55,7 +55,7 @@ LARGER_ROOMS = {
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 9_390
+CORE_LINES = 9_360
 
 
 def wing_of(name: str) -> str:

@@ -293,8 +293,7 @@ class CrossingBarrier(Barrier):
         for publication in publications:
             publication.stop(_CLOSED, closing=True)
         # A publish that heeds its cancellation ends soon, so a cancelled caller waits for it, too.
-        loop = self._session.loop
-        assert loop is not None
+        loop = self._session.running
         deadline = loop.now() + PEERS_SECS
         for publication in publications:
             with anyio.CancelScope(shield=True):

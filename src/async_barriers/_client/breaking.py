@@ -132,8 +132,7 @@ class Breaking(Hearing):
         return await phase.reopening
 
     async def _reopen(self, phase: Phase) -> Connection:
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         old = phase.connection
         if old is not None:
             old.on_lost = None

@@ -12,8 +12,8 @@ from .._protocol.phase import Forgotten
 from .._protocol.store import Add, CompareSet, Delete, Read, Request
 from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
-from .phases import Departure, Phase, Turns
-from .pool import Pool, nothing
+from .phases import Departure, Phase, Turns, nothing
+from .pool import Pool
 
 T = TypeVar("T")
 

@@ -82,8 +82,7 @@ class Entering(Departing):
             self.start(self._open_and_enter(phase, payload))
 
     async def _open_and_enter(self, phase: Phase, payload: bytes) -> None:
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         try:
             connection = await self._open(loop, self._now() + self.init_secs)
         except BarrierConnectionError as exc:
@@ -142,22 +141,19 @@ class Entering(Departing):
         elif count.broken:
             self.start(self._look(phase, connection, came_late=True))
         elif count.full(*entry.world):
-            me = b"%d" % self.rank
+            full = Set(entry.keys.released, b"%d" % self.rank)
             self._announced[connection] = entry, phase.membership
             phase.last = True
             if entry.kind != COMMIT:
-                if not self._rings:
-                    connection.fulfil(Set(entry.keys.released, me))
-                else:
-                    connection.stop_waiting()
-                    self._announce(phase, connection, Set(entry.keys.released, me))
-                self.settle(phase, Released(self.rank))
-            elif entry.leads and not stopping:
+                connection.stop_waiting()
+            if entry.leads and not stopping:
                 self.start(self._collect(phase, connection, *said.result()[1:]))
             elif self._rings:
-                self._announce(phase, connection, Set(entry.keys.released, me))
+                self._announce(phase, connection, full)
             else:
-                connection.call(Set(entry.keys.released, me))
+                connection.call(full)
+            if entry.kind != COMMIT:
+                self.settle(phase, Released(self.rank))
 
     def _seen(self, phase: Phase, found: list[Any]) -> None:
         if (later := number(found[0])) is not None:

@@ -47,8 +47,7 @@ class Joining(Listening):
         return None if self._joining is None or self._joining.done else self._joining
 
     async def _join(self) -> None:
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         deadline = self._now() + self.init_secs
         pause = RETRY_SECS
         while True:
@@ -84,10 +83,8 @@ class Joining(Listening):
         return error
 
     async def _join_on(self, store: Connection) -> None:
-        loop = self.loop
-        assert loop is not None
         before = self.membership or self._claimed or self._before
-        closed_by = self._closed_by
+        closed_by = self.closed_by
         if before is not None and closed_by is None:
             # The same store, which did not answer for a while.
             turns = Turns(before) if before is self._claimed else self.turns
@@ -117,8 +114,8 @@ class Joining(Listening):
             process.holders[joined.claim.life.token] = self
         finally:
             self._claiming = False
-        self._closed_by = None
-        self._drained = False
+        self.closed_by = None
+        self.host_left = False
         self._rings = True
         await self._stand(store, Turns(joined))
 
@@ -128,8 +125,7 @@ class Joining(Listening):
 
     async def _stand(self, store: Connection, turns: Turns) -> None:
         """Take part, with connections that work."""
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         for connection in (self._bell, *self._idle):
             if connection is not None and connection is not store:
                 connection.on_lost = None
@@ -161,7 +157,6 @@ class Joining(Listening):
         :raises BrokenBarrierError: it does not
         """
         until = self._now() + _GRACE_SECS
-        assert self.loop is not None
         while True:
             (found,) = await store.call(Read(self.keys.state))
             # A number: the last rank has cleared up, and none has come since. An empty store is a
@@ -171,7 +166,7 @@ class Joining(Listening):
             if self._now() >= until:
                 raise self._left_error(closed_by)
             # Its bell may be at another connection, which is gone; this wait is short, and rare.
-            await sleep(self.loop, 0.05)
+            await sleep(self.running, 0.05)
 
     def _left_error(self, closed_by: Closed) -> BrokenBarrierError:
         return BrokenBarrierError("", 0, closed_by.rank, closed_by.reason, prefix=self.prefix)

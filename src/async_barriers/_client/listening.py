@@ -20,8 +20,7 @@ from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
 from .._store.waiting import sleep
 from .breaking import Breaking
-from .phases import Phase, Turns, in_doubt
-from .pool import nothing
+from .phases import Phase, Turns, in_doubt, nothing
 from .state import PEERS_SECS, RETRY_SECS, RETRY_SECS_AT_MOST, UNDO_SECS
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class Listening(Breaking):
             # It learns of nothing any more, and waits for nothing else.
             phase.lost = phase.lost or error
             phase.wake()
-        if not self.closing and self.turns is not None and self._closed_by is None:
+        if not self.closing and self.turns is not None and self.closed_by is None:
             self.start(self._reopen_bell())
 
     async def _reopen_bell(self) -> None:
@@ -121,8 +120,8 @@ class Listening(Breaking):
             return
         if around.closed is not None and around.closed.rank != self.rank and not self.closing:
             self._left(membership, around.closed, bell)
-        if around.host_leaves and not self.closing and not self._drained:
-            self._drained = True
+        if around.host_leaves and not self.closing and not self.host_left:
+            self.host_left = True
             self.start(self._drain(membership))
         looked_at = {entry for _, entry, _ in waiting}
         if any(phase.entry not in looked_at for phase in self.open if phase.hears):
@@ -206,9 +205,9 @@ class Listening(Breaking):
 
     def _left(self, membership: Membership, closed: Closed, bell: Connection) -> None:
         """Break the waiting phases: a rank left, so its generation releases none any more."""
-        if self._closed_by is not None:
+        if self.closed_by is not None:
             return
-        self._closed_by = closed
+        self.closed_by = closed
         for phase in list(self.open):
             if phase.membership is membership and not phase.decided:
                 self.start(self._break_for(phase, bell, Broken(closed.rank, closed.reason)))
@@ -299,11 +298,10 @@ class Listening(Breaking):
 
     async def _drain(self, membership: Membership) -> None:
         """Let the host leave, once nothing here depends on it."""
-        assert self.loop is not None
         deadline = self._now() + PEERS_SECS
         # A decided phase, too, may have a result to fetch.
         while self._now() < deadline and any(p.membership is membership for p in self.open):
-            await sleep(self.loop, 0.01)
+            await sleep(self.running, 0.01)
         bell = self._bell
         if bell is None:
             return

@@ -12,7 +12,7 @@ from .._protocol.records import Log, Record
 from .._protocol.store import Read, Request, Store
 from .._protocol.verdict import Released, Verdict
 from .._store.sources import Connection
-from .phases import Phase
+from .phases import Phase, nothing
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Outcomes:
         self.counted = count
         requests = records.announcing(keys, count, expected)
         if count == expected:
-            connection.outbox.append((requests, _nothing))
+            connection.outbox.append((requests, nothing))
         else:
             connection.call(*requests)
         if records.is_to_cut(count, record):
@@ -117,7 +117,3 @@ def _record_of(phase: Phase, result: bytes) -> Record:
 
 def _holds(log: Log, record: Record) -> bool:
     return any(each.identity == record.identity for each in log.records.values())
-
-
-def _nothing(answers: list[Any]) -> None:
-    pass

@@ -248,3 +248,7 @@ def in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionErro
     )
     error.__cause__ = exc.__cause__
     return error
+
+
+def nothing(answers: list[Any]) -> None:
+    """For requests whose answers tell nothing."""

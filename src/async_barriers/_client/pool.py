@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from .._errors import BarrierConnectionError
 from .._protocol.count import Count
@@ -51,8 +50,7 @@ class Pool(SessionState):
 
     async def _wake_again(self, entry: Entry, membership: Membership) -> None:
         """Wake the others again: this rank entered last, and cannot know whether it woke them."""
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         until = self._now() + self.init_secs
         while not self.closing and self._now() < until:
             bell = self._bell
@@ -107,8 +105,7 @@ class Pool(SessionState):
 
         The connections that hang were closed before.
         """
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         deadline = self._now() + self.init_secs
         connection.stop_waiting()
         while connection.lost is None and (connection.unsaid or connection.outbox):
@@ -123,8 +120,7 @@ class Pool(SessionState):
         self, store: Connection, key: str, secs: float, state: bytes | None = None
     ) -> bool:
         """Whether within ``secs`` seconds ``key`` was written or, if given, ``state`` changed."""
-        loop = self.loop
-        assert loop is not None
+        loop = self.running
         if not store.waits:
             deadline = self._now() + secs
             while self._now() < deadline:
@@ -140,7 +136,3 @@ class Pool(SessionState):
             return state not in (None, now) or await within(loop, came, secs)
         finally:
             store.stop_waiting()
-
-
-def nothing(answers: list[Any]) -> None:
-    pass

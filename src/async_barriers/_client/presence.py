@@ -96,8 +96,7 @@ class Presence:
         self, bell: Connection, key: str, value: bytes, within_secs: float
     ) -> bytes:
         """The findings of another rank that asks; its question, if it does not finish."""
-        loop, asked = self._session.loop, b""
-        assert loop is not None
+        loop, asked = self._session.running, b""
         while value.startswith(_ASKS) and value != asked:
             asked = value
             # It may wait as long for answers, and has asked a little later.
@@ -118,8 +117,7 @@ class Presence:
     async def _ask(
         self, bell: Connection, membership: Membership, ranks: tuple[int, ...], within_secs: float
     ) -> dict[int, Heard]:
-        loop = self._session.loop
-        assert loop is not None
+        loop = self._session.running
         claimed = await presence.claims(bell, membership, ranks)
         asked = {
             rank: member
@@ -143,8 +141,7 @@ class Presence:
         return {rank: self._judge(rank, claimed[rank], answers.get(rank)) for rank in ranks}
 
     def _judge(self, rank: int, member: Member | None, answer: Answer | None) -> Heard:
-        loop, released_at = self._session.loop, self._session.tally.released_at
-        assert loop is not None
+        loop, released_at = self._session.running, self._session.tally.released_at
         if member is None:
             return Heard(MissingRank(rank, None, None, "absent"))
         host, pid = member.life.host, member.life.pid
@@ -159,8 +156,7 @@ class Presence:
 
     def _note(self, ranks: Iterable[MissingRank]) -> None:
         """Keep the answers of living ranks, in case they fall silent."""
-        assert self._session.loop is not None
-        now = self._session.loop.now()
+        now = self._session.running.now()
         for rank in ranks:
             if rank.state == "alive":
                 self._heard[rank.rank] = now, rank.doing

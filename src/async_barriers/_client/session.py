@@ -84,7 +84,7 @@ class Session(Joining):
             if not phase.decided and phase.publishing is None:
                 self.settle(phase, error=self._closed_error(phase))
         try:
-            if self._drained:
+            if self.host_left:
                 await self._part(loop, deadline)
             else:
                 await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)

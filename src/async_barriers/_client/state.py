@@ -76,7 +76,8 @@ class SessionState:
         self._source = source
         self.run_id = run_id
         self._pid = os.getpid()
-        self._closed_by: Closed | None = None
+        # The rank that left the generation first; after it nothing there can be released.
+        self.closed_by: Closed | None = None
         # Whether this generation may have a rank that waits for its bell alone.
         self._rings = True
         # Whether its membership may not hold any more.
@@ -103,7 +104,8 @@ class SessionState:
         self._leaving: Future[None] | None = None
         # All is closed, and nothing may begin any more.
         self._over = False
-        self._drained = False
+        # Whether this rank has let the rank go that hosts the store, and the store with it.
+        self.host_left = False
         self._tidying = False
         self._not_at_end: Callable[[], object] = lambda: None
         # Called after this rank's bell rang, or when the session does not stand any more.
@@ -114,7 +116,7 @@ class SessionState:
         loop = self.loop
         if loop is not None and loop.here():
             return loop
-        if os.getpid() != self._pid:
+        if self.foreign:
             raise BarrierError(
                 f"barrier {self.prefix!r} was built in process {self._pid} and belongs to it; this "
                 f"is process {os.getpid()}, forked from there: build a barrier in the process "
@@ -152,9 +154,14 @@ class SessionState:
         """Whether this process was forked from the one that the barrier belongs to."""
         return os.getpid() != self._pid
 
-    def _now(self) -> float:
+    @property
+    def running(self) -> Loop:
+        """The event loop, where one is known to run this."""
         assert self.loop is not None
-        return self.loop.now()
+        return self.loop
+
+    def _now(self) -> float:
+        return self.running.now()
 
     def start(self, coroutine: Any) -> Effort[Any]:
         """Start a coroutine that goes on without its caller."""
@@ -203,7 +210,7 @@ class SessionState:
     @property
     def stands(self) -> bool:
         """Whether phases can begin: joined, not closed, and the generation not known to be over."""
-        known = self.turns is not None and self._closed_by is None
+        known = self.turns is not None and self.closed_by is None
         return known and not (self._doubtful or self.closing)
 
     @property
@@ -219,16 +226,6 @@ class SessionState:
     def why_not(self) -> BaseException | None:
         """The error of the latest attempt to connect, if none has worked since."""
         return self._source.failures[-1] if self._source.failures else None
-
-    @property
-    def closed_by(self) -> Closed | None:
-        """The rank that left the generation first; after it nothing there can be released."""
-        return self._closed_by
-
-    @property
-    def host_left(self) -> bool:
-        """Whether this rank has let the rank go that hosts the store, and the store with it."""
-        return self._drained
 
     @property
     def patience_secs(self) -> float:

@@ -56,10 +56,9 @@ class _Message(Future[list[Any]]):
             raise
 
 
-# Due in place of a message's answers: the byte of a wait, of a wait that ends by itself and calls
-# nobody back, or of a cancellation.
-_WAKE, _SPENT, _CANCELLATION = _Message(), _Message(), _Message()
-_BYTES = (_WAKE, _SPENT, _CANCELLATION)
+# Due in place of a message's answers: the byte of a wait, or of a cancellation.
+_WAKE, _CANCELLATION = _Message(), _Message()
+_BYTES = (_WAKE, _CANCELLATION)
 
 
 class SocketConnection:
@@ -140,23 +139,6 @@ class SocketConnection:
         if not kinds:
             message.answer([])
         return message
-
-    def fulfil(self, *requests: Request) -> None:
-        """Send requests that write the awaited key and are not answered; call nobody back any more.
-
-        The wait's own byte comes before the answers to the next requests.
-        """
-        self.stop_waiting()
-        if self.lost is None:
-            said: list[bytes] = []
-            self._say(requests, said, [])
-            try:
-                if self._due and self._due[-1] is _WAKE:
-                    self._due[-1] = _SPENT
-                self._send(b"".join(said))
-            except BaseException as exc:
-                self._lose(exc)
-                raise
 
     @staticmethod
     def _say(requests: Iterable[Request], said: list[bytes], kinds: list[int]) -> int:
@@ -266,7 +248,7 @@ class SocketConnection:
                 if byte > wire.CANCELLED:
                     raise ValueError(f"byte {byte} where a wait ends")
                 woken = message is _WAKE
-                if woken or message is _SPENT:
+                if woken:
                     due.popleft()
                 elif byte == wire.CANCELLED:
                     due.popleft()
@@ -311,7 +293,7 @@ class SocketConnection:
     @property
     def unsaid(self) -> bool:
         """Whether something has yet to be sent or answered."""
-        return bool(self._unsaid or any(m not in (_WAKE, _SPENT) for m in self._due))
+        return bool(self._unsaid or any(m is not _WAKE for m in self._due))
 
     def close(self, *, reset: bool = False) -> None:
         """Close the connection.

@@ -112,11 +112,6 @@ class ThreadedConnection:
             raise
         return answered
 
-    def fulfil(self, *requests: Request) -> None:
-        """Send requests, and call back no more."""
-        self.stop_waiting()
-        self.call(*requests)
-
     def stop_waiting(self) -> None:
         """Call back no more."""
         self._awaited = None

@@ -25,7 +25,7 @@ _NUMBER = struct.Struct("=q")
 # does anything that another program may write by mistake.
 ABSENT = b"\0absent\0"
 _READ_IT = 2 * (_SIZE.pack(len(ABSENT)) + ABSENT)
-STOPPED, CANCELLED = 0, 1
+CANCELLED = 1
 # c10d's server drops a connection that sends more in one value.
 MOST_BYTES = 8 * 1024 * 1024
 
