@@ -13,8 +13,9 @@ from typing import Any
 import anyio
 import pytest
 from direct import DirectStore, run
+from reports import TOLD_SECS
 from stores import Data, MemoryStore, keys_of
-from worlds import AnyBarrier, Tasks, World, crash, free_port, gather, until
+from worlds import AnyBarrier, Tasks, World, close, crash, free_port, gather, until
 
 from async_barriers import (
     BarrierClosedError,
@@ -31,6 +32,8 @@ from async_barriers._protocol import membership as members
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Life, Membership
 from async_barriers._store.future import Future
+from async_barriers._store.sources import Connection
+from async_barriers._store.waiting import sleep
 
 pytestmark = pytest.mark.anyio
 
@@ -283,6 +286,8 @@ async def test_the_second_of_two_with_the_same_rank_is_refused(shared: World) ->
             with pytest.raises(BarrierError, match="which is alive") as caught:
                 await second.execute_barrier("x")
             assert str(caught.value).count(f"on {socket.gethostname()}") == 2
+            # Nor is a connection left, such as the one that was opened meanwhile.
+            assert all(each.lost for each in second._session._opened)
         assert not waiting.ended.is_set()
         await ranks[1].execute_barrier("x")
         assert (await waiting.returned()).sequence == 0
@@ -292,6 +297,36 @@ async def test_the_second_of_two_with_the_same_rank_is_refused(shared: World) ->
     await second.connect()
     await told(ranks[1])
     assert await crosses([second, ranks[1]]) == 0
+
+
+async def test_a_connection_is_lost_while_the_rank_is_claimed(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that will be rung at: it opens again, so that the rank learns of what others do."""
+    join, lost = claiming.join, list[Connection]()
+
+    async def loses(store: Connection, *args: Any, **kwargs: Any) -> Membership:
+        joined = await join(store, *args, **kwargs)
+        session = ranks[1]._session
+        while len(session._opened) < 2:
+            await sleep(session.running, 0.01)
+        if not lost:
+            lost.extend(each for each in session._opened if each is not store)
+            lost[0].close(reset=True)
+        return joined
+
+    ranks = [shared.barrier(rank, 2) for rank in range(2)]
+    await ranks[0].connect()
+    monkeypatch.setattr("async_barriers._client.joining.claiming.join", loses)
+    await ranks[1].connect()
+    assert lost
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x"))
+        await shared.entered(1, name="x")
+        await ranks[0].abort("no more", "x")
+        with anyio.fail_after(TOLD_SECS):
+            assert (await waiting.raised(BrokenBarrierError)).reason == "no more"
+    await close(ranks)
 
 
 async def test_a_life_elsewhere_is_asked(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from .._errors import (
     BarrierConnectionError,
     BarrierError,
     BrokenBarrierError,
+    another,
     describe,
     told_by,
 )
@@ -89,13 +90,15 @@ class Joining(Listening):
             # The same store, which did not answer for a while.
             turns = Turns(before) if before is self._claimed else self.turns
             if turns is not None and await members.still_holds(store, before):
-                await self._stand(store, turns)
+                await self._stand(store, turns, self._opening())
                 return
         elif before is not None and closed_by is not None:
             await self._await_return(store, before, closed_by)
         if before is not None:
             self._break_all(before, store, await self._successor(store, before))
         life = process.new_life(self.run_id)
+        # The server accepts it meanwhile.
+        opening = self._opening()
         self._claiming = True
         try:
             joined = await claiming.join(
@@ -112,29 +115,39 @@ class Joining(Listening):
             if before is not None:
                 process.holders.pop(before.claim.life.token, None)
             process.holders[joined.claim.life.token] = self
+        except BaseException:
+            _forgo(opening)
+            raise
         finally:
             self._claiming = False
         self.closed_by = None
         self.host_left = False
         self._rings = True
-        await self._stand(store, Turns(joined))
+        await self._stand(store, Turns(joined), opening)
 
     async def _successor(self, store: Connection, before: Membership) -> State | None:
         found = await store.call(*members.around(before))
         return members.surroundings(before, found).successor
 
-    async def _stand(self, store: Connection, turns: Turns) -> None:
+    def _opening(self) -> Effort[Connection]:
+        return self.start(self._open(self.running, self._now() + self.init_secs))
+
+    async def _stand(self, store: Connection, turns: Turns, opening: Effort[Connection]) -> None:
         """Take part, with connections that work."""
-        loop = self.running
         for connection in (self._bell, *self._idle):
             if connection is not None and connection is not store:
                 connection.on_lost = None
                 self.start(self._retire(connection))
         self._idle, self._bell = [], None
-        bell = await self._open(loop, self._now() + self.init_secs)
-        if self.closing:
-            bell.close()
-            raise BarrierClosedError(describe(self.prefix))
+        try:
+            bell = await opening
+            if bell.lost is not None:
+                raise another(bell.lost)
+            if self.closing:
+                raise BarrierClosedError(describe(self.prefix))
+        except BaseException:
+            _forgo(opening)
+            raise
         self.turns = turns
         self._before, self._claimed = turns.membership, None
         self.tally.reconnections += self._doubtful
@@ -174,3 +187,10 @@ class Joining(Listening):
     def owe_turn(self, name: str, step: int | None, reason: str) -> None:
         """Break the next turn of ``name`` when the store can be reached again."""
         self._owed.append((name, step, reason))
+
+
+def _forgo(opening: Effort[Connection]) -> None:
+    """Close the connection, or do not open it."""
+    opening.stop(BarrierConnectionError("it is not needed any more"))
+    if opening.error is None:
+        opening.result().close()

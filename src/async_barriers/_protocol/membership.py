@@ -13,7 +13,7 @@ A member has a *bell*, a key that wakes it. Being woken says only: look around.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +60,7 @@ class Member:
 
     @cached_property
     def encoded(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(vars(self), default=vars).encode()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class State:
 
     @cached_property
     def encoded(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(vars(self), default=vars).encode()
 
 
 @dataclass(frozen=True)

@@ -119,19 +119,20 @@ class AsyncioLoop:
         )
 
     def watch_readable(self, sock: socket.socket, callback: Callback) -> None:
-        self.loop.add_reader(sock, callback)
+        # By number, since asyncio describes an object that it does not know, with two system calls.
+        self.loop.add_reader(sock.fileno(), callback)
 
     def watch_writable(self, sock: socket.socket, callback: Callback) -> None:
-        self.loop.add_writer(sock, callback)
+        self.loop.add_writer(sock.fileno(), callback)
 
     def unwatch_writable(self, sock: socket.socket) -> None:
-        if not self.ended:
-            self.loop.remove_writer(sock)
+        if not self.ended and sock.fileno() >= 0:
+            self.loop.remove_writer(sock.fileno())
 
     def unwatch(self, sock: socket.socket) -> None:
-        if not self.ended:
-            self.loop.remove_writer(sock)
-            self.loop.remove_reader(sock)
+        self.unwatch_writable(sock)
+        if not self.ended and sock.fileno() >= 0:
+            self.loop.remove_reader(sock.fileno())
 
     def call_at(self, when: float, callback: Callback) -> Timer:
         return self.loop.call_at(when, callback)
