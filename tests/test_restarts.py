@@ -148,6 +148,28 @@ def test_one_generation_never_holds_two_lives_of_a_rank() -> None:
     assert place.join(1, before=again).state.number == 2
 
 
+@pytest.mark.parametrize("size", [3, 300])
+@pytest.mark.parametrize("dies", [True, False])
+def test_an_attempt_that_died_before_all_had_joined(size: int, dies: bool) -> None:
+    """Who comes then begins anew, and does not wait with the dead: their successors would end its
+    generation under it (law 11)."""
+    place = Joining()
+    last = size - 1
+    first = [place.join(rank, size) for rank in range(last)]
+    if dies:
+        place.die(first[1])
+    came = place.join(last, size)
+    assert (came.state.number, came.complete) == ((1, False) if dies else (0, True))
+    assert (came.state.by, came.state.died) == ((1, True) if dies else (None, False))
+    if dies:
+        assert not run(members.still_holds(place.store, first[0]))
+        again = [place.join(rank, size, before=first[rank]) for rank in range(last) if rank != 1]
+        assert not again[-1].complete
+        again.append(place.join(1, size))
+        assert again[-1].complete
+        assert {one.state for one in again} == {came.state}
+
+
 @pytest.mark.parametrize("lives", [True, False])
 def test_a_life_that_only_itself_can_speak_for(lives: bool) -> None:
     """On another machine it is asked, and answers or is taken for dead; nothing is left of that."""
@@ -215,7 +237,9 @@ def test_a_generation_that_ends_while_a_rank_joins_it() -> None:
             place.join(0)
 
     place.memory.data.hook = overtake
-    joined = place.join(1)
+    life = Life("the second one's", "somewhere", 1001)
+    place.alive.add(life.token)
+    joined = place.join(1, life=life)
     assert (joined.state.number, joined.complete) == (1, True)
 
 

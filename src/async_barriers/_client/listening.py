@@ -197,7 +197,10 @@ class Listening(Breaking):
         """Break the awaited phases of a generation that is over."""
         by = None if successor is None else successor.by
         who = "another rank" if by is None else f"rank {by}"
-        broken = Broken(by, f"{who} joined again: it was restarted, or its barrier was built again")
+        reason = f"{who} joined again: it was restarted, or its barrier was built again"
+        if successor is not None and successor.died:
+            reason = f"the process of {who} has ended"
+        broken = Broken(by, reason)
         logger.info("barrier %r: %s", self.prefix, broken.reason)
         for phase in list(self.open):
             if phase.membership is membership and not phase.decided:

@@ -32,6 +32,9 @@ Lives = Callable[["Life"], bool | None]
 WaitFor = Callable[[str, float], Any]
 
 ANSWERS_SECS = 1.0
+# In worlds of up to so many ranks, each looks whether a member that joined before it has died; in
+# larger ones, the rank that joins last.
+_FEW = 256
 
 
 async def join(
@@ -82,7 +85,10 @@ async def _join(
 ) -> Membership:
     """:param claims: gets each claim that it writes"""
     while True:
-        found, held = await store.call(Read(keys.state), Read(keys.member(rank)))
+        looks = world_size if world_size <= _FEW else 0
+        found, held, *others = await store.call(
+            Read(keys.state), Read(keys.member(rank)), *_members(keys, looks)
+        )
         if not found or number(found) is not None:
             # No rank is there. If all have left, as `clear` says, this is a restart.
             first = number(found) or 0
@@ -119,6 +125,10 @@ async def _join(
         if holder is not None and holder.generation == state.identity:
             await _end(store, keys, state, found, rank, world_size, life)
             continue
+        dead = _dead(others, state, life, lives)
+        if dead is not None:
+            await _end(store, keys, state, found, dead, world_size, life, died=True)
+            continue
         claim = Member(life, state.identity)
         claims.append(claim)
         mine = claim.encoded
@@ -135,13 +145,19 @@ async def _join(
             spent = [old.bell(rank), old.asked(rank), old.answer(f"{rank}")]
             requests.append(DeleteMany(spent))
         roll, *_, current = await store.call(*requests, Read(keys.state))
+        complete = roll & FIELD == world_size
+        if complete and not looks:
+            others = await store.call(*_members(keys, world_size))
+            dead = _dead(others, state, life, lives)
+            if dead is not None:
+                await _end(store, keys, state, found, dead, world_size, life, died=True)
+                current = None
         if current != found:
             # The generation ended meanwhile, and our claim with it.
             await store.call(DeleteMany([own.roll, own.threaded]))
             before = Membership(keys, rank, world_size, claim, state, False)
             life = replace(life, token=secrets.token_hex(8))
             continue
-        complete = roll & FIELD == world_size
         if complete and state.number:
             # Ranks that joined before wait for that.
             await store.call(SetMany(bells_of(keys, state), b"all"))
@@ -168,13 +184,38 @@ async def _replaced(store: Store, keys: Keys, found: bytes | None, state: State)
     return state if now == state.encoded else None
 
 
+def _members(keys: Keys, world_size: int) -> list[Request]:
+    return [Read(keys.member(rank)) for rank in range(world_size)]
+
+
+def _dead(found: list[Any], state: State, life: Life, lives: Lives) -> int | None:
+    """A member whose process is known to have ended: its successor would end the generation under
+    this rank, which never met it. None if there is none; another machine's cannot be known."""
+    for rank, held in enumerate(found):
+        if held is None or state.identity.encode() not in held:
+            continue
+        member = member_of(held)
+        ours = (member.life.machine, member.life.pid) == (life.machine, life.pid)
+        if not member.left and not ours and lives(member.life) is False:
+            return rank
+    return None
+
+
 async def _end(
-    store: Store, keys: Keys, state: State, found: bytes, rank: int, world_size: int, life: Life
+    store: Store,
+    keys: Keys,
+    state: State,
+    found: bytes,
+    by: int,
+    world_size: int,
+    life: Life,
+    *,
+    died: bool = False,
 ) -> None:
     after_it = state.number + 1
     # A run's name outlives its generations.
     run_id = state.run_id if life.run_id is None else life.run_id
-    after = State(after_it, _identity(after_it), world_size, run_id, rank, life)
+    after = State(after_it, _identity(after_it), world_size, run_id, by, life, died)
     if await _replaced(store, keys, found, after) is not None:
         own = keys.generation(state.identity)
         await store.call(
@@ -187,10 +228,7 @@ async def _anyone(
     store: Store, keys: Keys, state: State, lives: Lives, wait_for: WaitFor
 ) -> int | None:
     """A member of the generation that lives and has an open barrier."""
-    ranks = range(state.world_size)
-    for rank, held in zip(
-        ranks, await store.call(*(Read(keys.member(r)) for r in ranks)), strict=True
-    ):
+    for rank, held in enumerate(await store.call(*_members(keys, state.world_size))):
         member = None if held is None else member_of(held)
         if member is None or member.left or member.generation != state.identity:
             continue

@@ -68,7 +68,8 @@ class State:
     """The generation in force.
 
     :ivar number: counts generations, for people
-    :ivar by: the rank that ended the generation before
+    :ivar by: the rank that ended the generation before, or whose process had died
+    :ivar died: the latter
     """
 
     number: int
@@ -77,6 +78,7 @@ class State:
     run_id: str | None = None
     by: int | None = None
     life: Life | None = None
+    died: bool = False
 
     @cached_property
     def encoded(self) -> bytes:
@@ -230,6 +232,7 @@ def state_of(value: bytes) -> State:
         entry["run_id"],
         entry["by"],
         None if life is None else Life(**life),
+        bool(entry["died"]),
     )
     if not 0 < state.world_size <= MAX_RANKS or state.encoded != value:
         raise ValueError(show(value))
