@@ -472,6 +472,22 @@ async def test_ranks_must_make_the_same_call(memory: World, order: tuple[int, ..
     await nothing_is_left(memory)
 
 
+async def test_leaders_that_add_up_to_one_of_them(shared: World) -> None:
+    """The one in the middle takes the phase for full, reads that it is broken, and says so too."""
+    ranks = await shared.barriers(3)
+    publish = Publisher()
+    async with Tasks() as tasks:
+        outcomes = [
+            tasks.start(partial(rank.commit, publish, leader=leader))
+            for leader, rank in enumerate(ranks)
+        ]
+        errors = [await outcome.raised(BrokenBarrierError) for outcome in outcomes]
+    assert len({(error.rank, error.reason, error.in_doubt) for error in errors}) == 1
+    assert "all ranks must make the same call" in errors[0].reason
+    assert not publish.calls
+    await nothing_is_left(shared)
+
+
 async def test_what_is_said_where_ranks_make_different_calls(memory: World) -> None:
     """Who called what, and what others called."""
     ranks = await memory.barriers(2)

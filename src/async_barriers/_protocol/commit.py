@@ -45,7 +45,7 @@ async def hear(store: Store, entry: Entry) -> Verdict | None:
 
 
 async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | None:
-    """Every rank's payload; None if not all are in, or the phase is broken.
+    """Every rank's payload; how the phase is broken, if it is; None if not all are in.
 
     The count cannot say that all are in a commit but name different leaders. The log can: it is
     complete by then, so that all ranks that read it find the same.
@@ -55,7 +55,14 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     keys = entry.keys
     apart = [Read(keys.payloads)] if entry.apart else []
     value, *logs = await store.call(Read(keys.count), Read(keys.log), *apart)
-    if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
+    if not counts.is_count(value):
+        return None
+    count = counts.of_value(value)
+    if count.broken:
+        # Its ranks name different leaders, which add up to this one.
+        (reason,) = await store.call(Read(keys.reason))
+        return decode_reason(reason)
+    if not count.full(*entry.world):
         return None
     return await collected(store, entry, *logs)
 
