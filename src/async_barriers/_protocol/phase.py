@@ -25,6 +25,7 @@ from .verdict import (
     decode_reason,
     decode_word,
     different_call,
+    differing,
     encode_reason,
     missing,
     number,
@@ -250,8 +251,11 @@ async def give_up(
         judged = await judge(store, entry, value, reason, entered=entered)
         if not isinstance(judged, Count) or judged.full(*entry.world):
             if reason is not None and not isinstance(judged, Broken):
-                # The last rank entered meanwhile, so nobody asks for a reason.
-                await store.call(Delete(keys.reason))
+                # The last rank entered meanwhile, so nobody asks for a reason; except where leaders
+                # differ, and add up to this one.
+                (log,) = await store.call(Read(keys.log))
+                if entry.kind != COMMIT or differing(log) is None:
+                    await store.call(Delete(keys.reason))
             return judged, False
         if log:
             broken = replace(broken, missing=missing(log[0], entry.world_size))
