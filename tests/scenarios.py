@@ -92,6 +92,8 @@ def _new_life(run_id: str | None) -> Life:
 
 def _lives(life: Life) -> bool | None:
     host = Host.running
+    if life.pid != host.rank:
+        return True  # No process of another rank dies before a newcomer joins.
     name = life.token.rpartition(".")[0]
     return (name == host.name and not host.barrier._closed) or host.spec.lives(name)
 
