@@ -164,10 +164,10 @@ def test_an_attempt_that_died_before_all_had_joined(size: int, dies: bool) -> No
     if dies:
         assert not run(members.still_holds(place.store, first[0]))
         again = [place.join(rank, size, before=first[rank]) for rank in range(last) if rank != 1]
-        assert not again[-1].complete
-        again.append(place.join(1, size))
-        assert again[-1].complete
-        assert {one.state for one in again} == {came.state}
+        assert not any(one.complete for one in again)
+        whole = place.join(1, size)
+        assert whole.complete
+        assert {one.state for one in (*again, whole)} == {came.state}
 
 
 @pytest.mark.parametrize("lives", [True, False])
