@@ -345,6 +345,11 @@ def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation
             for g, t, who in record.leavings
         )
         or any(t <= learned for t in record.joining[blamed][1:])
+        # A rank that joins meanwhile finds it dead; who killed it says so a moment later.
+        or (
+            call.exit["detail"].endswith(f"the process of rank {blamed} has ended")
+            and any(who == blamed and t <= learned + 1 for (who, _), t in record.ends.items())
+        )
         or record.cut_off(blamed, began, learned)
         # All ranks that had joined again have left again, so nobody knows which one broke it.
         or (blamed is None and any(t <= learned for g, t, _ in record.joined if g))
