@@ -72,10 +72,10 @@ class ObservedSession(Session):
             self._host.note("broke", phase.entry.keys.path)
         return ours
 
-    async def _stand(self, store: Any, turns: Turns, *opening: Any) -> None:
+    async def _stand(self, store: Any, turns: Turns, opening: Any) -> None:
         claim = turns.membership.claim
         self._host.note("joined", claim.generation, self.rank, claim.life.token)
-        await super()._stand(store, turns, *opening)
+        await super()._stand(store, turns, opening)
 
 
 class _Ordered(dict[Any, None]):

@@ -48,14 +48,14 @@ LARGER_ROOMS = {
     "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
-    "_protocol.phase": 350,
+    "_protocol.phase": 345,
     "_store.connection": 395,
     "_store.loops": 445,
     "blocking": 345,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 9_410
+CORE_LINES = 9_390
 
 
 def wing_of(name: str) -> str:

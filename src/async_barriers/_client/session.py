@@ -239,7 +239,7 @@ class Session(Joining):
         private = PrivateLoop()
         with contextlib.suppress(RuntimeError, OSError):
             self._not_at_end()
-            self._not_at_end = _nothing_at_end
+            self._not_at_end = lambda: None
             self.loop = private
             for connection in self._connections():
                 connection.move(private)
@@ -252,7 +252,3 @@ class Session(Joining):
     def _close_quietly(self) -> None:
         with contextlib.suppress(RuntimeError, OSError):
             self._close()
-
-
-def _nothing_at_end() -> None:
-    pass

@@ -108,7 +108,7 @@ async def _join(
                     f"{world_size}, but its peers with {state.world_size} (rank {other}, which "
                     "lives, is one of them); all ranks must give the same"
                 )
-            await _end(store, keys, state, found, rank, world_size, life)
+            await _end(store, keys, state, rank, world_size, life)
             continue
         holder = None if held is None else member_of(held)
         ours = holder is None or holder.left or holder == (before and before.claim)
@@ -123,11 +123,10 @@ async def _join(
                 "this port; close a barrier before you build it again"
             )
         if holder is not None and holder.generation == state.identity:
-            await _end(store, keys, state, found, rank, world_size, life)
+            await _end(store, keys, state, rank, world_size, life)
             continue
-        dead = _dead(others, state, life, lives)
-        if dead is not None:
-            await _end(store, keys, state, found, dead, world_size, life, died=True)
+        if (dead := _dead(others, state, life, lives)) is not None:
+            await _end(store, keys, state, dead, world_size, life, died=True)
             continue
         claim = Member(life, state.identity)
         claims.append(claim)
@@ -148,9 +147,8 @@ async def _join(
         complete = roll & FIELD == world_size
         if complete and not looks:
             others = await store.call(*_members(keys, world_size))
-            dead = _dead(others, state, life, lives)
-            if dead is not None:
-                await _end(store, keys, state, found, dead, world_size, life, died=True)
+            if (dead := _dead(others, state, life, lives)) is not None:
+                await _end(store, keys, state, dead, world_size, life, died=True)
                 current = None
         if current != found:
             # The generation ended meanwhile, and our claim with it.
@@ -202,26 +200,15 @@ def _dead(found: list[Any], state: State, life: Life, lives: Lives) -> int | Non
 
 
 async def _end(
-    store: Store,
-    keys: Keys,
-    state: State,
-    found: bytes,
-    by: int,
-    world_size: int,
-    life: Life,
-    *,
-    died: bool = False,
+    store: Store, keys: Keys, state: State, by: int, world_size: int, life: Life, died: bool = False
 ) -> None:
     after_it = state.number + 1
     # A run's name outlives its generations.
     run_id = state.run_id if life.run_id is None else life.run_id
     after = State(after_it, _identity(after_it), world_size, run_id, by, life, died)
-    if await _replaced(store, keys, found, after) is not None:
+    if await _replaced(store, keys, state.encoded, after) is not None:
         own = keys.generation(state.identity)
-        await store.call(
-            SetMany(bells_of(keys, state), b"over"),
-            DeleteMany(own.common),
-        )
+        await store.call(SetMany(bells_of(keys, state), b"over"), DeleteMany(own.common))
 
 
 async def _anyone(

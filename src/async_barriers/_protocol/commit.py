@@ -60,8 +60,7 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     count = counts.of_value(value)
     if count.broken:
         # Its ranks name different leaders, which add up to this one.
-        (reason,) = await store.call(Read(keys.reason))
-        return decode_reason(reason)
+        return decode_reason(*await store.call(Read(keys.reason)))
     if not count.full(*entry.world):
         return None
     return await collected(store, entry, *logs)

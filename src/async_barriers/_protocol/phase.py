@@ -251,10 +251,9 @@ async def give_up(
         judged = await judge(store, entry, value, reason, entered=entered)
         if not isinstance(judged, Count) or judged.full(*entry.world):
             if reason is not None and not isinstance(judged, Broken):
-                # The last rank entered meanwhile, so nobody asks for a reason; except where leaders
-                # differ, and add up to this one.
-                (log,) = await store.call(Read(keys.log))
-                if entry.kind != COMMIT or differing(log) is None:
+                # The last rank entered meanwhile: nobody asks for a reason, unless leaders differ.
+                differ = entry.kind == COMMIT and differing(*await store.call(Read(keys.log)))
+                if not differ:
                     await store.call(Delete(keys.reason))
             return judged, False
         if log:
