@@ -17,7 +17,6 @@ from async_barriers._protocol.store import (
     Append,
     CompareSet,
     Delete,
-    DeleteMany,
     Get,
     Read,
     Request,
@@ -47,7 +46,7 @@ def answered(contents: Contents, request: Request) -> tuple[Any, list[str]]:
         for key in request.keys:
             contents[key] = request.value
         return None, request.keys
-    if isinstance(request, DeleteMany):
+    if isinstance(request, Delete):
         for key in request.keys:
             contents.pop(key, None)
         return None, []
@@ -57,9 +56,6 @@ def answered(contents: Contents, request: Request) -> tuple[Any, list[str]]:
         return old, []
     if isinstance(request, Get):
         return old or b"", []
-    if isinstance(request, Delete):
-        contents.pop(key, None)
-        return None, []
     if isinstance(request, CompareSet):
         if (old or b"") == request.expected:
             contents[key] = request.desired
@@ -187,7 +183,7 @@ def _answers(requests: list[Request]) -> int:
 
 
 def _frozen(request: Request) -> Request:
-    if isinstance(request, SetMany | DeleteMany):
+    if isinstance(request, SetMany | Delete):
         keys: Any = tuple(request.keys)
         return request._replace(keys=keys)
     return request

@@ -335,7 +335,7 @@ def test_a_store_that_was_lost_is_let_go_of(tcp: TCPStore) -> None:
     del clone
     store.interrupt()
     with pytest.raises(BarrierConnectionError) as caught:
-        store.do(Delete("k"))
+        store.do(Delete(["k"]))
     store.close()
     still_open = []
     for fd in os.listdir("/proc/self/fd"):

@@ -21,7 +21,7 @@ from stores import keys_of
 from worlds import AnyBarrier, Tasks, World, gather, library_threads_gone, until
 
 from async_barriers import BarrierError, BarrierTimeoutError, BrokenBarrierError
-from async_barriers._protocol.store import DeleteMany
+from async_barriers._protocol.store import Delete
 
 pytestmark = pytest.mark.anyio
 
@@ -295,7 +295,7 @@ async def test_a_late_answer_about_a_phase_that_is_deleted(memory: World) -> Non
     session._looked(gone, connection, False, [b"0\n1\n0d\n1d\n"])
     session._looked(gone, connection, True, [b"0\n1\n1d\n", None])
     requests = [request for each, _ in connection.outbox[said:] for request in each]
-    assert [type(request) for request in requests] == [DeleteMany]
+    assert [type(request) for request in requests] == [Delete]
 
 
 async def test_phases_that_a_rank_never_came_to(shared: World) -> None:

@@ -251,6 +251,7 @@ async def test_a_bad_call_uses_up_no_turn(memory: World) -> None:
     publish = Publisher()
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"payload": "text"}, TypeError, "payload must be bytes, not str"),
+        ({"payload": None}, TypeError, "payload must be bytes, not NoneType"),
         ({"leader": 2}, ValueError, "rank 2 is outside the world; with 2 ranks"),
         ({"leader": -1}, ValueError, "rank -1 is outside the world"),
         ({"leader": True}, TypeError, "rank must be an integer, not True"),

@@ -60,6 +60,8 @@ def test_an_unknown_type_is_named_with_the_known_ones() -> None:
         ValueError, match=r"'tpc'; known are \['dist_barrier', 'store', 'tcp_store'"
     ):
         create_barrier_from_config(BarrierConfig("tpc"))
+    with pytest.raises(TypeError, match="barrier_config must be a BarrierConfig, not None"):
+        create_barrier_from_config(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown barrier type"):
         create_barrier_from_config(BarrierConfig(["tcp_store"]))  # type: ignore[arg-type]
 
@@ -138,6 +140,7 @@ async def test_a_barrier_of_ones_own_needs_one_method_only() -> None:
         ("timeout_secs", -5, "timeout_secs is -5; it must be positive and finite, or None"),
         ("timeout_secs", float("nan"), "timeout_secs is nan"),
         ("timeout_secs", float("inf"), "timeout_secs is inf"),
+        ("run_id", "\ud800", "run_id is '\\ud800', which no store can hold"),
         ("timeout_secs", "5", "timeout_secs must be a number of seconds or None, not '5'"),
         ("warn_after_secs", 0, "warn_after_secs is 0"),
         ("on_progress", 3, "on_progress must be callable or None, not 3"),

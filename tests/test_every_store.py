@@ -16,7 +16,6 @@ from async_barriers._protocol.store import (
     Append,
     CompareSet,
     Delete,
-    DeleteMany,
     Get,
     Read,
     Set,
@@ -85,7 +84,7 @@ def test_the_operations(on: OnALoop, pair: tuple[Connection, Connection]) -> Non
     held = [b"new", b"a\nb\n", b"%d" % ((1 << 62) + 3), b"v", b"", None]
     assert on.answer(two.call(*map(Read, names))) == held
     assert on.answer(two.call(*map(Get, names[:5]))) == held[:5]
-    assert on.answer(one.call(Delete("k"), DeleteMany(["m1", "log", "none"]), Read("m2"))) == [b"v"]
+    assert on.answer(one.call(Delete(["k"]), Delete(["m1", "log", "none"]), Read("m2"))) == [b"v"]
     assert on.answer(two.call(Read("k"), Read("log"))) == [None, None]
 
 
@@ -114,7 +113,7 @@ def test_an_append_to_what_is_deleted_meanwhile(
     def and_is_deleted(self: BlockingStore, key: str) -> bytes | None:
         found = read(self, key)
         monkeypatch.undo()
-        self.do(Delete(key))
+        self.do(Delete([key]))
         return found
 
     monkeypatch.setattr(BlockingStore, "_read", and_is_deleted)

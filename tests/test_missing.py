@@ -217,14 +217,23 @@ async def test_a_call_gives_its_own(tcp: World) -> None:
         assert (await any_time.raised(BarrierTimeoutError)).timeout_secs == 1.5
 
 
-async def test_no_deadline_is_too_short_to_tell(tcp: World) -> None:
-    """Not even one of no time."""
-    ranks = await tcp.barriers(2)
-    ranks[1].report("saving")
-    with pytest.raises(BarrierTimeoutError) as got:
-        await ranks[0].execute_barrier("x", timeout_secs=0)
-    (missing,) = got.value.missing
-    assert (missing.state, missing.doing) == ("alive", "saving")
+@pytest.mark.parametrize("timeout_secs", [0, 0.05, 0.15])
+async def test_no_deadline_is_too_short_to_tell(tcp: World, timeout_secs: float) -> None:
+    """Not even one of no time: whoever learns of it learns who is missing, and whether it lives."""
+    ranks = await tcp.barriers(4)
+    ranks[3].report("saving")
+    async with Tasks() as tasks:
+        waiting = tasks.start(partial(ranks[1].execute_barrier, "x"))
+        await tcp.entered(1, name="x")
+        with pytest.raises(BarrierTimeoutError) as got:
+            await ranks[0].execute_barrier("x", timeout_secs=timeout_secs)
+        errors = [got.value, await waiting.raised(BarrierTimeoutError)]
+    with pytest.raises(BarrierTimeoutError) as came_late:
+        await ranks[2].execute_barrier("x")
+    for error in (*errors, came_late.value):
+        assert error.missing_ranks == (2, 3)
+        told = [(each.rank, each.state, each.doing) for each in error.missing]
+        assert told == [(2, "alive", None), (3, "alive", "saving")]
 
 
 async def test_one_asks_for_all(

@@ -469,7 +469,7 @@ async def test_a_leader_that_was_killed_before_it_woke_anybody(
     ranks = await tcp.barriers(2)
     async with watching(tcp) as observer:
         with monkeypatch.context() as patch:
-            patch.setattr(records, "_news", lambda keys, count: Delete("nothing"))
+            patch.setattr(records, "_news", lambda keys, count: Delete(["nothing"]))
             await committed(ranks, "x", 1)
             assert await observer.wait_for("x", timeout_secs=5) == record("x", 1)
         follows = observer.records()

@@ -15,7 +15,6 @@ from async_barriers._protocol.store import (
     Append,
     CompareSet,
     Delete,
-    DeleteMany,
     Read,
     Request,
     Set,
@@ -66,8 +65,8 @@ def test_c10ds_client_says_the_same(on: OnALoop, server: TCPStore, seed: int) ->
                 CompareSet(root + "e", b"", chosen.choice(many)),
                 Read(key),
                 Read(root + "none"),
-                Delete(key),
-                DeleteMany([key, root + "e"]),
+                Delete([key]),
+                Delete([key, root + "e"]),
             ]
             return chosen.choice(few)
 

@@ -103,6 +103,25 @@ def test_one_that_comes_back_late_is_not_told_of_attempts(start_job: StartJob) -
     job.ends()
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 2, 1), (1, 0, 2)])
+def test_an_attempt_that_died_before_all_were_back(
+    start_job: StartJob, order: tuple[int, ...]
+) -> None:
+    """Whoever comes back first after it is not told of those that died then."""
+    job = start_job(3, own_store=False)
+    for number in range(3):
+        job.ranks[number].strike(SIGKILL)
+    job.come_back(0, 1)
+    for number in (0, 1):
+        job.ranks[number].strike(SIGKILL)
+    calls = []
+    for number in order:
+        job.come_back(number)
+        calls.append(job.ranks[number].start("cross", name="x", timeout_secs=30))
+    assert {call.released()["sequence"] for call in calls} == {0}
+    job.ends()
+
+
 def test_one_that_comes_back_three_times(start_job: StartJob) -> None:
     """None of its lives makes up for the peer that slept through all of them."""
     job = start_job(3, own_store=False)

@@ -119,6 +119,23 @@ async def test_steps_that_broke_leave_no_keys() -> None:
             assert "step 134, a later one" in error.reason
 
 
+async def test_who_aborted_a_step_learns_the_same_as_its_peers() -> None:
+    """With the step, it can still come to the phase that it has broken."""
+    async with job(serve(), 2) as ranks:
+        assert await ranks[0].abort("no disk", "x", step=7)
+        for rank in ranks:
+            error = await over_at_once(rank.execute_barrier("x", step=7))
+            assert (error.rank, error.sequence) == (0, 7)
+            assert error.reason.startswith("no disk")
+        error = await over_at_once(ranks[0].execute_barrier("x", step=7))
+        assert "a step is decided once" in error.reason
+        with pytest.raises(BarrierTimeoutError):
+            await ranks[0].execute_barrier("x", step=8, timeout_secs=0)
+        error = await over_at_once(ranks[0].execute_barrier("x", step=8))
+        assert error.rank == 0
+        assert "came for step 8 when this step was broken already" in error.reason
+
+
 async def test_two_calls_of_one_rank_for_one_step() -> None:
     """The second is refused, and the first goes on: two arrivals would break it for all."""
     async with job(serve(), 2) as ranks, Tasks() as tasks:

@@ -69,8 +69,28 @@ class Wicked(Exception):
     __repr__ = __str__
 
 
+class Exits(Exception):
+    """Ends the program of whoever describes it."""
+
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class Interrupts(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
 async def raises_what_cannot_be_described() -> None:
     raise Wicked
+
+
+async def raises_what_exits() -> None:
+    raise Exits
+
+
+async def raises_what_interrupts() -> None:
+    raise Interrupts
 
 
 async def raises_a_novel() -> None:
@@ -103,6 +123,8 @@ def fails(body: Callable[[], Awaitable[None]], said: str, *loops: str) -> list[A
         ),
         *fails(in_a_nursery, "No space left on device", "trio"),
         *fails(raises_what_cannot_be_described, "Wicked"),
+        *fails(raises_what_exits, "Exits: (it cannot be described"),
+        *fails(raises_what_interrupts, "Interrupts: (it cannot be described"),
         *fails(raises_a_novel, "ValueError: line one"),
         *fails(raises_a_chain, "the save failed"),
     ],

@@ -106,6 +106,10 @@ def check_run_id(run_id: str | None) -> str | None:
         raise TypeError(f"run_id must be a string or None, not {run_id!r}")
     if len(run_id) > MAX_RUN_ID:
         raise ValueError(f"run_id has {len(run_id)} characters; at most {MAX_RUN_ID} are allowed")
+    try:
+        run_id.encode()
+    except UnicodeError as exc:
+        raise ValueError(f"run_id is {run_id!r}, which no store can hold: {exc}") from exc
     return run_id
 
 
@@ -125,12 +129,10 @@ def check_world(rank: int, world_size: int) -> None:
         )
 
 
-def checked_blob(what: str, value: bytes | None) -> bytes:
-    """Refuse all but bytes, and too many of them; None stands for no bytes."""
+def checked_blob(what: str, value: bytes) -> bytes:
+    """Refuse all but bytes, and too many of them."""
     if type(value) is bytes and len(value) <= MAX_PAYLOAD_BYTES:
         return value  # Most often.
-    if value is None:
-        return b""
     if not isinstance(value, bytes | bytearray | memoryview):
         raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
     # The len() of a memoryview counts its items, which may be wider than a byte.

@@ -52,6 +52,9 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
     :raises ValueError: the type is unknown, or an argument's value is not allowed
     :raises TypeError: an argument is unknown, missing or of a wrong type
     """
+    # Torch's own configuration has the same attributes.
+    if not hasattr(barrier_config, "barrier_type"):
+        raise TypeError(f"barrier_config must be a BarrierConfig, not {barrier_config!r}")
     barrier_type = barrier_config.barrier_type
     if barrier_type is None:
         return None

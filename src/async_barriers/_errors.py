@@ -11,6 +11,7 @@ _MOST_TOLD = 600
 _MOST_SAID = 2000
 # A name may have kilobytes.
 _MOST_NAMED = 200
+_WRITTEN_IN_C = type(BaseException.__str__)
 
 
 def in_one_line(text: str, most: int = _MOST_TOLD) -> str:
@@ -44,7 +45,10 @@ def told_by(exc: BaseException) -> str:
         return in_one_line("; ".join(told) + more)
     try:
         said = str(exc)
-    except Exception:
+    except BaseException as failed:
+        # Only a __str__ in Python can have raised it; else it is a signal handler's, and goes on.
+        if not isinstance(failed, Exception) and isinstance(type(exc).__str__, _WRITTEN_IN_C):
+            raise
         said = "(it cannot be described: its __str__ raises)"
     # c10d puts stack traces behind the first line of its message.
     if type(exc).__module__.startswith(("torch", "builtins")):

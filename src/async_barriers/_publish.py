@@ -31,7 +31,7 @@ class Publishing:
         self._about = about
 
     async def call(self, payloads: Mapping[int, bytes]) -> Any:
-        """Run it, and return its result.
+        """Run it, and return its result; None stands for no bytes.
 
         **Cancellation:** reaches a coroutine; a thread goes on by itself.
         """
@@ -40,7 +40,8 @@ class Publishing:
             returned = self._publish(payloads)
         else:
             returned = await self._called_in_thread(payloads)
-        return await returned if inspect.isawaitable(returned) else returned
+        result = await returned if inspect.isawaitable(returned) else returned
+        return b"" if result is None else result
 
     async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:
         try:

@@ -47,7 +47,7 @@ async def _ask(
         connection: Connection | None = None
         try:
             # A connection of its own: a call that hangs on one of the session's does not delay it.
-            connection = await session.open_another(loop, deadline)
+            connection = await session._open(loop, deadline)
             return await _look(session, connection, name, sequence)
         except BarrierConnectionError:
             if loop.now() >= deadline or session.closing:

@@ -100,6 +100,10 @@ class Crossing:
             if phase.to_publish:
                 self._publishes = True
                 return None
+            verdict = phase.verdict
+            if isinstance(verdict, Broken) and verdict.missing and not verdict.known:
+                known = await self._watches(phase).after_deadline(verdict.missing)
+                phase.verdict = replace(verdict, known=known)
             released = self.accept(phase)
             if self.kind == GATHER:
                 self.brought = await self._fetched(phase)
@@ -364,10 +368,6 @@ class Crossing:
         known = watching.known_at_deadline()
         effort = self.session.give_up(phase, "", self.timeout_secs, known=known)
         await self._give_up_or_doubt(phase, effort)
-        verdict = phase.verdict
-        if isinstance(verdict, Broken) and verdict.missing and not verdict.known:
-            known = await watching.after_deadline(verdict.missing)
-            phase.verdict = replace(verdict, known=known)
         if not phase.decided:
             raise BarrierTimeoutError(
                 phase.name,

@@ -77,7 +77,7 @@ class Departing(Pool):
         connection.outbox.append((requests, partial(self._departed, gone, connection)))
         if phase.large and (gone.broken or phase.entry.kind != GATHER):
             own = phase.entry.keys.payload(self.rank)
-            connection.outbox.append(([Delete(own)], nothing))
+            connection.outbox.append(([Delete([own])], nothing))
         if phase.latest is not None and not gone.broken:
             # All ranks are past the earlier steps.
             self._forget_latest(gone, phase.latest, connection)
@@ -183,7 +183,7 @@ class Departing(Pool):
         def emptied(answers: list[Any]) -> None:
             # At once, since a later step may be written there.
             if answers[0] == b"":
-                connection.call(Delete(latest))
+                connection.call(Delete([latest]))
 
         empty = CompareSet(latest, b"%d" % step, b"")
         connection.outbox.append(([empty], emptied))

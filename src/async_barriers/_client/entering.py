@@ -166,7 +166,7 @@ class Entering(Departing):
         turns = self.turns
         if turns is None or turns.membership is not phase.membership or latest <= phase.step:
             return
-        turns.decided(phase.name, latest, "broken")
+        turns.decided(phase.name, latest)
         late = turns.too_late(phase.name, phase.step)
         if late is not None and not phase.decided:
             self._begin_giving_up(phase, Broken(self.rank, late.reason), False)
@@ -198,11 +198,11 @@ class Entering(Departing):
         if not phase.decided:
             phase.verdict, phase.error, phase.decided = verdict, error, True
         # Again if it was decided before, since a signal handler may have raised in the middle.
-        turns = self.turns
-        if phase.step is not None and turns is not None and phase.verdict is not None:
-            how = "released" if isinstance(phase.verdict, Released) else "broken"
-            if turns.membership is phase.membership:
-                turns.decided(phase.name, phase.step, how)
+        turns, step, verdict = self.turns, phase.step, phase.verdict
+        if turns is None or turns.membership is not phase.membership:
+            step = None  # Of another generation.
+        if step is not None and verdict is not None and turns is not None:
+            turns.decided(phase.name, step, verdict)
         if phase.abandoned and not phase.giving_up:
             self.forget(phase)
         phase.wake()

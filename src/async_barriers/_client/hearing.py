@@ -81,7 +81,7 @@ class Hearing(Entering):
         in_use = phase in self.open and phase.connection is connection
         waits_on = in_use and (connection.waits or phase.alone)
         if waits_on and connection.lost is None and not (phase.decided or phase.giving_up):
-            connection.call(Delete(phase.entry.awaited), wait=phase.entry.awaited)
+            connection.call(Delete([phase.entry.awaited]), wait=phase.entry.awaited)
             # The real write may have come just before the key was deleted.
             await self._look(phase, connection)
 

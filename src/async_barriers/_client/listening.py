@@ -185,7 +185,7 @@ class Listening(Breaking):
         """Answer ranks that ask, although this one has not joined again yet."""
         own = over.own
         with contextlib.suppress(BarrierConnectionError):
-            take = Delete(own.bell(self.rank)), Read(own.asked(self.rank))
+            take = Delete([own.bell(self.rank)]), Read(own.asked(self.rank))
             (asked,) = await bell.call(*take, wait=own.bell(self.rank))
             if asked:
                 said = encode_answer(self.rank, self.said.answer)

@@ -17,6 +17,9 @@ from .._store.future import Effort
 from .._store.loops import Waiter
 from .._store.sources import Connection
 
+# Of a name without a step that was decided: the step, how it was, the rank that broke it, and why.
+_NONE = (-1, "", None, "")
+
 
 class Phase:
     """One phase, as this rank knows it.
@@ -166,7 +169,7 @@ class Turns:
         # Phases that were tried before all had joined; nobody needs them after that.
         self.tried_early: list[tuple[Entry, Connection]] = []
         self._next: Counter[str] = Counter()
-        self._decided: dict[str, tuple[int, str]] = {}
+        self._decided: dict[str, tuple[int, str, int | None, str]] = {}
         # By name: steps that were begun, and whose verdict is not known.
         self._begun: dict[str, set[int]] = {}
 
@@ -215,10 +218,16 @@ class Turns:
         self.complete = True
         self._next.clear()
 
-    def decided(self, name: str, step: int, how: str) -> None:
-        """A step of ``name`` was decided, here or at another rank."""
-        if step >= self._decided.get(name, (-1, ""))[0]:
-            self._decided[name] = (step, how)
+    def decided(self, name: str, step: int, verdict: Verdict | None = None) -> None:
+        """A step of ``name`` was decided, here or at another rank.
+
+        :param verdict: if this rank knows it; else it was broken
+        """
+        if step >= self._decided.get(name, _NONE)[0]:
+            # Not the verdict itself, which may have megabytes.
+            how = "released" if isinstance(verdict, Released) else "broken"
+            by, why = (verdict.rank, verdict.reason) if isinstance(verdict, Broken) else (None, "")
+            self._decided[name] = step, how, by, why
             later = {each for each in self._begun.pop(name, ()) if each > step}
             if later:
                 self._begun[name] = later
@@ -229,16 +238,19 @@ class Turns:
 
     def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
         """The error that ``step`` comes too late, or None if it can still be crossed."""
-        decided, how = self._decided.get(name, (-1, ""))
+        decided, how, by, why = self._decided.get(name, _NONE)
         if step > decided:
             return None
         which = "this step" if step == decided else f"step {decided}, a later one,"
-        return BrokenBarrierError(
-            name, step, self.membership.rank,
-            f"rank {self.membership.rank} came for step {step} when {which} was {how} already; a "
-            "step is decided once: go on with a later one",
-            prefix=self.membership.keys.prefix,
-        )  # fmt: skip
+        rank: int | None = self.membership.rank
+        reason = (
+            f"rank {rank} came for step {step} when {which} was {how} already; a step is decided "
+            "once: go on with a later one"
+        )
+        if step == decided and why:
+            # The peers that come for it learn that reason, too.
+            rank, reason = by, f"{why} ({reason})"
+        return BrokenBarrierError(name, step, rank, reason, prefix=self.membership.keys.prefix)
 
 
 def in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionError:

@@ -9,7 +9,7 @@ from .._protocol import presence
 from .._protocol.heard import MOST, Heard, decode_rows, encode_rows
 from .._protocol.membership import Member, Membership
 from .._protocol.presence import Answer
-from .._protocol.store import CompareSet, DeleteMany, Read, Set
+from .._protocol.store import CompareSet, Delete, Read, Set
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep
@@ -137,7 +137,7 @@ class Presence:
                     answers = {rank: each for rank, each in answers.items() if rank in asked}
             finally:
                 if keys and bell.lost is None:
-                    bell.call(DeleteMany(keys))
+                    bell.call(Delete(keys))
         return {rank: self._judge(rank, claimed[rank], answers.get(rank)) for rank in ranks}
 
     def _judge(self, rank: int, member: Member | None, answer: Answer | None) -> Heard:

@@ -149,7 +149,7 @@ class Session(Joining):
             await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
         with contextlib.suppress(BarrierConnectionError):
             await within(
-                loop, bell.call(Delete(membership.own.bell(self.rank))), deadline - self._now()
+                loop, bell.call(Delete([membership.own.bell(self.rank)])), deadline - self._now()
             )
 
     def _name_rest(self, membership: Membership) -> None:

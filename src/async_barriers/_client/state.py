@@ -249,8 +249,6 @@ class SessionState:
         self._opened.append(connection)
         return connection
 
-    open_another = _open
-
     @property
     def namespace(self) -> str:
         """The beginning of all our keys; known once a connection is open."""

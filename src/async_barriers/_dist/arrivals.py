@@ -225,7 +225,7 @@ class ArrivalLog:
         # All ranks have entered all calls of the log before, and have long left those of the log
         # before that.
         while not self._group.rank and self._oldest < number - 1:
-            store.do(Delete(self._log(self._oldest)))
+            store.do(Delete([self._log(self._oldest)]))
             self._oldest += 1
 
     def _absent(self, store: BlockingStore, call: int) -> tuple[int, ...]:
@@ -252,4 +252,4 @@ class ArrivalLog:
 
 def _delete(store: BlockingStore, keys: list[str]) -> None:
     for key in keys:
-        store.do(Delete(key))
+        store.do(Delete([key]))

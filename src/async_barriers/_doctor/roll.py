@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from .._client import process
 from .._protocol.count import MAX_RANKS
 from .._protocol.membership import Life
-from .._protocol.store import Add, Append, DeleteMany, Read, Set
+from .._protocol.store import Add, Append, Delete, Read, Set
 from .._protocol.verdict import RUBBISH
 from .._store.loops import Loop
 from .._store.sources import Connection
@@ -106,7 +106,7 @@ class Roll:
         deadline = self._loop.now() + _PEERS_SECS
         left, came = await self._connection.call(Add(_LEFT, 1), Read(_CAME))
         if left >= int(came or 0):
-            await self._connection.call(DeleteMany([_ROLL, _CAME, _OVER, _LEFT]), Read(_LEFT))
+            await self._connection.call(Delete([_ROLL, _CAME, _OVER, _LEFT]), Read(_LEFT))
             return
         while hosts and self._loop.now() < deadline:
             (came,) = await self._connection.call(Read(_CAME))

@@ -23,7 +23,7 @@ from .membership import (
     member_of,
     state_of,
 )
-from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, SetMany, Store
+from .store import Add, Append, CompareSet, Delete, Read, Request, Set, SetMany, Store
 from .verdict import RUBBISH, number
 
 # Whether the process of a life lives; None if only that process can tell.
@@ -142,7 +142,7 @@ async def _join(
             # No other process deletes those of a life that is gone.
             old = keys.generation(holder.generation)
             spent = [old.bell(rank), old.asked(rank), old.answer(f"{rank}")]
-            requests.append(DeleteMany(spent))
+            requests.append(Delete(spent))
         roll, *_, current = await store.call(*requests, Read(keys.state))
         complete = roll & FIELD == world_size
         if complete and not looks:
@@ -152,7 +152,7 @@ async def _join(
                 current = None
         if current != found:
             # The generation ended meanwhile, and our claim with it.
-            await store.call(DeleteMany([own.roll, own.threaded]))
+            await store.call(Delete([own.roll, own.threaded]))
             before = Membership(keys, rank, world_size, claim, state, False)
             life = replace(life, token=secrets.token_hex(8))
             continue
@@ -208,7 +208,7 @@ async def _end(
     after = State(after_it, _identity(after_it), world_size, run_id, by, life, died)
     if await _replaced(store, keys, state.encoded, after) is not None:
         own = keys.generation(state.identity)
-        await store.call(SetMany(bells_of(keys, state), b"over"), DeleteMany(own.common))
+        await store.call(SetMany(bells_of(keys, state), b"over"), Delete(own.common))
 
 
 async def _anyone(
@@ -235,5 +235,5 @@ async def _answers(
     answer = own.answer(secrets.token_hex(8))
     await store.call(Append(own.asked(rank), answer.encode() + b"\n"), Set(own.bell(rank), b"?"))
     came = bool(await wait_for(answer, ANSWERS_SECS))
-    await store.call(Delete(answer))
+    await store.call(Delete([answer]))
     return came

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from .._errors import in_one_line
 from .membership import FIELD, GONE, HOST, LEFT, Membership
-from .store import Add, CompareSet, DeleteMany, Read, Request, Set, SetMany, Store
+from .store import Add, CompareSet, Delete, Read, Request, Set, SetMany, Store
 from .unfinished import keys_of, naming
 from .verdict import number
 
@@ -55,7 +55,7 @@ async def leave(
     if found != membership.state.encoded:
         # The generation is over, so no rank uses what was just written.
         spent = [own.roll, own.closed, own.unfinished, own.bell(rank)]
-        await store.call(DeleteMany(spent))
+        await store.call(Delete(spent))
         return False
     if await _counted(store, membership, roll):
         return False
@@ -63,7 +63,7 @@ async def leave(
         (now,) = await store.call(SetMany(membership.bells, b"left"), Read(keys.state))
         if now != found:
             # The last rank has cleared up meanwhile.
-            await store.call(DeleteMany(membership.bells))
+            await store.call(Delete(membership.bells))
     return bool(roll // LEFT & FIELD < roll & FIELD)
 
 
@@ -118,4 +118,4 @@ async def clear(store: Store, membership: Membership, *, everyone: bool) -> None
         for rank, held in zip(ranks, found, strict=True)
         if held is not None and membership.state.identity.encode() in held
     ]
-    await store.call(DeleteMany(spent))
+    await store.call(Delete(spent))

@@ -150,7 +150,7 @@ def around(membership: Membership) -> list[Request]:
     """The requests that look around, after taking the bell."""
     own = membership.own
     return [
-        Delete(own.bell(membership.rank)),
+        Delete([own.bell(membership.rank)]),
         Read(membership.keys.state),
         Read(own.roll),
         Read(own.closed),

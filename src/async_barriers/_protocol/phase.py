@@ -17,7 +17,7 @@ from . import count as counts
 from .count import CALLS, COMMIT, EXECUTE, Count
 from .keys import PhaseKeys
 from .payloads import IN_LOG, SMALL_BYTES, carried
-from .store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Request, Set, Store
+from .store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, Store
 from .verdict import (
     Broken,
     Released,
@@ -194,7 +194,7 @@ async def _foul(
     )
     if now == value:
         # This is the answer for an absent key: it was deleted after it was read.
-        await store.call(Delete(entry.keys.reason))
+        await store.call(Delete([entry.keys.reason]))
         return None, b""
     return reason, now
 
@@ -254,7 +254,7 @@ async def give_up(
                 # The last rank entered meanwhile: nobody asks for a reason, unless leaders differ.
                 differ = entry.kind == COMMIT and differing(*await store.call(Read(keys.log)))
                 if not differ:
-                    await store.call(Delete(keys.reason))
+                    await store.call(Delete([keys.reason]))
             return judged, False
         if log:
             broken = replace(broken, missing=missing(log[0], entry.world_size))
@@ -270,7 +270,7 @@ async def give_up(
             return decode_reason(reason), True
         if value == held:
             # This is the answer for an absent key: it was deleted after it was read.
-            await store.call(Delete(keys.reason))
+            await store.call(Delete([keys.reason]))
             raise Forgotten
         # Another rank entered or broke it meanwhile: look again.
 
@@ -331,7 +331,7 @@ def spent(
     """
     keys = entry.keys
     if broken:
-        return [DeleteMany(keys.of_broken)]
+        return [Delete(keys.of_broken)]
     names = [keys.log, keys.count, keys.released]
     if alone:
         names.append(keys.departed)
@@ -342,4 +342,4 @@ def spent(
     if entry.kind != EXECUTE and entry.apart:
         names.append(keys.payloads)
     names += map(keys.payload, large)
-    return [DeleteMany(names)]
+    return [Delete(names)]

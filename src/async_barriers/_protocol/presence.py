@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .._errors import in_one_line
 from .._missing import DOING_CHARS
 from .membership import Member, Membership, member_of
-from .store import Append, DeleteMany, Read, Request, SetMany, Store
+from .store import Append, Delete, Read, Request, SetMany, Store
 from .verdict import RUBBISH
 
 
@@ -79,7 +79,7 @@ async def ask(store: Store, membership: Membership, members: Mapping[int, Member
         own = membership.keys.generation(each.generation)
         mine[each.generation] = own.answer(f"{membership.rank}")
         reads.append(Read(own.asked(rank)))
-    asked = await store.call(DeleteMany(list(mine.values())), *reads)
+    asked = await store.call(Delete(list(mine.values())), *reads)
     requests: list[Request] = []
     bells = []
     for (rank, each), before in zip(members.items(), asked, strict=True):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from .._values import CommitRecord
 from .keys import Keys, PhaseKeys
-from .store import Add, Append, CompareSet, Delete, DeleteMany, Read, Request, Set, Store
+from .store import Add, Append, CompareSet, Delete, Read, Request, Set, Store
 from .verdict import RUBBISH, number
 
 KEPT = 64
@@ -164,7 +164,7 @@ def awaited(keys: Keys, count: int) -> str:
 
 def announcing(keys: Keys, count: int, expected: int | None) -> list[Request]:
     """What the leader writes once it knows how many records there are."""
-    old = Delete(keys.commits_news((count - NEWS) % _SLOTS))
+    old = Delete([keys.commits_news((count - NEWS) % _SLOTS)])
     return [old] if count == expected else [_news(keys, count), old]
 
 
@@ -184,7 +184,7 @@ async def cut(store: Store, keys: Keys) -> None:
         kept = b"@%d\n" % (first + len(gone)) + b"".join(line + b"\n" for line in lines[-KEPT:])
         (now,) = await store.call(CompareSet(keys.commits, value, kept))
         if now == kept:
-            await store.call(DeleteMany(_large(keys, gone)))
+            await store.call(Delete(_large(keys, gone)))
             return
         value = now
 

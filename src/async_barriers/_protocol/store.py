@@ -62,19 +62,13 @@ class Get(NamedTuple):
 
 
 class Delete(NamedTuple):
-    """Delete a key, if it is there. Not answered."""
-
-    key: str
-
-
-class DeleteMany(NamedTuple):
-    """Delete several keys. Not answered."""
+    """Delete keys, if they are there. Not answered."""
 
     keys: list[str]
 
 
-Request = Append | Set | SetMany | Add | CompareSet | Read | Get | Delete | DeleteMany
-SILENT = (Append, Set, SetMany, Delete, DeleteMany)
+Request = Append | Set | SetMany | Add | CompareSet | Read | Get | Delete
+SILENT = (Append, Set, SetMany, Delete)
 
 
 class Store(Protocol):

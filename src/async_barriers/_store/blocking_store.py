@@ -22,7 +22,6 @@ from .._protocol.store import (
     Append,
     CompareSet,
     Delete,
-    DeleteMany,
     Get,
     Read,
     Request,
@@ -82,8 +81,8 @@ class BlockingStore:
                 return self._read(request.key)
             if isinstance(request, Get):
                 return self._read(request.key) or b""
-            assert isinstance(request, Delete | DeleteMany)
-            for key in [request.key] if isinstance(request, Delete) else request.keys:
+            assert isinstance(request, Delete)
+            for key in request.keys:
                 store.delete_key(key)
             return None
         except Exception as exc:

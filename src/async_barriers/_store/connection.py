@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._errors import BarrierConnectionError, another, told_by
-from .._protocol.store import DeleteMany, Request
+from .._protocol.store import Delete, Request
 from .._system import UNHARMED, prepare, unsent
 from . import wire
 from .future import Future
@@ -148,7 +148,7 @@ class SocketConnection:
             say, kind = table[type(request)]
             said.append(say(request))
             if kind == wire.UNWANTED:
-                many = len(request.keys) if type(request) is DeleteMany else 1
+                many = len(request.keys) if type(request) is Delete else 1
                 if kinds and kinds[-1] < 0:
                     kinds[-1] -= many
                 elif many:

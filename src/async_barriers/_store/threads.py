@@ -127,7 +127,7 @@ class ThreadedConnection:
             key, over = self._waited_key, self._wait_over
             await self.call(Set(key, _CLOSED))
             await over
-            await self.call(Delete(key))
+            await self.call(Delete([key]))
 
     def move(self, loop: Loop) -> None:
         """Go on on another loop; what was posted to the one before may never be called there."""
@@ -272,7 +272,7 @@ class ThreadedConnection:
     def _take_away(store: BlockingStore, key: str) -> None:
         """Delete the key that ended a wait, unless another connection waits for it by now."""
         if store.do(Read(key)) == _CLOSED:
-            store.do(Delete(key))
+            store.do(Delete([key]))
 
     def _answers(self, store: BlockingStore, requests: Iterable[Request]) -> list[Any]:
         answers = []

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .._protocol.store import Add, Append, CompareSet, Delete, DeleteMany, Get, Read, Set, SetMany
+from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Set, SetMany
 
 _VALIDATE, _SET, _COMPARE_SET, _GET = b"\x00", b"\x01", b"\x02", b"\x03"
 _ADD, _WAIT = b"\x04", b"\x06"
@@ -95,10 +95,6 @@ def _get(request: Get) -> bytes:
 
 
 def _delete(request: Delete) -> bytes:
-    return _DELETE + _key(request[0])
-
-
-def _delete_many(request: DeleteMany) -> bytes:
     return b"".join([_DELETE + _key(key) for key in request[0]])
 
 
@@ -112,7 +108,6 @@ SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
     Read: (_read, READ),
     Get: (_get, VALUE),
     Delete: (_delete, UNWANTED),
-    DeleteMany: (_delete_many, UNWANTED),
 }
 
 
