@@ -948,9 +948,14 @@ def test_several_barriers_beside_the_training(start_job: StartJob) -> None:
         # To a rank that is not in it, torch gives no group but a mark.
         assert ("error" in answer) == (call.rank.number == 1)
     assert {call.released()["last_rank"] for call in job.starts((0, 2), barrier="some")} <= {0, 1}
+    told = job.starts((0,), barrier="some")
+    job.ranks[2].start("fail", barrier="some").error("OSError")
+    assert "by rank 1 (global rank 2): it raised" in told[0].error("BrokenBarrierError")["text"]
     alone = job.ranks[0].start("cross", barrier="some", timeout_secs=DEADLINE_SECS)
     # Its ranks are counted in the group.
-    assert alone.error("BarrierTimeoutError")["missing_ranks"] == [1]
+    error = alone.error("BarrierTimeoutError")
+    assert error["missing_ranks"] == [1]
+    assert "rank 1 had not entered (global rank 2)" in error["text"]
     quiet_exit(job, 0, 1, 2)
 
 

@@ -112,10 +112,11 @@ def from_group(group: object) -> Member:
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or None, not {group!r}")
-    return Member(group_store(group), group.rank(), group.size(), _global_ranks(group))
+    return Member(group_store(group), group.rank(), group.size(), global_ranks(group))
 
 
-def _global_ranks(group: dist.ProcessGroup) -> tuple[int, ...] | None:
+def global_ranks(group: dist.ProcessGroup) -> tuple[int, ...] | None:
+    """The numbers of a group's ranks in the job; None where they are the same."""
     try:
         ranks = tuple(dist.get_process_group_ranks(group))
     except (KeyError, ValueError, RuntimeError):

@@ -24,7 +24,8 @@ from ._config import register_barrier
 from ._dist.calls import UNDO_SECS, Calls
 from ._dist.collectives import IN_DOUBT, PUBLISHED, TIMED_OUT, TIMED_OUT_IN_DOUBT
 from ._dist.publication import Publication
-from ._errors import BarrierError, BarrierTimeoutError, BrokenBarrierError, describe, in_one_line
+from ._errors import BarrierError, BarrierTimeoutError, describe, in_one_line
+from ._missing import had_not_entered
 from ._protocol.count import MAX_RANKS
 from ._protocol.verdict import unranged
 from ._store.future import Future
@@ -150,10 +151,12 @@ class DistBarrier(Barrier):
                 secs, ranks, why = reason.split(" ", 2)
                 missing = unranged("" if ranks == "-" else ranks)
                 in_doubt = word.how == TIMED_OUT_IN_DOUBT
+                if missing:
+                    why = had_not_entered(missing, (), calls.group.global_ranks)
                 raise BarrierTimeoutError(
                     name, sequence, missing, float(secs), detail=why, in_doubt=in_doubt
                 )
-            raise BrokenBarrierError(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
+            raise calls.group.broken(name, sequence, leader, reason, in_doubt=word.how == IN_DOUBT)
         return word.message
 
     async def all_gather(

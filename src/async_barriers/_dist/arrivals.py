@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from .._errors import BarrierConnectionError, plural_ranks
+from .._errors import BarrierConnectionError
+from .._missing import had_not_entered
 from .._protocol.store import Add, Append, Delete, Read, Set
 from .._store.blocking_store import BlockingStore
 from .._store.loops import Loop
@@ -70,7 +71,7 @@ class ArrivalLog:
         return max(CONNECTING, self.latest)
 
     async def explain(self, call: int, loop: Loop, until: float) -> tuple[str, tuple[int, ...]]:
-        """The missing ranks of ``call``, and a text for an error without words of its own.
+        """The missing ranks of ``call``, and a text for an error.
 
         It takes until the running loop's clock says ``until``, at most.
         """
@@ -87,8 +88,8 @@ class ArrivalLog:
         if not missing:
             return "every rank had entered, so look for one that is stopped or has given up", ()
         if begun < call:
-            return f"a call before it still waited for {plural_ranks(missing)}", missing
-        return "", missing
+            return f"a call before it still waited for {self._group.told(missing)}", missing
+        return had_not_entered(missing, (), self._group.global_ranks), missing
 
     def missing(self, call: int) -> Promise[tuple[int, ...]]:
         """The ranks that have not entered ``call``, which this rank has.

@@ -18,7 +18,6 @@ from .._errors import (
     BrokenBarrierError,
     another,
     describe,
-    plural_ranks,
     seconds,
 )
 from .._reasons import reason_of
@@ -113,7 +112,7 @@ class Calls:
         why, missing = await self.log.explain(CONNECTING, loop, loop.now() + UNDO_SECS)
         raise BarrierConnectionError(
             f"no gloo group was made within {seconds(timeout)}: "
-            + (f"{plural_ranks(missing)} had not connected a DistBarrier" if missing else why)
+            + (f"{self.group.told(missing)} had not connected a DistBarrier" if missing else why)
         )
 
     async def run(
@@ -243,7 +242,7 @@ class Calls:
             return result
         except Aborted as exc:
             self._serve(call, decided=exc.step == call.step)
-            raise BrokenBarrierError(call.name, call.sequence, exc.rank, str(exc)) from None
+            raise self.group.broken(call.name, call.sequence, exc.rank, str(exc)) from None
         except DifferentCalls as exc:
             self._serve(call, decided=False)
             raise BrokenBarrierError(call.name, call.sequence, None, str(exc)) from None
@@ -270,7 +269,7 @@ class Calls:
     ) -> BrokenBarrierError:
         gone = departed.gone
         self.break_for_good(f"rank {gone.rank} is gone from it ({gone.reason})", serves=False)
-        return BrokenBarrierError(name, sequence, gone.rank, gone.reason, in_doubt=in_doubt)
+        return self.group.broken(name, sequence, gone.rank, gone.reason, in_doubt=in_doubt)
 
     # -- explaining ------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
-from .._errors import BarrierConnectionError, told_by
-from .._launch import group_store
+from .._errors import BarrierConnectionError, BrokenBarrierError, plural_ranks, told_by
+from .._launch import global_ranks, group_store
 from .._store.blocking_store import BlockingStore, innermost
 from .._store.connecting import NotUnderstood, connect
 from .._store.copies import copy_of
@@ -32,6 +32,7 @@ class Group:
     in another thread meanwhile.
 
     :ivar root: the beginning of all keys of this barrier in the group's store
+    :ivar global_ranks: of the ranks of a subgroup, in the job
     """
 
     def __init__(self, given: dist.ProcessGroup | None) -> None:
@@ -40,6 +41,7 @@ class Group:
         self.rank = 0
         self.size = 1
         self.root = ""
+        self.global_ranks: tuple[int, ...] | None = None
         if given is not None or dist.is_initialized():
             self.identify()
 
@@ -53,7 +55,23 @@ class Group:
             number = next(_numbers.setdefault(group, itertools.count()))
             self._numbered = weakref.ref(group)
             self.rank, self.size = group.rank(), group.size()
+            self.global_ranks = global_ranks(group)
             self.root = f"async_barriers/dist/{number}/"
+
+    def told(self, ranks: tuple[int, ...]) -> str:
+        """``ranks 0, 1``, and of a subgroup's ranks ``(global ranks 2, 3)``."""
+        subgroup = self.global_ranks
+        in_job = () if subgroup is None else tuple(subgroup[rank] for rank in ranks)
+        return plural_ranks(ranks) + (f" (global {plural_ranks(in_job)})" if in_job else "")
+
+    def broken(
+        self, name: str, sequence: int, rank: int | None, reason: str, *, in_doubt: bool = False
+    ) -> BrokenBarrierError:
+        """The error of a call that ``rank`` broke."""
+        error = BrokenBarrierError(name, sequence, rank, reason, in_doubt=in_doubt)
+        if rank is not None and self.global_ranks is not None:
+            error.global_rank = self.global_ranks[rank]
+        return error
 
     def open_store(self, secs: float, given_up: threading.Event) -> BlockingStore:
         """A connection of our own to the group's store. Blocks, unless it is ``given_up``.
