@@ -29,6 +29,7 @@ from async_barriers._client import barrier as barriers
 from async_barriers._client.phases import Phase
 from async_barriers._client.publication import Publication
 from async_barriers._client.session import Session
+from async_barriers._protocol import breaking as breaks
 from async_barriers._protocol import commit as settling
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import COMMIT, Count
@@ -224,13 +225,13 @@ async def test_one_register_settles_who_speaks(shared: World) -> None:
             came = phases.entered(entry, store.call(*phases.entering(entry, b"brought")).result())
             assert isinstance(came, Count)
         for entry in (leader, peer):
-            judged, ours = run(phases.give_up(store, entry, Broken(1, "late, too"), entered=True))
+            judged, ours = run(breaks.give_up(store, entry, Broken(1, "late, too"), entered=True))
             assert isinstance(judged, Count)
             assert judged.full(*entry.world)
             assert not ours
         assert run(settling.collect(store, leader)) == {0: b"brought", 1: b"brought"}
         run(settling.settle(store, leader, word))
-        judged, ours = run(phases.give_up(store, peer, Broken(1, "late, too"), entered=True))
+        judged, ours = run(breaks.give_up(store, peer, Broken(1, "late, too"), entered=True))
         assert (judged, ours) == (word, False)
         assert run(settling.hear(store, peer)) == word
         store.call(*phases.spent(leader, broken=True))

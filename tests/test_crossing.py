@@ -36,6 +36,7 @@ from async_barriers import (
     BrokenBarrierError,
     TCPStoreBarrier,
 )
+from async_barriers._protocol import breaking as breaks
 from async_barriers._protocol import phase as phases
 from async_barriers._protocol.count import Count
 from async_barriers._protocol.phase import Entry
@@ -261,7 +262,7 @@ async def test_one_register_settles_a_race(shared: World) -> None:
 
         def give_up() -> object:
             late = Broken(0, "", 1.0)
-            return run(phases.give_up(store, entries[0], late, entered=True, names_missing=True))[0]
+            return run(breaks.give_up(store, entries[0], late, entered=True, names_missing=True))[0]
 
         def arrive(entry: Entry) -> Count:
             came = phases.entered(entry, store.call(*phases.entering(entry)).result())
@@ -315,7 +316,7 @@ async def test_rubbish_that_is_deleted_meanwhile(
         try:
             if gives_up:
                 broken = Broken(0, "late")
-                return run(phases.give_up(Deleting(), entry, broken, entered=entered))
+                return run(breaks.give_up(Deleting(), entry, broken, entered=entered))
             return run(phases.look(Deleting(), entry, entered=entered))
         except phases.Forgotten:
             left = [key for key in keys_of(memory.innermost) if key.startswith(entry.keys.path)]
@@ -343,7 +344,7 @@ async def test_of_all_that_break_it_one_did(shared: World) -> None:
 
         def give_up(rank: int) -> None:
             late = Broken(rank, "", 1.0)
-            call = phases.give_up(
+            call = breaks.give_up(
                 AfterReading(rank), entries[rank], late, entered=True, names_missing=True
             )
             found.append(run(call))

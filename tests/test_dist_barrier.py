@@ -49,7 +49,7 @@ from async_barriers._dist.group import Group
 from async_barriers._dist.publication import Publication
 from async_barriers._errors import in_one_line
 from async_barriers._store.loops import loop_here
-from async_barriers._store.promises import told
+from async_barriers._store.waiting import told
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,10 @@ import anyio
 import pytest
 from worlds import Tasks
 
+from async_barriers._store.event_loop import Loop
 from async_barriers._store.future import Future
-from async_barriers._store.loops import Loop, loop_here
-from async_barriers._store.promises import told
-from async_barriers._store.waiting import settled, until_done
+from async_barriers._store.loops import loop_here
+from async_barriers._store.waiting import settled, told, until_done
 from async_barriers._store.worker import Promise
 
 Test = Callable[[], Awaitable[None]]

@@ -34,7 +34,7 @@ from worlds import Tasks, gather, library_threads
 import async_barriers
 from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
 from async_barriers._client.phases import Turns
-from async_barriers._protocol import phase as phases
+from async_barriers._protocol import breaking as breaks
 
 OURS = str(Path(async_barriers.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
@@ -316,7 +316,7 @@ async def test_struck_as_it_tells_of_a_break(
     monkeypatch: pytest.MonkeyPatch, step: int | None
 ) -> None:
     """It is told again, and who broke the phase knows that it did (laws 3 and 4)."""
-    gives_up = phases.give_up
+    gives_up = breaks.give_up
 
     async def struck_after(*args: Any, **options: Any) -> Any:
         await gives_up(*args, **options)
@@ -328,7 +328,7 @@ async def test_struck_as_it_tells_of_a_break(
         await gather(rank.execute_barrier for rank in ranks)
         waiting = tasks.start(partial(ranks[1].execute_barrier, "x", step=step))
         await anyio.sleep(0.2)
-        monkeypatch.setattr(phases, "give_up", struck_after)
+        monkeypatch.setattr(breaks, "give_up", struck_after)
         assert await attempt(ranks[0].abort("because", "x", step=step)) is True
         error = await waiting.raised(BrokenBarrierError)
         assert waiting.secs < 1.2

@@ -44,13 +44,9 @@ LARGER_ROOMS = {
     "_barrier": 335,
     "_client.agreeing": 360,
     "_client.barrier": 455,
-    "_client.crossing": 426,
-    "_client.listening": 320,
     "_dist.calls": 310,
     "_portal": 410,
-    "_protocol.phase": 345,
     "_store.connection": 395,
-    "_store.loops": 445,
     "blocking": 345,
 }
 # What the core should have, and what it has today.
@@ -151,7 +147,7 @@ def test_only_torch_and_anyio_are_needed() -> None:
     # Imported when a storage of it is made.
     extras = {"_storage": {"fsspec"}}
     # Whose program runs on it has it.
-    loops = {"_store.loops": {"trio"}}
+    loops = {"_store.trio_loop": {"trio"}}
     for name in MODULES:
         assert not imported(name) & {f".{each}" for each in integrations}
         # It takes a second, and part of it changes from one torch to the next.
@@ -188,10 +184,11 @@ def using(what: str) -> set[str]:
 def test_each_thing_is_known_in_one_place() -> None:
     """Threads and event loops: one room each knows them."""
     assert using("Thread") == {"_store.worker"}
-    for of_a_loop in ("add_reader", "call_soon_threadsafe", "spawn_system_task"):
-        assert using(of_a_loop) == {"_store.loops"}, of_a_loop
+    for of_a_loop in ("add_reader", "call_soon_threadsafe"):
+        assert using(of_a_loop) == {"_store.asyncio_loop"}, of_a_loop
+    assert using("spawn_system_task") == {"_store.trio_loop"}
     in_core = {name for name in MODULES if wing_of(name) in CORE}
-    assert {name for name in in_core if "asyncio" in imported(name)} == {"_store.loops"}
+    assert {name for name in in_core if "asyncio" in imported(name)} == {"_store.asyncio_loop"}
     # What c10d's stores are: who opens one, calls one, and is passed one.
     speak = {name for name in in_core if any(m.startswith("torch") for m in imported(name))}
     assert speak == {

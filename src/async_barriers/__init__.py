@@ -12,13 +12,7 @@ from ._errors import (
     BarrierTimeoutError,
     BrokenBarrierError,
 )
-from ._values import (
-    BarrierProgress,
-    BarrierResult,
-    BarrierStatistics,
-    CommitRecord,
-    MissingRank,
-)
+from ._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord, MissingRank
 from .dist_barrier import DistBarrier
 from .observer import CommitObserver
 from .step_signal import StepSignal

@@ -19,8 +19,9 @@ from ._doctor.newcomer import LookUps, first_connection
 from ._doctor.report import Finding, Report, of_error, of_facts, of_roll
 from ._doctor.roll import Roll
 from ._errors import BarrierConnectionError, BarrierError
+from ._store.event_loop import Loop
 from ._store.future import Effort
-from ._store.loops import Loop, loop_here
+from ._store.loops import loop_here
 from ._store.sources import Connection
 from ._store.waiting import settled
 from .store_barrier import StoreBarrier

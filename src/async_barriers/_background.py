@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import anyio
 
 from ._publish import begun_in_thread, is_async
-from ._store.loops import Loop, loop_here
-from ._store.promises import told
+from ._store.event_loop import Loop
+from ._store.loops import loop_here
+from ._store.waiting import told
 
 T = TypeVar("T")
 

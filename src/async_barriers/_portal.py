@@ -37,7 +37,8 @@ from ._errors import (
     out_of_threads,
     told_by,
 )
-from ._store.loops import Loop, Waiter, loop_here
+from ._store.event_loop import Loop, Waiter
+from ._store.loops import loop_here
 from ._store.worker import Living, Promise, end_at_exit, in_own_thread
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from ._barrier import Publish
 from ._errors import BarrierError, out_of_threads
-from ._store.loops import Loop
-from ._store.promises import told
+from ._store.event_loop import Loop
+from ._store.waiting import told
 from ._store.worker import Promise, in_own_thread
 
 T = TypeVar("T")

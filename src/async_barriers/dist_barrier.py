@@ -29,8 +29,7 @@ from ._missing import had_not_entered
 from ._protocol.count import MAX_RANKS
 from ._protocol.verdict import unranged
 from ._store.future import Future
-from ._store.promises import told
-from ._store.waiting import until_done
+from ._store.waiting import told, until_done
 from ._values import BarrierResult
 
 _CLOSED = "it closed its barrier"

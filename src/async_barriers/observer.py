@@ -16,7 +16,7 @@ from ._errors import BarrierError, BarrierTimeoutError, describe
 from ._observer.watch import CONNECT_SECS, Watch
 from ._protocol.keys import Keys, check_name, check_prefix
 from ._protocol.records import KEPT, Log, Record
-from ._store.loops import Loop
+from ._store.event_loop import Loop
 from ._store.sources import PassedIn, Source, StoreAt
 from ._store.waiting import settled, sleep
 from ._values import CommitRecord

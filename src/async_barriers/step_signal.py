@@ -14,7 +14,7 @@ from ._client.gate import Round
 from ._errors import BarrierError
 from ._portal import wait_for
 from ._store.loops import loop_here
-from ._store.promises import told
+from ._store.waiting import told
 
 __all__ = ["BlockingStepSignal", "StepSignal"]
 

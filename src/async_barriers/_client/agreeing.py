@@ -31,10 +31,12 @@ from .._portal import Portal
 from .._protocol.keys import check_name
 from .._protocol.signal import Sent, decoded, sending
 from .._protocol.store import Read, Request
-from .._store.loops import Loop, Waiter, loop_here
+from .._store.event_loop import Loop, Waiter
+from .._store.loops import loop_here
 from .._store.waiting import settled
 from .._store.worker import Promise
 from .barrier import CrossingBarrier
+from .crossing import Crossing
 from .gate import Agreement, Gate, Round
 
 _RETRY_SECS = 1.0
@@ -219,7 +221,7 @@ class Agent:
         """
         session = self._barrier._session
         if not session.stands:
-            await self._barrier._crossing(self._name, None, within_secs).ready()
+            await Crossing(session, self._name, None, within_secs, self._barrier._watch).ready()
         membership = session.membership
         if membership is not None and membership.state.identity != self._turn[0]:
             self._turn = (membership.state.identity, 0)

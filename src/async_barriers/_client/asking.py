@@ -7,7 +7,7 @@ from .._errors import BarrierConnectionError, describe, seconds, told_by
 from .._protocol import records
 from .._protocol.keys import Keys
 from .._protocol.store import Read
-from .._store.loops import Loop
+from .._store.event_loop import Loop
 from .._store.sources import Connection
 from .._store.waiting import settled, sleep
 from .._values import CommitRecord

@@ -35,9 +35,8 @@ from .._protocol.count import COMMIT, GATHER, MAX_RANKS
 from .._protocol.keys import Keys, check_name, check_prefix
 from .._publish import is_async
 from .._store.loops import loop_here
-from .._store.promises import told
 from .._store.sources import Beside, PassedIn, Source, StoreAt
-from .._store.waiting import settled, until_done
+from .._store.waiting import settled, told, until_done
 from .._store.worker import Promise
 from .._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
 from .asking import became
@@ -122,7 +121,7 @@ class CrossingBarrier(Barrier):
     async def connect(self) -> None:
         self._check_call("", None, CONFIGURED)
         try:
-            await self._crossing("", None, None).ready()
+            await Crossing(self._session, "", None, None, self._watch).ready()
         except BrokenBarrierError:
             # The store was reached. A call that waits for the rank that left says so.
             if self._session.closed_by is None:
@@ -162,7 +161,7 @@ class CrossingBarrier(Barrier):
         check_publish(publish)
         check_world(leader, self._session.world_size)
         brought = await self._checked(payload, name, step, ValueError)
-        crossing = self._crossing(name, step, timeout, watch, COMMIT, leader)
+        crossing = Crossing(self._session, name, step, timeout, watch, COMMIT, leader)
         try:
             try:
                 released = await crossing.decided(brought)
@@ -190,15 +189,16 @@ class CrossingBarrier(Barrier):
         timeout = self._check_call(name, step, timeout_secs)
         watch = self._watch_of(stalled_after_secs)
         brought = await self._checked(payload, name, step, ValueError)
-        crossing = self._crossing(name, step, timeout, watch, GATHER)
-        return await crossing.gathered(brought)
+        crossing = Crossing(self._session, name, step, timeout, watch, GATHER)
+        await crossing.decided(brought)
+        return crossing.brought
 
     async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         self._check_call(name, step, CONFIGURED)
         if not isinstance(reason, str):
             raise TypeError(f"reason must be a string, not {reason!r}")
         session = self._session
-        crossing = self._crossing(name, step, None)
+        crossing = Crossing(session, name, step, None, self._watch)
         phase = session.awaited(name, step)
         if phase is not None and phase.publishing is not None:
             publishing = phase.publishing
@@ -308,7 +308,7 @@ class CrossingBarrier(Barrier):
             return
         owes = True
         try:
-            crossing = self._crossing(name, step, UNDO_SECS)
+            crossing = Crossing(session, name, step, UNDO_SECS, self._watch)
             if not session.stands:
                 await crossing.ready()
             phase = session.begin(name, step)
@@ -367,17 +367,6 @@ class CrossingBarrier(Barrier):
         if isinstance(stalled_after_secs, Configured):
             return self._watch
         return self._watch.with_stalled(check_timeout("stalled_after_secs", stalled_after_secs))
-
-    def _crossing(
-        self,
-        name: str,
-        step: int | None,
-        timeout: float | None,
-        watch: Watch | None = None,
-        kind: int = 0,
-        leader: int = -1,
-    ) -> Crossing:
-        return Crossing(self._session, name, step, timeout, watch or self._watch, kind, leader)
 
     async def _break(
         self, crossing: Crossing, phase: Phase, reason: str, within_secs: float

@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 from .._errors import BarrierConnectionError, BrokenBarrierError, in_one_line
+from .._protocol import breaking as breaks
 from .._protocol import commit as commits
 from .._protocol import membership as members
-from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.phase import Forgotten
 from .._protocol.store import CompareSet, Read, Request, SetMany
@@ -79,7 +79,7 @@ class Breaking(Hearing):
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
                 tells = _telling(phase) if at_once else ()
-                judged, ours = await phases.give_up(
+                judged, ours = await breaks.give_up(
                     connection, phase.entry, broken, entered=sure, names_missing=names, tells=tells
                 )
                 told = ours and at_once

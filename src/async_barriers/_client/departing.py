@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
+from .._errors import BarrierConnectionError
+from .._protocol import leaving
 from .._protocol import phase as phases
 from .._protocol.count import GATHER
+from .._protocol.membership import Membership
 from .._protocol.phase import Forgotten
 from .._protocol.store import Add, CompareSet, Delete, Read, Request
 from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
+from .._store.waiting import sleep
 from .phases import Departure, Phase, Turns, nothing
 from .pool import Pool
+from .state import PEERS_SECS
 
 T = TypeVar("T")
 
@@ -164,6 +170,7 @@ class Departing(Pool):
         self._tidy_soon()
 
     def _depart_alone(self, connection: Connection) -> None:
+        """Before a message that enters no phase: have the departures in the outbox answered."""
         for requests, heard in connection.outbox:
             if isinstance(heard, partial) and heard.func == self._departed:
                 requests[:] = phases.departing_alone(heard.args[0].entry)
@@ -201,6 +208,20 @@ class Departing(Pool):
             on.outbox.append((phases.spent(entry, broken=True), nothing))
             self._tidy_soon()
         turns.tried_early.clear()
+
+    async def _drain(self, membership: Membership) -> None:
+        """Let the host leave, once nothing here depends on it."""
+        deadline = self._now() + PEERS_SECS
+        # A decided phase, too, may have a result to fetch.
+        while self._now() < deadline and any(p.membership is membership for p in self.open):
+            await sleep(self.running, 0.01)
+        bell = self._bell
+        if bell is None:
+            return
+        with contextlib.suppress(BarrierConnectionError):
+            await self._flush()
+            await self._end_waits()
+            await leaving.release_host(bell, membership)
 
     async def _using(self, phase: Phase, call: Coroutine[Any, Any, T]) -> T:
         """Make a call that may use another connection than the phase's own, and depart only after

@@ -6,10 +6,13 @@ import contextlib
 from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, describe
+from .._protocol import breaking as breaks
 from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, Count
+from .._protocol.membership import Membership
+from .._protocol.presence import encode_answer
 from .._protocol.store import Delete, Read, Request
 from .._protocol.verdict import Broken, Released
 from .._store.sources import Connection
@@ -160,10 +163,20 @@ class Hearing(Entering):
         bell = self._bell
         if bell is None:
             return None
-        return await self._using(phase, phases.survey(bell, phase.entry))
+        return await self._using(phase, breaks.survey(bell, phase.entry))
 
     async def ask_not_joined(self) -> tuple[int, ...]:
         bell, membership = self._bell, self.membership
         if bell is None or membership is None:
             return ()
         return await members.not_joined(bell, membership)
+
+    async def _answer_still(self, bell: Connection, over: Membership) -> None:
+        """Answer ranks that ask, although this one has not joined again yet."""
+        own = over.own
+        with contextlib.suppress(BarrierConnectionError):
+            take = Delete([own.bell(self.rank)]), Read(own.asked(self.rank))
+            (asked,) = await bell.call(*take, wait=own.bell(self.rank))
+            if asked:
+                said = encode_answer(self.rank, self.said.answer)
+                await members.answer(bell, over, asked, said)

@@ -17,7 +17,7 @@ from .._errors import (
 from .._protocol import claiming
 from .._protocol import membership as members
 from .._protocol.keys import Keys
-from .._protocol.membership import Closed, Membership, State
+from .._protocol.membership import Closed, Membership
 from .._protocol.store import Read
 from .._protocol.verdict import Broken
 from .._store.future import Effort
@@ -95,7 +95,8 @@ class Joining(Listening):
         elif before is not None and closed_by is not None:
             await self._await_return(store, before, closed_by)
         if before is not None:
-            self._break_all(before, store, await self._successor(store, before))
+            around = members.surroundings(before, await store.call(*members.around(before)))
+            self._break_all(before, store, around.successor)
         life = process.new_life(self.run_id)
         # The server accepts it meanwhile.
         opening = self._opening()
@@ -124,10 +125,6 @@ class Joining(Listening):
         self.host_left = False
         self._rings = True
         await self._stand(store, Turns(joined), opening)
-
-    async def _successor(self, store: Connection, before: Membership) -> State | None:
-        found = await store.call(*members.around(before))
-        return members.surroundings(before, found).successor
 
     def _opening(self) -> Effort[Connection]:
         return self.start(self._open(self.running, self._now() + self.init_secs))
@@ -177,12 +174,11 @@ class Joining(Listening):
             if found is None or not (found.isdigit() or found == before.state.encoded):
                 return
             if self._now() >= until:
-                raise self._left_error(closed_by)
+                raise BrokenBarrierError(
+                    "", 0, closed_by.rank, closed_by.reason, prefix=self.prefix
+                )
             # Its bell may be at another connection, which is gone; this wait is short, and rare.
             await sleep(self.running, 0.05)
-
-    def _left_error(self, closed_by: Closed) -> BrokenBarrierError:
-        return BrokenBarrierError("", 0, closed_by.rank, closed_by.reason, prefix=self.prefix)
 
     def owe_turn(self, name: str, step: int | None, reason: str) -> None:
         """Break the next turn of ``name`` when the store can be reached again."""

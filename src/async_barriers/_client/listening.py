@@ -8,20 +8,20 @@ from dataclasses import replace
 from functools import partial
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
-from .._protocol import leaving
+from .._protocol import breaking as breaks
 from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
 from .._protocol.presence import encode_answer
-from .._protocol.store import Append, Delete, Read
+from .._protocol.store import Append, Read
 from .._protocol.verdict import Broken, number
 from .._store.sources import Connection
 from .._store.waiting import sleep
 from .breaking import Breaking
 from .phases import Phase, Turns, in_doubt, nothing
-from .state import PEERS_SECS, RETRY_SECS, RETRY_SECS_AT_MOST, UNDO_SECS
+from .state import RETRY_SECS, RETRY_SECS_AT_MOST, UNDO_SECS
 
 logger = logging.getLogger(__name__)
 
@@ -181,16 +181,6 @@ class Listening(Breaking):
             own = self.keys.generation(successor.identity)
             bell.call(Append(own.interrupted, b" ".join(names) + b"\n"))
 
-    async def _answer_still(self, bell: Connection, over: Membership) -> None:
-        """Answer ranks that ask, although this one has not joined again yet."""
-        own = over.own
-        with contextlib.suppress(BarrierConnectionError):
-            take = Delete([own.bell(self.rank)]), Read(own.asked(self.rank))
-            (asked,) = await bell.call(*take, wait=own.bell(self.rank))
-            if asked:
-                said = encode_answer(self.rank, self.said.answer)
-                await members.answer(bell, over, asked, said)
-
     def _break_all(
         self, membership: Membership, store: Connection, successor: State | None
     ) -> None:
@@ -224,7 +214,7 @@ class Listening(Breaking):
             on = phase.entered_on
             is_lost = on is not None and on.lost is not None and not phase.early
             arrived = phase.entered and (is_lost or not phase.unsure)
-            giving_up = phases.give_up(store, entry, broken, entered=arrived)
+            giving_up = breaks.give_up(store, entry, broken, entered=arrived)
             judged, _ = await self._using(phase, giving_up)
         except Forgotten as exc:
             if phase.early or phase.entry is not entry:
@@ -298,20 +288,6 @@ class Listening(Breaking):
                 connection.stop_waiting()
                 connection.outbox.append((phases.spent(before, broken=True), nothing))
                 self._enter_on(connection, phase, phase.payload)
-
-    async def _drain(self, membership: Membership) -> None:
-        """Let the host leave, once nothing here depends on it."""
-        deadline = self._now() + PEERS_SECS
-        # A decided phase, too, may have a result to fetch.
-        while self._now() < deadline and any(p.membership is membership for p in self.open):
-            await sleep(self.running, 0.01)
-        bell = self._bell
-        if bell is None:
-            return
-        with contextlib.suppress(BarrierConnectionError):
-            await self._flush()
-            await self._end_waits()
-            await leaving.release_host(bell, membership)
 
 
 def _named(name: str) -> bytes:

@@ -48,11 +48,7 @@ class Outcomes:
         return records.noting(keys, record, verdict.result, expected=expected, noted=noted)
 
     def noted(
-        self,
-        connection: Connection,
-        phase: Phase,
-        count: int,
-        start: Callable[[Any], object],
+        self, connection: Connection, phase: Phase, count: int, start: Callable[[Any], object]
     ) -> None:
         """The store has ``count`` records: wake the observers that wait, and drop old records."""
         keys, record = phase.membership.keys, phase.record

@@ -13,8 +13,8 @@ from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Entry
 from .._protocol.records import Record
 from .._protocol.verdict import Broken, Released, Verdict
+from .._store.event_loop import Waiter
 from .._store.future import Effort
-from .._store.loops import Waiter
 from .._store.sources import Connection
 
 # Of a name without a step that was decided: the step, how it was, the rank that broke it, and why.

@@ -8,13 +8,7 @@ import anyio
 
 from .._barrier import Publish
 from .._checks import checked_blob
-from .._errors import (
-    BarrierClosedError,
-    BarrierConnectionError,
-    BarrierError,
-    another,
-    describe,
-)
+from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, another, describe
 from .._protocol.verdict import Broken, Released, Verdict
 from .._publish import Publishing
 from .._reasons import reason_of

@@ -16,8 +16,8 @@ from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, 
 from .._protocol import leaving
 from .._protocol.membership import Membership
 from .._protocol.store import Delete, Read
+from .._store.event_loop import Loop
 from .._store.future import Future
-from .._store.loops import Loop
 from .._store.private_loop import PrivateLoop
 from .._store.waiting import within
 from .._store.worker import Promise
@@ -234,7 +234,8 @@ class Session(Joining):
 
     def _leave_now(self, deadline: float, how: str) -> None:
         if self.membership is None and not self.open:
-            self._close_quietly()
+            with contextlib.suppress(RuntimeError, OSError):
+                self._close()
             return
         private = PrivateLoop()
         with contextlib.suppress(RuntimeError, OSError):
@@ -248,7 +249,3 @@ class Session(Joining):
             if not leaving.done:
                 self._close()
         private.close()
-
-    def _close_quietly(self) -> None:
-        with contextlib.suppress(RuntimeError, OSError):
-            self._close()

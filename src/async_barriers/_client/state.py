@@ -18,9 +18,10 @@ from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership
 from .._protocol.phase import Entry
 from .._protocol.store import Request
-from .._protocol.verdict import Broken, Verdict
+from .._protocol.verdict import Verdict
+from .._store.event_loop import Loop
 from .._store.future import Effort, Future
-from .._store.loops import Loop, loop_here
+from .._store.loops import loop_here
 from .._store.sources import Connection, Source
 from .._store.worker import end_at_exit
 from .outcomes import Outcomes
@@ -254,40 +255,15 @@ class SessionState:
         """The beginning of all our keys; known once a connection is open."""
         return self._source.namespace
 
-    # -- methods of the layers above -----------------------------------------------------
-
-    def join(self) -> Effort[None]:
-        raise NotImplementedError
-
-    def end_with_loop(self) -> None:
-        raise NotImplementedError
-
-    def _depart_alone(self, connection: Connection) -> None:
-        """Before a message that enters no phase: have the departures in the outbox answered."""
-        raise NotImplementedError
-
-    def _woken(self, phase: Phase) -> None:
-        raise NotImplementedError
-
-    async def _look(self, phase: Phase, connection: Connection, *, came_late: bool = False) -> None:
-        raise NotImplementedError
-
-    async def _collect(self, phase: Phase, connection: Connection, *log: bytes | None) -> None:
-        raise NotImplementedError
-
-    def _begin_giving_up(
-        self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
-    ) -> Future[bool]:
-        raise NotImplementedError
-
-    async def settle_commit(self, phase: Phase, verdict: Verdict) -> Verdict:
-        raise NotImplementedError
-
-    def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:
-        raise NotImplementedError
-
-    def _bell_lost(self, bell: Connection, error: BarrierConnectionError) -> None:
-        raise NotImplementedError
-
-    async def _all_joined(self, turns: Turns, bell: Connection) -> None:
-        raise NotImplementedError
+    # Methods of the layers above.
+    join: Callable[[], Effort[None]]
+    end_with_loop: Callable[[], None]
+    _depart_alone: Callable[[Connection], None]
+    _woken: Callable[[Phase], None]
+    _look: Callable[..., Coroutine[Any, Any, None]]
+    _collect: Callable[..., Coroutine[Any, Any, None]]
+    _begin_giving_up: Callable[..., Future[bool]]
+    settle_commit: Callable[[Phase, Verdict], Coroutine[Any, Any, Verdict]]
+    _phase_lost: Callable[[Phase, BarrierConnectionError], None]
+    _bell_lost: Callable[[Connection, BarrierConnectionError], None]
+    _all_joined: Callable[[Turns, Connection], Coroutine[Any, Any, None]]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from .. import _progress
 from .._errors import BarrierConnectionError, BarrierError
 from .._protocol.heard import Heard
+from .._store.event_loop import Loop
 from .._store.future import Effort
-from .._store.loops import Loop
 from .._store.waiting import settled
 from .._values import BarrierProgress, MissingRank
 from .phases import Phase

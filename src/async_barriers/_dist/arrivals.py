@@ -15,8 +15,8 @@ from .._errors import BarrierConnectionError
 from .._missing import had_not_entered
 from .._protocol.store import Add, Append, Delete, Read, Set
 from .._store.blocking_store import BlockingStore
-from .._store.loops import Loop
-from .._store.promises import told
+from .._store.event_loop import Loop
+from .._store.waiting import told
 from .._store.worker import Promise, Worker
 from .departures import MOMENT_SECS, Gone, decode
 from .group import Group

@@ -21,8 +21,9 @@ from .._errors import (
     seconds,
 )
 from .._reasons import reason_of
-from .._store.loops import Loop, loop_here
-from .._store.promises import told
+from .._store.event_loop import Loop
+from .._store.loops import loop_here
+from .._store.waiting import told
 from .._store.worker import Promise, end_at_exit
 from .arrivals import CONNECTING, ArrivalLog
 from .call import Call, Steps, or_inf
@@ -286,12 +287,7 @@ class Calls:
         if called_back or not call.promise.done():
             self.break_for_good(why)
             raise BarrierTimeoutError(
-                call.name,
-                call.sequence,
-                missing,
-                timeout,
-                detail=detail,
-                in_doubt=not called_back,
+                call.name, call.sequence, missing, timeout, detail=detail, in_doubt=not called_back
             )
 
     def _broken(self, name: str, sequence: int) -> BarrierError:

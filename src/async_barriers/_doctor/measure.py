@@ -19,8 +19,9 @@ from .._client.barrier import CrossingBarrier
 from .._errors import BarrierConnectionError, BarrierError, seconds
 from .._protocol.store import Read
 from .._store.connecting import in_thread
+from .._store.event_loop import Loop
 from .._store.future import Effort
-from .._store.loops import Loop, loop_here
+from .._store.loops import loop_here
 from .._store.sources import Connection, Source
 from .._store.waiting import settled
 from .newcomer import LookUps

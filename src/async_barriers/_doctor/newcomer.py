@@ -10,8 +10,8 @@ from typing import Any
 
 from .._store import connecting
 from .._store.connecting import in_thread
+from .._store.event_loop import Loop
 from .._store.future import Effort
-from .._store.loops import Loop
 from .._store.sources import Connection, Source, StoreAt, by_threads
 from .._store.waiting import settled
 

@@ -17,7 +17,7 @@ from .._protocol.count import MAX_RANKS
 from .._protocol.membership import Life
 from .._protocol.store import Add, Append, Delete, Read, Set
 from .._protocol.verdict import RUBBISH
-from .._store.loops import Loop
+from .._store.event_loop import Loop
 from .._store.sources import Connection
 from .._store.waiting import sleep
 

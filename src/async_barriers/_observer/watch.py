@@ -11,25 +11,19 @@ import contextlib
 import os
 from typing import Any
 
-from .._errors import (
-    BarrierClosedError,
-    BarrierConnectionError,
-    BarrierError,
-    describe,
-    seconds,
-)
+from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe, seconds
 from .._protocol import records
 from .._protocol.keys import Keys
 from .._protocol.records import Log, Record, public
 from .._protocol.store import Read
 from .._protocol.verdict import number
 from .._store.connection import SocketConnection
+from .._store.event_loop import Loop, Waiter
 from .._store.future import Effort, Future
-from .._store.loops import Loop, Waiter, loop_here
-from .._store.promises import told
+from .._store.loops import loop_here
 from .._store.sources import Connection, Source
 from .._store.threads import ThreadedConnection
-from .._store.waiting import settled, sleep, within
+from .._store.waiting import settled, sleep, told, within
 from .._store.worker import end_at_exit
 from .._values import CommitRecord
 

@@ -189,8 +189,10 @@ def _members(keys: Keys, world_size: int) -> list[Request]:
 def _dead(found: list[Any], state: State, life: Life, lives: Lives) -> int | None:
     """A member whose process is known to have ended: its successor would end the generation under
     this rank, which never met it. None if there is none; another machine's cannot be known."""
+    identity, machine = state.identity.encode(), life.machine.encode()
     for rank, held in enumerate(found):
-        if held is None or state.identity.encode() not in held:
+        # To decode thousands of them takes long.
+        if held is None or identity not in held or machine not in held:
             continue
         member = member_of(held)
         ours = (member.life.machine, member.life.pid) == (life.machine, life.pid)

@@ -1,4 +1,4 @@
-"""One phase: what a rank writes to enter, to give up, to look and to depart, and in which order.
+"""One phase: what a rank writes to enter, to look and to depart, and in which order.
 
 The verdict is a function of the phase's count (see `count`); docs/design.md argues why. The other
 keys explain it: the log names the ranks that entered, and those that have departed; the reason says
@@ -9,7 +9,6 @@ which rank broke it and why.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from .._errors import BarrierConnectionError
@@ -25,17 +24,13 @@ from .verdict import (
     decode_reason,
     decode_word,
     different_call,
-    differing,
     encode_reason,
-    missing,
     number,
-    ranges,
     show,
-    unranged,
 )
 
 # In worlds up to this size, each rank reads all arrivals to learn which ranks are missing.
-_FEW = 256
+FEW = 256
 
 
 class Forgotten(BarrierConnectionError):
@@ -56,10 +51,21 @@ class Entry:
     :ivar code: what its count says of the call; see `count.code`
     :ivar leader: the leader of a commit
     :ivar leads: whether this rank is the leader
+    :ivar awaited: the key that this rank waits for once it has entered
     :ivar world: what makes a count full: so many ranks, with this call
     """
 
-    __slots__ = ("code", "keys", "kind", "leader", "leads", "rank", "world", "world_size")
+    __slots__ = (
+        "awaited",
+        "code",
+        "keys",
+        "kind",
+        "leader",
+        "leads",
+        "rank",
+        "world",
+        "world_size",
+    )
 
     def __init__(
         self, keys: PhaseKeys, rank: int, world_size: int, kind: int = EXECUTE, leader: int = -1
@@ -72,6 +78,7 @@ class Entry:
         self.leads = kind == COMMIT and leader == rank
         self.code = 0 if kind == EXECUTE else counts.code(kind, leader, world_size)
         self.world = world_size, self.code
+        self.awaited = keys.settled if kind == COMMIT and not self.leads else keys.released
 
     def under(self, keys: PhaseKeys) -> Entry:
         """The same entry in another phase."""
@@ -85,12 +92,6 @@ class Entry:
     def apart(self) -> bool:
         """Whether payloads stand in a log of their own."""
         return self.world_size > IN_LOG
-
-    @property
-    def awaited(self) -> str:
-        """The key that this rank waits for once it has entered."""
-        follows = self.kind == COMMIT and not self.leads
-        return self.keys.settled if follows else self.keys.released
 
 
 def entering(entry: Entry, payload: bytes = b"") -> list[Request]:
@@ -151,7 +152,7 @@ async def judge(
 ) -> Verdict | Count:
     """As `look`, from a count and a reason that were read."""
     while not counts.is_count(value):
-        reason, value = await _foul(store, entry, value or b"")
+        reason, value = await break_foul(store, entry, value or b"")
     if entered and not value:
         raise Forgotten
     count = counts.of_value(value)
@@ -175,7 +176,7 @@ async def judge(
         return count  # Something else wrote there; the leader may still overwrite it.
 
 
-async def _foul(
+async def break_foul(
     store: Store, entry: Entry, value: bytes, tells: Sequence[Request] = ()
 ) -> tuple[bytes | None, bytes]:
     """Break a phase whose count is no number, so that later ranks can add to it.
@@ -220,90 +221,6 @@ async def confirm(store: Store, entry: Entry) -> Released | None:
     return Released(number(last))
 
 
-async def give_up(
-    store: Store,
-    entry: Entry,
-    broken: Broken,
-    *,
-    entered: bool,
-    names_missing: bool = False,
-    tells: Sequence[Request] = (),
-) -> tuple[Verdict | Count, bool]:
-    """Break the phase, unless it is decided. Return the verdict, and whether this call broke it.
-
-    If all are in a commit, the count stands for the verdict, since only its leader can settle it.
-
-    :param names_missing: name the missing ranks from the log; else ``broken`` names them, and
-        nothing is looked up
-    :param tells: requests after the break, in the same message
-    """
-    keys = entry.keys
-    reads: list[Request] = [Read(keys.count), Read(keys.reason)]
-    if names_missing:
-        reads.append(Read(keys.log))
-    value, reason, *log = await store.call(*reads)
-    while True:
-        if not counts.is_count(value):
-            reason, value = await _foul(store, entry, value or b"", tells)
-            if value == counts.of_sum(0).broken_by(entry.rank):
-                return decode_reason(reason), True
-            continue
-        judged = await judge(store, entry, value, reason, entered=entered)
-        if not isinstance(judged, Count) or judged.full(*entry.world):
-            if reason is not None and not isinstance(judged, Broken):
-                # The last rank entered meanwhile: nobody asks for a reason, unless leaders differ.
-                differ = entry.kind == COMMIT and differing(*await store.call(Read(keys.log)))
-                if not differ:
-                    await store.call(Delete([keys.reason]))
-            return judged, False
-        if log:
-            broken = replace(broken, missing=missing(log[0], entry.world_size))
-            log = []
-        held, wanted = value or b"", judged.broken_by(entry.rank)
-        # One message, so that a rank that is killed here leaves no reason without a break.
-        reason, value, *_ = await store.call(
-            CompareSet(keys.reason, b"", encode_reason(broken)),
-            CompareSet(keys.count, held, wanted),
-            *tells,
-        )
-        if value == wanted:
-            return decode_reason(reason), True
-        if value == held:
-            # This is the answer for an absent key: it was deleted after it was read.
-            await store.call(Delete([keys.reason]))
-            raise Forgotten
-        # Another rank entered or broke it meanwhile: look again.
-
-
-async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
-    """The ranks that have not entered.
-
-    In worlds of up to 256 ranks, each rank reads the log. In larger ones one rank reads it and
-    leaves a summary, which the others use until another rank enters.
-    """
-    keys = entry.keys
-    if entry.world_size <= _FEW:
-        (log,) = await store.call(Read(keys.log))
-        return missing(log, entry.world_size)
-    value, summary = await store.call(Read(keys.count), Read(keys.summary))
-    arrived, _, ranked = (summary or b"").partition(b":")
-    try:
-        if arrived == b"%d" % counts.of_value(value).arrived:
-            return unranged(ranked.decode())
-    except ValueError:
-        pass  # Something else wrote it.
-    value, log = await store.call(Read(keys.count), Read(keys.log))
-    absent = missing(log, entry.world_size)
-    try:
-        arrived = b"%d" % counts.of_value(value).arrived
-    except ValueError:
-        return absent
-    await store.call(
-        CompareSet(keys.summary, summary or b"", arrived + b":" + ranges(absent).encode())
-    )
-    return absent
-
-
 def departing(entry: Entry) -> list[Request]:
     """What a rank writes, with its entry into another phase, when it will not look at this one any
     more; not answered."""
@@ -335,7 +252,7 @@ def spent(
     names = [keys.log, keys.count, keys.released]
     if alone:
         names.append(keys.departed)
-    if entry.world_size > _FEW:
+    if entry.world_size > FEW:
         names.append(keys.summary)
     if entry.kind == COMMIT:
         names += [keys.word, keys.settled]

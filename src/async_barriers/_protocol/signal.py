@@ -45,7 +45,4 @@ def decoded(value: bytes | None) -> Sent | None:
 
 def sending(keys: Keys, membership: Membership, held: bytes, said: Sent) -> list[Request]:
     """Replace the entry ``held`` and wake all, in one message, so that all learn of it."""
-    return [
-        CompareSet(keys.signal, held, said.encode()),
-        SetMany(membership.bells, b"signal"),
-    ]
+    return [CompareSet(keys.signal, held, said.encode()), SetMany(membership.bells, b"signal")]

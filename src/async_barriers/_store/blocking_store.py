@@ -17,17 +17,7 @@ from typing import Any
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
-from .._protocol.store import (
-    Add,
-    Append,
-    CompareSet,
-    Delete,
-    Get,
-    Read,
-    Request,
-    Set,
-    SetMany,
-)
+from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
 from .._system import deafen
 from .wire import ABSENT
 

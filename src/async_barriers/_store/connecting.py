@@ -17,8 +17,8 @@ from .._errors import BarrierConnectionError, out_of_threads, seconds, told_by
 from .._system import hosted_here
 from . import wire
 from .connection import SocketConnection
+from .event_loop import Loop
 from .future import Effort, Future
-from .loops import Loop
 from .threads import ThreadedConnection
 from .waiting import sleep, within, writable
 from .worker import in_own_thread
@@ -57,11 +57,7 @@ async def in_thread(loop: Loop, name: str, call: Callable[[], Any]) -> Any:
 
 
 async def connect(
-    loop: Loop,
-    host: str,
-    port: int,
-    deadline: float,
-    failures: list[BaseException] | None = None,
+    loop: Loop, host: str, port: int, deadline: float, failures: list[BaseException] | None = None
 ) -> SocketConnection:
     """Connect to the server of a TCPStore, which has proved that it is one.
 
@@ -249,14 +245,6 @@ def host_store(port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
 
 
 def _probe_port(port: int) -> None:
-    family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
-    try:
-        probe = socket.socket(family, socket.SOCK_STREAM)
-    except OSError:
-        probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    with probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if probe.family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        probe.bind(("", port))
-        probe.listen(1)
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    socket.create_server(("", port), family=family, backlog=1, dualstack_ipv6=dual).close()

@@ -13,8 +13,8 @@ from .._errors import BarrierConnectionError, another, told_by
 from .._protocol.store import Delete, Request
 from .._system import UNHARMED, prepare, unsent
 from . import wire
+from .event_loop import Loop
 from .future import Future
-from .loops import Loop
 
 _MOST = 1 << 18
 _RESET = struct.pack("ii", 1, 0)

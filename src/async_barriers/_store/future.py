@@ -20,14 +20,16 @@ class Future(Generic[T]):
     """A value or an error that comes once; not thread-safe.
 
     A callback that raises is called once more, so each can be called twice.
+
+    :ivar error: its error, if it failed
     """
 
-    __slots__ = ("_callbacks", "_error", "_value", "done")
+    __slots__ = ("_callbacks", "_value", "done", "error")
 
     def __init__(self) -> None:
         self.done = False
         self._value: T
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._callbacks: list[Callable[[], object]] = []
 
     def resolve(self, value: T) -> None:
@@ -39,7 +41,7 @@ class Future(Generic[T]):
     def fail(self, error: BaseException) -> None:
         """Give it an error, unless it is done, and call the callbacks."""
         if not self.done:
-            self._error = error
+            self.error = error
             self._finish()
 
     def _finish(self) -> None:
@@ -66,14 +68,9 @@ class Future(Generic[T]):
 
     def result(self) -> T:
         """Return the value or raise the error. It must be done."""
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self._value
-
-    @property
-    def error(self) -> BaseException | None:
-        """The error, if it failed."""
-        return self._error
 
     def when_done(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` when it is done, or now if it is done already."""

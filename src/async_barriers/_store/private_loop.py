@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from .loops import Callback, Waiter
+from .event_loop import Callback, Waiter
 
 
 class _PrivateTimer:

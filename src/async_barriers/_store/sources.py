@@ -17,7 +17,7 @@ from . import connecting, copies
 from .blocking_store import innermost
 from .connecting import NotUnderstood, in_thread
 from .connection import SocketConnection
-from .loops import Loop
+from .event_loop import Loop
 from .threads import ThreadedConnection
 from .waiting import sleep
 

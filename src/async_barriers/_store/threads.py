@@ -12,8 +12,8 @@ from torch.distributed import Store
 from .._errors import BarrierConnectionError, another, out_of_threads
 from .._protocol.store import SILENT, Delete, Read, Request, Set
 from .blocking_store import BlockingStore, lost
+from .event_loop import Loop
 from .future import Future
-from .loops import Loop
 from .worker import Promise, Worker, end_at_exit, wait_for_all
 
 _TRIES, _TRY_SECS = 10, 0.1

@@ -1,12 +1,14 @@
-"""Times and sockets as Futures, for coroutines that run on any loop."""
+"""Waiting on any loop: for times, sockets, Futures, and the results of threads."""
 
 from __future__ import annotations
 
+import math
 import socket
 from typing import Any, TypeVar
 
+from .event_loop import Loop
 from .future import Future
-from .loops import Loop
+from .worker import Promise
 
 T = TypeVar("T")
 
@@ -76,3 +78,18 @@ async def until_done(loop: Loop, future: Future[T], secs: float) -> bool:
     if cancelled is not None:
         raise cancelled
     return future.done
+
+
+async def told(loop: Loop, promise: Promise[Any], until: float = math.inf) -> bool:
+    """In a task of the loop: wait for ``promise``, until the loop's clock says ``until``.
+
+    True if it is settled.
+
+    **Cancellation:** the call behind the promise goes on.
+    """
+    if promise.done():
+        return True
+    waiter = loop.waiter()
+    promise.when_settled(lambda: loop.post(waiter.wake))
+    await waiter.wait(until)
+    return promise.done()

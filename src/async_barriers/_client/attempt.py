@@ -1,0 +1,165 @@
+"""A call on its way to a phase: joining, what goes wrong on the way, and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    BarrierTimeoutError,
+    BrokenBarrierError,
+    another,
+    describe,
+    seconds,
+    told_by,
+)
+from .._store.event_loop import Loop
+from .._store.future import Future
+from .._store.waiting import settled, until_done
+from .phases import Phase
+from .session import Session
+from .state import UNDO_SECS
+from .tally import kind_of
+from .watching import Watch
+
+# How much longer a call waits for an attempt to connect, whose error says more than a timeout.
+_SAYS_WHY_SECS = 0.3
+
+
+class Attempt:
+    """One call of a rank, which may not have a phase yet."""
+
+    loop: Loop
+    session: Session
+    name: str
+    step: int | None
+    started: float
+    timeout_secs: float | None
+    deadline: float
+    watch: Watch
+    phase: Phase | None = None
+    _rejoined = False
+
+    async def ready(self) -> None:
+        """Join; join again if the generation ended or the store was lost."""
+        session, loop = self.session, self.loop
+        # A peer that heard of the restart has used up its turn; a newcomer has not.
+        self._rejoined = not session.has_joined
+        deadline = self.deadline
+        if self.timeout_secs == 0:
+            # What is decided now only a store can tell that was reached.
+            deadline = self.started + UNDO_SECS
+        within_secs = max(0.0, min(deadline - loop.now(), session.init_secs))
+        until = loop.now() + within_secs
+        begun_before = session.joining
+        while not session.stands:
+            if session.closing:
+                raise BarrierClosedError(describe(session.prefix))
+            joining = session.join()
+            # An attempt that runs out of time says why, if it gets a moment more.
+            if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, deadline)):
+                if (closed := session.closed_by) is not None:
+                    raise self._broken(closed.rank, closed.reason)
+                why = session.why_not
+                error = BarrierConnectionError(
+                    f"rank {session.rank} did not reach the store of {describe(session.prefix)} "
+                    f"within {seconds(within_secs)}; "
+                    + ("" if why is None else f"{told_by(why)}; ")
+                    + "is the process that hosts it up?"
+                )
+                raise error from why
+            if joining.error is not None and session.closing:
+                raise BarrierClosedError(describe(session.prefix))
+            failed = isinstance(joining.error, BarrierConnectionError)
+            if failed and joining is begun_before and loop.now() < until:
+                # Another call began this attempt, with less time than this call has.
+                begun_before = None
+                continue
+            if joining.error is not None:
+                raise self._fresh(joining.error)
+            if loop.now() >= until and not session.stands:
+                raise BarrierConnectionError(
+                    f"rank {session.rank} could not join {describe(session.prefix)} within "
+                    f"{seconds(within_secs)}: its peers joined again meanwhile"
+                )
+
+    async def _undone(self, phase: Phase, effort: Future[Any]) -> bool:
+        """Wait for ``effort``, which undoes what a caller did. The caller may be cancelled, so the
+        wait is shielded and bounded."""
+        with anyio.CancelScope(shield=True):
+            done = await until_done(self.loop, effort, self.session.patience_secs)
+        if not done:
+            self.session.worry(phase)
+        return done
+
+    async def _give_up_or_doubt(self, phase: Phase, effort: Future[Any]) -> None:
+        if not await self._undone(phase, effort):
+            raise self._lost(phase, phase.lost)
+
+    async def _not_joined(self) -> tuple[int, ...]:
+        asking = self.session.start(self.session.ask_not_joined())
+        await settled(self.loop, asking, min(self.deadline, self.loop.now() + UNDO_SECS))
+        if not asking.done or asking.error is not None:
+            return ()
+        absent: tuple[int, ...] = asking.result()
+        return absent
+
+    def failed(self, exc: BaseException) -> None:
+        """Count this crossing as failed, and put the barrier's prefix into the error."""
+        session, phase = self.session, self.phase
+        if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
+            # What publish raises may be of another barrier.
+            exc.prefix = exc.prefix or session.prefix
+            if isinstance(exc, BrokenBarrierError) and exc.prefix == session.prefix:
+                exc.global_rank = self.watch.global_rank(exc.rank)
+        left = session.closed_by
+        why = kind_of(
+            exc,
+            session.rank,
+            left=left is not None and getattr(exc, "rank", None) == left.rank,
+            over=phase is not None and phase.membership is not session.membership,
+        )
+        session.tally.broke(why, self.loop.now() - self.started)
+
+    def _fresh(self, error: BaseException) -> BaseException:
+        """A new error for each caller, so that its traceback does not grow with each."""
+        if isinstance(error, BrokenBarrierError):
+            return self._broken(error.rank, error.reason)
+        if isinstance(error, BarrierConnectionError):
+            # The user knows the public class, not the private subclass of this error.
+            return another(error, describe(self.name, self.step, self.session.prefix))
+        again: BaseException = error
+        if isinstance(error, BarrierError):
+            rebuild, arguments = error.__reduce__()
+            again = rebuild(*arguments)
+        again.__cause__ = error.__cause__
+        return again
+
+    def _broken(self, rank: int | None, reason: str) -> BrokenBarrierError:
+        """The error of a phase that has not begun: with its step, or the number it would have."""
+        turns, sequence = self.session.turns, self.step
+        if sequence is None:
+            sequence = 0 if turns is None else turns.next_sequence(self.name)
+        return BrokenBarrierError(self.name, sequence, rank, reason, prefix=self.session.prefix)
+
+    def _explained(self, phase: Phase, error: BarrierError) -> BarrierError:
+        if not isinstance(error, BarrierConnectionError):
+            return error
+        return self._lost(phase, error, in_doubt=error.in_doubt)
+
+    def _lost(
+        self, phase: Phase, exc: BaseException | None = None, *, in_doubt: bool | None = None
+    ) -> BarrierConnectionError:
+        why = "the store did not answer" if exc is None else str(exc)
+        error = BarrierConnectionError(
+            f"{describe(phase.name, phase.sequence, self.session.prefix)}: "
+            f"rank {self.session.rank} waited {seconds(self.loop.now() - self.started)}, then "
+            f"{why}; see whether the process that hosts the store is alive and can be reached",
+            in_doubt=phase.entered if in_doubt is None else in_doubt,
+        )
+        error.__cause__ = exc.__cause__ if exc is not None else None
+        return error

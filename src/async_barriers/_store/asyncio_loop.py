@@ -1,0 +1,192 @@
+"""The event loops of asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+import sys
+import threading
+from asyncio.events import _get_running_loop
+from collections import deque
+from collections.abc import AsyncGenerator
+
+from .event_loop import Callback, Timer
+
+# When a timer rings again.
+_AGAIN_SECS = 0.2
+
+
+class AsyncioLoop:
+    """asyncio, uvloop, and whatever else has their interface.
+
+    One timer serves all waits. A wait that ends early leaves it running for the next one, so fast
+    crossings set it once in half a minute.
+    """
+
+    lets_go = True
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._thread = threading.get_ident()
+        # The loop's own method, which saves a call.
+        self.now = loop.time
+        self.deadlines: dict[AsyncioWaiter, float] = {}
+        self.rings_at = math.inf
+        self._timers: tuple[asyncio.TimerHandle, ...] = ()
+        self._ends: list[Callback] = []
+        self._ending: AsyncGenerator[None, None] | None = None
+        self._posted: deque[Callback] = deque()
+        self._called: Callback | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.loop.is_closed()
+
+    @property
+    def elsewhere(self) -> bool:
+        return self.loop.is_running() and threading.get_ident() != self._thread
+
+    def here(self) -> bool:
+        # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+        return _get_running_loop() is self.loop and (
+            "trio" not in sys.modules or asyncio.current_task(self.loop) is not None
+        )
+
+    def watch_readable(self, sock: socket.socket, callback: Callback) -> None:
+        # By number, since asyncio describes an object that it does not know, with two system calls.
+        self.loop.add_reader(sock.fileno(), callback)
+
+    def watch_writable(self, sock: socket.socket, callback: Callback) -> None:
+        self.loop.add_writer(sock.fileno(), callback)
+
+    def unwatch_writable(self, sock: socket.socket) -> None:
+        if not self.ended and sock.fileno() >= 0:
+            self.loop.remove_writer(sock.fileno())
+
+    def unwatch(self, sock: socket.socket) -> None:
+        self.unwatch_writable(sock)
+        if not self.ended and sock.fileno() >= 0:
+            self.loop.remove_reader(sock.fileno())
+
+    def call_at(self, when: float, callback: Callback) -> Timer:
+        return self.loop.call_at(when, callback)
+
+    def post(self, callback: Callback) -> None:
+        self._posted.append(callback)
+        # A loop that has ended calls nobody. Posted twice, since a signal handler may raise as the
+        # first call begins.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._call_posted)
+            self.loop.call_soon_threadsafe(self._call_posted)
+
+    def _call_posted(self) -> None:
+        """Call the posted callbacks; one that is interrupted is called once more."""
+        posted = self._posted
+        while posted:
+            callback = posted[0]
+            if callback is self._called:
+                posted.popleft()
+                callback()
+            else:
+                self._called = callback
+                callback()
+                posted.popleft()
+            self._called = None
+
+    def waiter(self) -> AsyncioWaiter:
+        return AsyncioWaiter(self)
+
+    def at_end(self, callback: Callback) -> Callback:
+        self._ends.append(callback)
+        if self._ending is None:
+            # Before it ends, the loop closes the generators that began on it. It gives no other
+            # notice.
+            self._ending = self._end()
+            with contextlib.suppress(StopIteration):
+                self._ending.asend(None).send(None)
+        return lambda: self._not_at_end(callback)
+
+    def _not_at_end(self, callback: Callback) -> None:
+        if callback in self._ends:
+            self._ends.remove(callback)
+        if not self._ends and self._ending is not None and not self.ended:
+            ending, self._ending = self._ending, None
+            with contextlib.suppress(StopIteration, RuntimeError):
+                ending.aclose().send(None)
+
+    async def _end(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            while self._ends:
+                self._ends.pop()()
+
+    def ring_at(self, deadline: float) -> None:
+        """Set the timer, which wakes the tasks whose deadline has come.
+
+        It rings again soon after, since a signal handler may raise as it rings first.
+        """
+        set_before = self._timers
+        self._timers = tuple(
+            self.loop.call_at(when, self._ring) for when in (deadline, deadline + _AGAIN_SECS)
+        )
+        self.rings_at = deadline
+        for timer in set_before:
+            timer.cancel()
+
+    def _ring(self) -> None:
+        now = self.loop.time()
+        later = math.inf
+        for waiter, deadline in self.deadlines.items():
+            if deadline <= now:
+                waiter.wake()
+            else:
+                later = min(later, deadline)
+        if later < math.inf:
+            self.ring_at(later)
+        else:
+            self.rings_at = math.inf
+            for timer in self._timers:
+                timer.cancel()
+
+
+class AsyncioWaiter:
+    """A task of asyncio's that waits."""
+
+    __slots__ = ("_future", "_loop", "_woken")
+
+    def __init__(self, loop: AsyncioLoop) -> None:
+        self._loop = loop
+        self._future: asyncio.Future[None] | None = None
+        self._woken = False
+
+    def wake(self) -> None:
+        self._woken = True
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def wait(self, until: float) -> None:
+        if self._woken:
+            self._woken = False
+            return
+        loop = self._loop
+        self._future = loop.loop.create_future()
+        loop.deadlines[self] = until
+        try:
+            if until < loop.rings_at:
+                loop.ring_at(until)
+            await self._future
+        finally:
+            self._woken = False
+            self._future = None
+            loop.deadlines.pop(self, None)
+
+
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The asyncio loop that runs the current task, if there is one."""
+    loop = _get_running_loop()
+    # trio may run as a guest inside asyncio's loop, but in none of its tasks.
+    return loop if loop is not None and asyncio.current_task(loop) is not None else None
