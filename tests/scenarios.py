@@ -106,7 +106,8 @@ def modelled_world() -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as patch:
         for module in (
-            "_bodies", "_reasons", "_client.barrier", "_client.crossing", "_client.publication",
+            "_bodies", "_reasons", "_client.attempt", "_client.barrier", "_client.crossing",
+            "_client.publication",
         ):  # fmt: skip
             patch.setattr(f"async_barriers.{module}.anyio", anyio)
         patch.setattr(barriers, "Session", ObservedSession)

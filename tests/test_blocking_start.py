@@ -161,6 +161,18 @@ def test_cancelling(start_world: StartWorld) -> None:
     assert not done.cancel()
 
 
+def test_nobody_is_released_by_what_was_cancelled(start_world: StartWorld) -> None:
+    """Once `cancel` has returned, its arrival does not count (law 3)."""
+    world = start_world(2)
+    for _ in range(20):
+        saving = crossing(world.ranks[0], "save")
+        time.sleep(0.02)
+        assert saving.cancel()
+        with pytest.raises(BrokenBarrierError, match="its task was cancelled"):
+            world.ranks[1].execute_barrier(name="save", timeout_secs=5)
+        assert saving.cancelled()
+
+
 def test_cancelling_what_has_not_begun(start_world: StartWorld) -> None:
     """It is never made."""
     world = start_world()

@@ -295,7 +295,8 @@ def test_struck_with_a_future(pair: Pair, cancels: bool) -> None:
 
         call(strike, future.cancel if cancels else wait)
         pair.meet()
-        assert future.done() == future.cancelled()
+        # It may end just then.
+        assert not future.done() or future.cancelled()
         assert future.cancel()
         pair.meet()
 

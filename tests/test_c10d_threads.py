@@ -122,6 +122,37 @@ def test_what_was_told_to_a_loop_that_does_not_run(loop: PrivateLoop) -> None:
     following.close()
 
 
+class Struck(Exception):
+    """What a signal handler throws."""
+
+
+@pytest.mark.parametrize("when", ["an answer", "a wake"])
+def test_a_signal_handler_raises_as_a_thread_tells(loop: PrivateLoop, when: str) -> None:
+    """What was told is not known any more, so the connection is lost, and nobody waits for it."""
+    store = MemoryStore()
+    on, connection = over(store, loop)
+
+    def struck(*_: object) -> None:
+        raise Struck
+
+    lost: list[object] = []
+    connection.on_lost = lost.append
+    connection.on_wake = struck
+    on.answer(connection.call(wait="bell"))
+    if when == "an answer":
+        connection.outbox.append(([Read("k")], struck))
+        answer = connection.call(Read("k"))
+    else:
+        store.set("bell", b"ding")
+    with pytest.raises(Struck):
+        on.until(lambda: lost)
+    assert connection.lost is not None
+    assert len(lost) == 1
+    if when == "an answer":
+        assert isinstance(answer.error, BarrierConnectionError)
+    on.close()
+
+
 def test_an_error_becomes_ours(loop: PrivateLoop) -> None:
     """torch's exception is the cause of ours, and its first line is in it; all that comes later
     fails, too."""

@@ -16,7 +16,7 @@ from signal_scenarios import ObservedGate, SignalScenario
 from async_barriers._client import agreeing
 from async_barriers._client.departing import Departing
 from async_barriers._client.gate import Round
-from async_barriers._protocol import claiming, count, leaving, phase
+from async_barriers._protocol import breaking, claiming, count, leaving, phase
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Membership, State
 from async_barriers._protocol.signal import Sent, sending
@@ -106,7 +106,7 @@ def test_a_break_that_does_not_compare_is_found(monkeypatch: pytest.MonkeyPatch)
     def compare_set(key: str, expected: bytes, desired: bytes) -> CompareSet:
         return CompareSet(key, Anything() if key.endswith("/count") else expected, desired)
 
-    monkeypatch.setattr(phase, "CompareSet", compare_set)
+    monkeypatch.setattr(breaking, "CompareSet", compare_set)
     with pytest.raises(Violation, match="law 2"):
         two_that_cross().wander(runs=RUNS)
 

@@ -27,17 +27,19 @@ from reports import (
     tell,
     until_told,
 )
-from worlds import Tasks, gather
+from worlds import Tasks, free_port, gather
 
 from async_barriers import (
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
     StoreBarrier,
+    TCPStoreBarrier,
 )
 from async_barriers._protocol import leaving
 from async_barriers._protocol.membership import FIELD, GONE
 from async_barriers._protocol.store import Read
+from async_barriers._store.connection import SocketConnection
 
 in_process = pytest.mark.anyio
 as_processes = pytest.mark.processes
@@ -60,6 +62,64 @@ async def told(call: Awaitable[object], within_secs: float = KNOWN_SECS) -> Brok
 
 class Struck(Exception):
     """What a signal handler throws."""
+
+
+@in_process
+@pytest.mark.parametrize("how", ["closes", "fails"])
+async def test_a_host_that_has_left_before_its_peers_enter(how: str) -> None:
+    """They learn that at once, and why, although its store is gone; also a call after that one."""
+    async with contextlib.AsyncExitStack() as stack:
+        host, peer = ranks = [
+            TCPStoreBarrier(rank, 2, "p", 20, True, port, "127.0.0.1", 20)
+            for port in [free_port()]
+            for rank in range(2)
+        ]
+        stack.push_async_callback(peer.aclose)
+        with contextlib.suppress(Struck):
+            async with host:
+                await gather(rank.execute_barrier for rank in ranks)
+                if how == "fails":
+                    raise Struck("no disk")
+        await anyio.sleep(0.3)
+        for call in (peer.execute_barrier, partial(peer.all_gather, b"")):
+            began = time.monotonic()
+            with pytest.raises(BrokenBarrierError, match="closed its barrier") as caught:
+                await call(name="x")
+            assert time.monotonic() < began + TOLD_SECS
+            assert caught.value.rank == 0
+            assert ("no disk" in caught.value.reason) is (how == "fails")
+
+
+@in_process
+@pytest.mark.parametrize("cut_at", [0, 1], ids=["at first", "later"])
+async def test_a_connection_is_lost_as_a_rank_says_goodbye(
+    monkeypatch: pytest.MonkeyPatch, cut_at: int
+) -> None:
+    """The store is there, so it says it on another one, and its peers learn it (law 3)."""
+    leave, messages = leaving.leave, 0
+
+    def cut(store: SocketConnection, *args: Any, **options: Any) -> Any:
+        call = store.call
+
+        def loses(*requests: Any, **given: Any) -> Any:
+            nonlocal messages
+            messages += 1
+            if messages == cut_at + 1:
+                store._lose(ConnectionResetError())
+            return call(*requests, **given)
+
+        monkeypatch.setattr(store, "call", loses)
+        return leave(store, *args, **options)
+
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        waiting = tasks.start(ranks[1].execute_barrier)
+        await anyio.sleep(0.05)
+        monkeypatch.setattr(leaving, "leave", cut)
+        await ranks[0].aclose()
+        error = await waiting.raised(BrokenBarrierError)
+        assert (error.rank, error.reason) == (0, "it closed its barrier")
+        assert messages > cut_at + 1
+        assert waiting.secs < TOLD_SECS
 
 
 @in_process

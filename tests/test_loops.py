@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from worlds import Tasks
 
+from async_barriers._store.asyncio_loop import AsyncioLoop
 from async_barriers._store.event_loop import Loop
 from async_barriers._store.future import Future
 from async_barriers._store.loops import loop_here
@@ -168,6 +170,56 @@ def test_waiting_until(run: Callable[[Test], Any]) -> None:
         assert loop.now() - began > 0.02
         # A time that has passed is no time.
         await waiters[3].wait(loop.now() - 1)
+
+    run(wait)
+
+
+class Struck(Exception):
+    """What a signal handler throws."""
+
+
+@pytest.mark.parametrize("then", ["woken again", "cancelled", "late"])
+def test_a_wake_that_is_interrupted(run: Callable[[Test], Any], then: str) -> None:
+    """A signal handler raises in the midst of it: the next wake, a cancellation or the time ends
+    the wait all the same, and once."""
+
+    async def wait() -> None:
+        loop = loop_here(None)
+        if not isinstance(loop, AsyncioLoop):
+            pytest.skip("what trio does with an exception of a signal handler ends it")
+        waiter = loop.waiter()
+        ended: list[bool] = []
+
+        async def one() -> None:
+            try:
+                await waiter.wait(loop.now() + 0.3)
+            finally:
+                ended.append(True)
+            await anyio.sleep(0.05)
+
+        def interrupted(*args: Any, **options: Any) -> None:
+            call_soon(*args, **options)
+            raise Struck
+
+        for noted in (False, True):
+            ended.clear()
+            began = loop.now()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(one)
+                await anyio.sleep(0.01)
+                call_soon = loop.loop.call_soon if noted else lambda *_, **__: None
+                real = waiter._loop
+                waiter._loop = SimpleNamespace(call_soon=interrupted)  # type: ignore[assignment]
+                with pytest.raises(Struck):
+                    waiter.wake()
+                waiter._loop = real
+                if then == "woken again":
+                    waiter.wake()
+                    waiter.wake()
+                elif then == "cancelled":
+                    tasks.cancel_scope.cancel()
+            assert ended == [True]
+            assert loop.now() < began + 0.6
 
     run(wait)
 

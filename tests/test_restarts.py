@@ -243,6 +243,83 @@ def test_a_generation_that_ends_while_a_rank_joins_it() -> None:
     assert (joined.state.number, joined.complete) == (1, True)
 
 
+@pytest.mark.parametrize("died", [False, True], ids=["replaces it", "finds it dead"])
+def test_who_ends_a_generation_is_lost_before_it_tells(died: bool) -> None:
+    """It tells the members when it comes again: they wait for a rank that is gone."""
+    place = Joining()
+    size = 3 if died else 2
+    lives = [place.join(rank, size) for rank in range(2)]
+    place.die(lives[1])
+    bell = lives[0].own.bell(0)
+
+    struck: list[str] = []
+
+    def lose(operation: str, key: str) -> None:
+        if operation == "set" and key == bell and not struck:
+            struck.append(key)
+            raise ConnectionResetError
+
+    place.memory.data.hook = lose
+    newcomer = 2 if died else 1
+    with pytest.raises(BarrierConnectionError):
+        place.join(newcomer, size)
+    assert struck
+    assert bell not in place.memory.data.values
+    joined = place.join(newcomer, size)
+    assert joined.state.number == 1
+    assert bell in place.memory.data.values
+    # Once, since later it would only leave a key behind.
+    place.memory.delete_key(bell)
+    before = place.join(0, size, before=lives[0])
+    assert before.state == joined.state
+    assert bell not in place.memory.data.values
+
+
+def test_a_newcomer_claims_its_rank_as_the_last_one_clears_up() -> None:
+    """Its claim is not deleted with those of the ranks that have left (laws 1 and 11)."""
+    place = Joining()
+    lives = [place.join(rank) for rank in range(2)]
+    claim = place.keys.member(0)
+
+    def leave(rank: int) -> None:
+        place.die(lives[rank])
+        run(leaving.leave(place.store, lives[rank], "closed", hosts=False, unfinished={}))
+
+    leave(0)
+    came: list[Membership] = []
+    hooked = place.memory.data
+
+    def overtake(operation: str, key: str) -> None:
+        if operation == "delete_key" and not came:
+            hooked.hook = None
+            came.append(place.join(0))
+
+    hooked.hook = overtake
+    leave(1)
+    assert came[0].state.number == 1
+    # It waited for the key to be gone, or else took an empty one.
+    assert len(place.asked) == 10
+    again = place.memory.data.values.get(claim)
+    assert again is None or again == came[0].claim.encoded
+
+
+def test_all_of_another_world_size_are_asked_at_once() -> None:
+    """A job that comes back with another size from elsewhere does not wait for each in turn."""
+    place = Joining()
+    for rank in range(8):
+        place.die(place.join(rank, 8))
+    place.silent = True
+    assert place.join(0, 7).state.world_size == 7
+    # All of them, and who holds the rank.
+    assert len(place.asked) == 2
+    place = Joining()
+    for rank in range(8):
+        place.join(rank, 8)
+    place.silent = True
+    with pytest.raises(BarrierError, match="world size 7, but its peers with 8"):
+        place.join(0, 7)
+
+
 def test_a_world_that_changes_its_size() -> None:
     """A job that comes back, larger or smaller, when nobody of the former size lives; one of
     another size is refused while somebody does."""

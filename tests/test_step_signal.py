@@ -20,7 +20,7 @@ import pytest
 from blocking_world import World as BlockingWorld
 from blocking_world import interrupted
 from torch.distributed import TCPStore
-from worlds import World, gather, library_threads
+from worlds import Tasks, World, gather, library_threads
 
 import async_barriers
 from async_barriers import (
@@ -187,6 +187,26 @@ async def test_who_leaves_is_named() -> None:
         with pytest.raises(BarrierClosedError):
             await stops[2].reached(60_000)
         stops[2].send("nobody is there to be told")
+
+
+@pytest.mark.parametrize("knows", [False, True], ids=["waits", "asks later"])
+async def test_who_leaves_without_a_signal_is_named(knows: bool) -> None:
+    """It never built one, or its thread had not come to the store; nobody waits for it."""
+    async with local_barriers(3, timeout_secs=20) as ranks, Tasks() as tasks:
+        await gather(rank.execute_barrier for rank in ranks)
+        stops = [StepSignal(rank) for rank in ranks[:2]]
+        if knows:
+            await ranks[2].aclose()
+        stops[0].send()
+        waiting = [tasks.start(partial(train, stop, 0.001, 1)) for stop in stops]
+        if not knows:
+            await anyio.sleep(0.3)
+            assert not any(each.ended.is_set() for each in waiting)
+            await ranks[2].aclose()
+        for each in waiting:
+            error = await each.raised(BrokenBarrierError)
+            assert (error.rank, error.reason) == (2, "it closed its barrier")
+            assert each.secs < 3
 
 
 async def test_closing_ends_the_waiting_and_the_thread() -> None:

@@ -43,15 +43,15 @@ ROOM_LINES = 300
 LARGER_ROOMS = {
     "_barrier": 335,
     "_client.agreeing": 360,
-    "_client.barrier": 455,
+    "_client.barrier": 453,
     "_dist.calls": 310,
-    "_portal": 410,
+    "_portal": 365,
     "_store.connection": 395,
     "blocking": 345,
 }
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 9_390
+CORE_LINES = 9_590
 
 
 def wing_of(name: str) -> str:

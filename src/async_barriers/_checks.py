@@ -54,7 +54,7 @@ def check_step(step: int | None) -> int | None:
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step must be an integer or None, not {step!r}")
     if not 0 <= step < 1 << 63:
-        raise ValueError(f"step is {step}; it must be 0 or more")
+        raise ValueError(f"step is {step}; it must be 0 or more, and less than 2**63")
     return step
 
 

@@ -24,8 +24,6 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
 from multiprocessing import util as multiprocessing_util
-from operator import attrgetter
-from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -37,14 +35,13 @@ from ._errors import (
     out_of_threads,
     told_by,
 )
+from ._pending import CANCELLED_SECS, Pending, wait_for
 from ._store.event_loop import Loop, Waiter
 from ._store.loops import loop_here
 from ._store.worker import Living, Promise, end_at_exit, in_own_thread
 
 T = TypeVar("T")
 
-# A cancelled call gives up its phase, which takes UNDO_SECS at most, and then ends.
-_CANCELLED_SECS = 0.9
 # Closing has a bound of its own, unless a user's coroutine blocks the loop.
 _CLOSED_SECS = 10.0
 
@@ -97,7 +94,7 @@ class Portal:
         except BaseException:
             if not call.promise.done():
                 self._cancel(call)
-                wait_for(call.promise, _CANCELLED_SECS)
+                wait_for(call.promise, CANCELLED_SECS)
             raise
         finally:
             # Its error has a traceback that leads here.
@@ -110,7 +107,7 @@ class Portal:
         """
         self._check_process()
         call = _Call(function)
-        future = _Future(partial(self._cancel, call), call.promise)
+        future = Pending(partial(self._cancel, call), call.promise, lambda: self._thread)
         try:
             self._submit(call)
             return future
@@ -341,50 +338,6 @@ def _probe_loop() -> None:
     with selectors.DefaultSelector():
         for end in socket.socketpair():
             end.close()
-
-
-def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
-    """Block until it is settled, or for so long; see the module's docstring."""
-    told: SimpleQueue[None] = SimpleQueue()
-    promise.when_settled(partial(told.put, None))
-    with suppress(Empty):
-        told.get(timeout=None if within_secs is None else max(0.0, within_secs))
-
-
-class _Condition(threading.Condition):
-    """A condition whose lock is taken and released in C, where no signal handler runs between."""
-
-    __enter__ = property(attrgetter("_lock.__enter__"))
-    __exit__ = property(attrgetter("_lock.__exit__"))
-
-
-class _Future(Future[T]):
-    """The result of a call, for a thread that goes on meanwhile.
-
-    The loop's thread takes its lock, too, so a thread that was interrupted must not keep it.
-    """
-
-    def __init__(self, stop: Callable[[], object], promise: Promise[T]) -> None:
-        super().__init__()
-        self._condition = _Condition()
-        self._stop = stop
-        promise.when_settled(partial(self._take, promise))
-
-    def cancel(self) -> bool:
-        """Cancel the call unless it has ended; return whether it was cancelled, after a moment."""
-        cancelled = super().cancel()
-        if cancelled:
-            self._stop()
-        return cancelled
-
-    def _take(self, promise: Promise[T]) -> None:
-        if self.set_running_or_notify_cancel():
-            try:
-                result = promise.result()
-            except BaseException as exc:
-                self.set_exception(exc)
-            else:
-                self.set_result(result)
 
 
 # -- before the interpreter ends ----------------------------------------------------------

@@ -12,7 +12,7 @@ from ._client.agreeing import Agent
 from ._client.barrier import CrossingBarrier
 from ._client.gate import Round
 from ._errors import BarrierError
-from ._portal import wait_for
+from ._pending import wait_for
 from ._store.loops import loop_here
 from ._store.waiting import told
 

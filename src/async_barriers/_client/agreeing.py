@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -29,6 +30,7 @@ from .._errors import (
 )
 from .._portal import Portal
 from .._protocol.keys import check_name
+from .._protocol.membership import Closed
 from .._protocol.signal import Sent, decoded, sending
 from .._protocol.store import Read, Request
 from .._store.event_loop import Loop, Waiter
@@ -60,6 +62,7 @@ class Agent:
         check_name(beside._keys, name)
         self._barrier = beside.beside(f"signal {name}")
         check_name(self._barrier._keys, name)
+        self._beside = beside._session
         self.gate = Gate()
         self.closed = False
         self._name = name
@@ -119,6 +122,12 @@ class Agent:
         self.closed = True
         self._portal.retire()
         self._end(BarrierClosedError(self._about))
+
+    def peer_left(self, closed: Closed) -> None:
+        """A rank has left the barrier: it will not come, also if it never had this signal."""
+        loop = self._loop
+        if loop is not None:
+            loop.post(partial(self._barrier._session.break_for_leaver, closed))
 
     def forsake(self) -> None:
         """In a forked child: its thread is the parent's, and every call says so."""
@@ -255,6 +264,10 @@ class Agent:
             # In a later generation no rank would come.
             if not session.stands or self._turn != turn or self._generation != turn[0]:
                 raise self._over(turn[1])
+            left = self._beside.closed_by
+            if left is not None and self._beside.turns is not None:
+                # Posted, so that the others learn it with the phase that begins now.
+                self.peer_left(left)
             passed = await self._barrier.all_gather(
                 b"%d" % stopped.passed, name=self._name, step=turn[1], timeout_secs=timeout_secs
             )

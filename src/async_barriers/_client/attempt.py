@@ -18,7 +18,7 @@ from .._errors import (
     told_by,
 )
 from .._store.event_loop import Loop
-from .._store.future import Future
+from .._store.future import Effort, Future
 from .._store.waiting import settled, until_done
 from .phases import Phase
 from .session import Session
@@ -28,6 +28,8 @@ from .watching import Watch
 
 # How much longer a call waits for an attempt to connect, whose error says more than a timeout.
 _SAYS_WHY_SECS = 0.3
+# How long undoing something takes at least.
+LEAST_SECS = 0.1
 
 
 class Attempt:
@@ -43,6 +45,7 @@ class Attempt:
     watch: Watch
     phase: Phase | None = None
     _rejoined = False
+    _asking: Effort[tuple[int, ...]] | None = None
 
     async def ready(self) -> None:
         """Join; join again if the generation ended or the store was lost."""
@@ -90,8 +93,10 @@ class Attempt:
     async def _undone(self, phase: Phase, effort: Future[Any]) -> bool:
         """Wait for ``effort``, which undoes what a caller did. The caller may be cancelled, so the
         wait is shielded and bounded."""
+        left_secs = max(LEAST_SECS, self.deadline + UNDO_SECS - self.loop.now())
         with anyio.CancelScope(shield=True):
-            done = await until_done(self.loop, effort, self.session.patience_secs)
+            secs = min(left_secs, self.session.patience_secs)
+            done = await until_done(self.loop, effort, secs)
         if not done:
             self.session.worry(phase)
         return done
@@ -100,11 +105,16 @@ class Attempt:
         if not await self._undone(phase, effort):
             raise self._lost(phase, phase.lost)
 
-    async def _not_joined(self) -> tuple[int, ...]:
-        asking = self.session.start(self.session.ask_not_joined())
+    async def _not_joined(self) -> tuple[int, ...] | None:
+        """The ranks that have not joined; None if the store does not tell in time."""
+        # In a large world, or over a slow store, one question outlasts several attempts.
+        asking = self._asking = self._asking or self.session.start(self.session.ask_not_joined())
         await settled(self.loop, asking, min(self.deadline, self.loop.now() + UNDO_SECS))
-        if not asking.done or asking.error is not None:
-            return ()
+        if not asking.done:
+            return None
+        self._asking = None
+        if asking.error is not None:
+            return None
         absent: tuple[int, ...] = asking.result()
         return absent
 

@@ -33,6 +33,7 @@ from .._errors import (
 )
 from .._protocol.count import COMMIT, GATHER, MAX_RANKS
 from .._protocol.keys import Keys, check_name, check_prefix
+from .._protocol.membership import Closed
 from .._publish import is_async
 from .._store.loops import loop_here
 from .._store.sources import Beside, PassedIn, Source, StoreAt
@@ -40,6 +41,7 @@ from .._store.waiting import settled, told, until_done
 from .._store.worker import Promise
 from .._values import BarrierProgress, BarrierResult, BarrierStatistics, CommitRecord
 from .asking import became
+from .attempt import LEAST_SECS
 from .crossing import Crossing
 from .phases import Phase
 from .publication import Publication
@@ -103,6 +105,7 @@ class CrossingBarrier(Barrier):
         # Objects with a thread and a barrier of their own, which end with this barrier.
         self._companions: dict[str, Companion] = {}
         weakref.finalize(self, _retire_all, self._companions).atexit = False
+        self._session.on_left = partial(_tell_all, self._companions)
         # The name of most calls is the same as before.
         self._checked_name = ""
         # A barrier that is dropped without aclose() leaves, too.
@@ -120,12 +123,19 @@ class CrossingBarrier(Barrier):
 
     async def connect(self) -> None:
         self._check_call("", None, CONFIGURED)
-        try:
-            await Crossing(self._session, "", None, None, self._watch).ready()
-        except BrokenBarrierError:
-            # The store was reached. A call that waits for the rank that left says so.
-            if self._session.closed_by is None:
-                raise
+        session, crossing = self._session, Crossing(self._session, "", None, None, self._watch)
+        until = crossing.started + session.init_secs
+        while True:
+            try:
+                return await crossing.ready()
+            except BrokenBarrierError:
+                if session.closed_by is None:
+                    raise
+                if session.why_not is None:
+                    # The store was reached. A call that waits for the rank that left says so.
+                    return
+                if crossing.loop.now() >= until:
+                    raise
 
     async def execute_barrier(
         self,
@@ -313,7 +323,8 @@ class CrossingBarrier(Barrier):
                 await crossing.ready()
             phase = session.begin(name, step)
             owes = False
-            await self._break(crossing, phase, reason, session.patience_secs)
+            until = crossing.started + session.patience_secs
+            await self._break(crossing, phase, reason, max(LEAST_SECS, until - crossing.loop.now()))
         except BarrierError as exc:
             # The caller's own exception is being raised, and matters more than this one.
             what = describe(name, None, session.prefix)
@@ -374,7 +385,7 @@ class CrossingBarrier(Barrier):
         session, loop = self._session, crossing.loop
         giving_up = session.give_up(phase, reason)
         try:
-            if not await until_done(loop, giving_up, within_secs):
+            if not await settled(loop, giving_up, loop.now() + within_secs):
                 session.worry(phase)
                 raise BarrierConnectionError(
                     f"{describe(phase.name, phase.sequence, session.prefix)}: the store did not "
@@ -416,11 +427,17 @@ class Companion(Protocol):
     @property
     def ended(self) -> Promise[None] | None: ...
     def retire(self, reason: str | None = None) -> None: ...
+    def peer_left(self, closed: Closed) -> None: ...
 
 
 def _retire_all(companions: dict[str, Companion]) -> None:
     for companion in companions.values():
         companion.retire()
+
+
+def _tell_all(companions: dict[str, Companion], closed: Closed) -> None:
+    for companion in companions.values():
+        companion.peer_left(closed)
 
 
 def _abandon(session: Session) -> None:

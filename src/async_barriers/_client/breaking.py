@@ -139,6 +139,9 @@ class Breaking(Hearing):
             old.close(reset=True)
             self._salvage(old)
         began = self._now()
+        if phase.reopened:
+            await sleep(loop, RETRY_SECS)
+        phase.reopened = True
         while True:
             try:
                 connection = await self._open(loop, self._now() + self.init_secs)

@@ -29,6 +29,9 @@ from .session import Session
 from .state import UNDO_SECS
 from .watching import LEAD_SECS, LEAD_SHARE, Watch, Watching
 
+# When to ask again which ranks have not joined, if the store did not tell.
+_ASK_AGAIN_SECS = 0.2
+
 
 class Crossing(Attempt):
     """One rank's way through one phase, on the event loop."""
@@ -134,8 +137,8 @@ class Crossing(Attempt):
     async def _after_a_rank_left(self, exc: BrokenBarrierError) -> None:
         """Raise the phase's own error: a rank may have broken it before that other rank left."""
         session, closed_by = self.session, self.session.closed_by
-        if session.turns is None or closed_by is None:
-            raise exc
+        if session.turns is None or closed_by is None or session.why_not is not None:
+            raise exc  # The store has gone with it, most likely.
         phase = session.begin(self.name, self.step, self.kind, self.leader, self._hold)
         await self._undone(phase, session.give_up(phase, closed_by.reason, by=closed_by.rank))
         if not phase.decided:
@@ -201,8 +204,8 @@ class Crossing(Attempt):
                 session.worry(phase)
                 raise self._lost(phase, phase.lost)
         if now >= self._ask_at:
-            self._ask_at = math.inf
             absent = await self._not_joined() if phase.early else ()
+            self._ask_at = math.inf if absent is not None else self.loop.now() + _ASK_AGAIN_SECS
             if absent and phase.early and not phase.decided:
                 await self._miss(phase, absent)
         if now >= self._watch_at or self._watching is not None:

@@ -11,6 +11,7 @@ from .._errors import BarrierConnectionError
 from .._protocol import leaving
 from .._protocol import phase as phases
 from .._protocol.count import GATHER
+from .._protocol.keys import PhaseKeys
 from .._protocol.membership import Membership
 from .._protocol.phase import Forgotten
 from .._protocol.store import Add, CompareSet, Delete, Read, Request
@@ -84,6 +85,8 @@ class Departing(Pool):
         if phase.large and (gone.broken or phase.entry.kind != GATHER):
             own = phase.entry.keys.payload(self.rank)
             connection.outbox.append(([Delete([own])], nothing))
+        if phase.step is not None and not gone.broken:
+            self._delete_skipped(gone, connection)
         if phase.latest is not None and not gone.broken:
             # All ranks are past the earlier steps.
             self._forget_latest(gone, phase.latest, connection)
@@ -93,6 +96,21 @@ class Departing(Pool):
         self.unfinished[gone.entry.keys.path] = gone.latest
         if len(self.unfinished) > _MOST_UNFINISHED:
             del self.unfinished[next(iter(self.unfinished))]
+
+    def _delete_skipped(self, gone: Departure, connection: Connection) -> None:
+        """Delete broken steps to which not all ranks came: all are past a later one.
+
+        Past two, so that none still reads there why it broke.
+        """
+        turns, step = self.turns, gone.step
+        if turns is None or turns.membership is not gone.membership or step is None:
+            return
+        before, turns.passed[gone.name] = turns.passed.get(gone.name, 0), step
+        stem = gone.entry.keys.path.removesuffix(f"{step}")
+        for path in [each for each in self.unfinished if each.startswith(stem)]:
+            if int(path.removeprefix(stem)) < before:
+                del self.unfinished[path]
+                connection.outbox.append(([Delete(PhaseKeys(path).of_broken)], nothing))
 
     def look_after(self, connection: Connection, *, now: bool = False) -> None:
         """Have the next message ask which phases can be deleted.

@@ -39,7 +39,7 @@ class Entering(Departing):
         if step is not None and self.open and self.awaited(name, step) is not None:
             reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
             raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
-        if step is not None and hold is not None and self.turns.had_begun(phase):
+        if step is not None and self.turns.had_begun(name, step):
             # Two arrivals of one rank could stand for one that is missing.
             reason = f"rank {self.rank} came for step {step} before, in a call that gave it up"
             raise BrokenBarrierError(
@@ -67,10 +67,11 @@ class Entering(Departing):
         return None
 
     def too_late(self, name: str, step: int | None) -> bool:
-        """Whether ``step`` of ``name`` was decided."""
-        if step is None or self.turns is None:
+        """Whether ``step`` of ``name`` was decided, or an earlier call has used it up."""
+        turns = self.turns
+        if step is None or turns is None:
             return False
-        return self.turns.too_late(name, step) is not None
+        return turns.had_begun(name, step) or turns.too_late(name, step) is not None
 
     def enter(self, phase: Phase, payload: bytes = b"") -> None:
         """Enter the phase; the result wakes the phase's waiter."""

@@ -12,9 +12,10 @@ from .._protocol import membership as members
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, Count
 from .._protocol.membership import Membership
+from .._protocol.phase import Forgotten
 from .._protocol.presence import encode_answer
 from .._protocol.store import Delete, Read, Request
-from .._protocol.verdict import Broken, Released
+from .._protocol.verdict import Broken, Released, number
 from .._store.sources import Connection
 from .entering import Entering
 from .phases import Phase
@@ -180,3 +181,32 @@ class Hearing(Entering):
             if asked:
                 said = encode_answer(self.rank, self.said.answer)
                 await members.answer(bell, over, asked, said)
+
+    async def _see(
+        self,
+        bell: Connection,
+        phase: Phase,
+        arrived: bool,
+        value: bytes | None,
+        reason: bytes | None,
+        latest: bytes | None,
+    ) -> None:
+        if phase.decided:
+            return
+        entry = phase.entry
+        try:
+            judged = await self._using(
+                phase, phases.judge(bell, entry, value, reason, entered=arrived)
+            )
+        except Forgotten as exc:
+            self._doubtful = True
+            self.settle(phase, error=exc)
+            return
+        if phase.entry is not entry:
+            return
+        if not isinstance(judged, Count):
+            self.settle(phase, judged)
+        elif judged.full(*phase.entry.world):
+            self._all_in(phase)
+        elif (later := number(latest)) is not None and phase.step is not None:
+            await self._past(phase, later)

@@ -19,7 +19,6 @@ from .._protocol import membership as members
 from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership
 from .._protocol.store import Read
-from .._protocol.verdict import Broken
 from .._store.future import Effort
 from .._store.sources import CannotHost, Connection
 from .._store.waiting import sleep, within
@@ -49,12 +48,15 @@ class Joining(Listening):
 
     async def _join(self) -> None:
         loop = self.running
-        deadline = self._now() + self.init_secs
+        deadline = until = self._now() + self.init_secs
+        if (closed := self.closed_by) is not None:
+            # The store may have gone with that rank.
+            until = min(deadline, self._now() + _GRACE_SECS)
         pause = RETRY_SECS
         while True:
             store: Connection | None = None
             try:
-                store = await self._open(loop, deadline)
+                store = await self._open(loop, until)
                 if self.closing:
                     raise BarrierConnectionError(f"{describe(self.prefix)} was closed meanwhile")
                 self.keys = Keys(self.prefix, self._source.namespace)
@@ -66,12 +68,15 @@ class Joining(Listening):
                 self._source.failures.clear()
                 return
             except BarrierError as exc:
-                self._source.failures[:] = [exc]
+                # To learn that a rank has left, it has reached the store.
+                self._source.failures[:] = [] if isinstance(exc, BrokenBarrierError) else [exc]
                 if store is not None:
                     store.close(reset=store.unsaid)
                 lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
                 if not lost or self.closing or self._now() >= deadline:
                     raise
+                if closed is not None and self._now() >= until:
+                    raise self._left_error(closed) from exc
             await sleep(loop, pause)
             pause = min(2 * pause, RETRY_SECS_AT_MOST)
 
@@ -121,9 +126,6 @@ class Joining(Listening):
             raise
         finally:
             self._claiming = False
-        self.closed_by = None
-        self.host_left = False
-        self._rings = True
         await self._stand(store, Turns(joined), opening)
 
     def _opening(self) -> Effort[Connection]:
@@ -145,6 +147,8 @@ class Joining(Listening):
         except BaseException:
             _forgo(opening)
             raise
+        if turns is not self.turns:
+            self.closed_by, self.host_left, self._rings = None, False, True
         self.turns = turns
         self._before, self._claimed = turns.membership, None
         self.tally.reconnections += self._doubtful
@@ -155,7 +159,7 @@ class Joining(Listening):
             name, step, reason = self._owed[0]
             with contextlib.suppress(BrokenBarrierError):
                 phase = self.begin(name, step)
-                await self._give_up(phase, Broken(self.rank, reason), False)
+                self.give_up(phase, reason)
                 self.forget(phase)
             del self._owed[0]
         # Last, since it is closed if there is no time left for this.
@@ -174,11 +178,12 @@ class Joining(Listening):
             if found is None or not (found.isdigit() or found == before.state.encoded):
                 return
             if self._now() >= until:
-                raise BrokenBarrierError(
-                    "", 0, closed_by.rank, closed_by.reason, prefix=self.prefix
-                )
+                raise self._left_error(closed_by)
             # Its bell may be at another connection, which is gone; this wait is short, and rare.
             await sleep(self.running, 0.05)
+
+    def _left_error(self, closed: Closed) -> BrokenBarrierError:
+        return BrokenBarrierError("", 0, closed.rank, closed.reason, prefix=self.prefix)
 
     def owe_turn(self, name: str, step: int | None, reason: str) -> None:
         """Break the next turn of ``name`` when the store can be reached again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,8 @@ from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
 from .._protocol.presence import encode_answer
 from .._protocol.store import Append, Read
-from .._protocol.verdict import Broken, number
+from .._protocol.verdict import Broken
+from .._store.future import Effort
 from .._store.sources import Connection
 from .._store.waiting import sleep
 from .breaking import Breaking
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 class Listening(Breaking):
     """Looks around when its bell is rung."""
+
+    _reopening: Effort[None] | None = None
+    _reopened_at = -math.inf
 
     def _listen(self, bell: Connection) -> None:
         self._bell = bell
@@ -43,8 +48,9 @@ class Listening(Breaking):
             # It learns of nothing any more, and waits for nothing else.
             phase.lost = phase.lost or error
             phase.wake()
-        if not self.closing and self.turns is not None and self.closed_by is None:
-            self.start(self._reopen_bell())
+        reopens = self._reopening is not None and not self._reopening.done
+        if not (reopens or self.closing or self.turns is None or self.closed_by is not None):
+            self._reopening = self.start(self._reopen_bell())
 
     async def _reopen_bell(self) -> None:
         """Listen again: a waiting rank must learn of changes."""
@@ -52,6 +58,9 @@ class Listening(Breaking):
         pause = RETRY_SECS
         gone_at = self._now() + self.init_secs
         while loop is not None and not self.closing and self._bell is None:
+            if self._now() < self._reopened_at + RETRY_SECS_AT_MOST:
+                # A store that lets it open, and then fails, is not asked without end.
+                await sleep(loop, pause)
             try:
                 bell = await self._open(loop, self._now() + UNDO_SECS)
             except BarrierError as exc:
@@ -67,6 +76,7 @@ class Listening(Breaking):
                 bell.close()
                 return
             self._listen(bell)
+            self._reopened_at = self._now()
             self.tally.reconnections += 1
             for phase in self.open if not bell.waits else ():
                 if phase.connection is not None and phase.connection.lost is None:
@@ -129,35 +139,6 @@ class Listening(Breaking):
             # together, and before it took the bell.
             self.start(self._look_around())
 
-    async def _see(
-        self,
-        bell: Connection,
-        phase: Phase,
-        arrived: bool,
-        value: bytes | None,
-        reason: bytes | None,
-        latest: bytes | None,
-    ) -> None:
-        if phase.decided:
-            return
-        entry = phase.entry
-        try:
-            judged = await self._using(
-                phase, phases.judge(bell, entry, value, reason, entered=arrived)
-            )
-        except Forgotten as exc:
-            self._doubtful = True
-            self.settle(phase, error=exc)
-            return
-        if phase.entry is not entry:
-            return
-        if not isinstance(judged, Count):
-            self.settle(phase, judged)
-        elif judged.full(*phase.entry.world):
-            self._all_in(phase)
-        elif (later := number(latest)) is not None and phase.step is not None:
-            await self._past(phase, later)
-
     def _generation_over(
         self, membership: Membership, successor: State | None, bell: Connection
     ) -> None:
@@ -201,9 +182,16 @@ class Listening(Breaking):
         if self.closed_by is not None:
             return
         self.closed_by = closed
+        self.on_left(closed)
+        self.break_for_leaver(closed, bell)
+
+    def break_for_leaver(self, closed: Closed, store: Connection | None = None) -> None:
+        """Break the phases that this rank waits in: they will not be released."""
+        if (store := store or self._bell) is None:
+            return
         for phase in list(self.open):
-            if phase.membership is membership and not phase.decided:
-                self.start(self._break_for(phase, bell, Broken(closed.rank, closed.reason)))
+            if phase.membership is self.membership and not phase.decided:
+                self.start(self._break_for(phase, store, Broken(closed.rank, closed.reason)))
 
     async def _break_for(self, phase: Phase, store: Connection, broken: Broken) -> None:
         """Break a phase for what another rank did."""

@@ -77,6 +77,7 @@ class Phase:
     payload = b""
     publishing: Any = None
     reopening: Effort[Connection] | None = None
+    reopened = False
     brought: dict[int, bytes] | None = None
 
     def __init__(
@@ -170,6 +171,8 @@ class Turns:
         self.tried_early: list[tuple[Entry, Connection]] = []
         self._next: Counter[str] = Counter()
         self._decided: dict[str, tuple[int, str, int | None, str]] = {}
+        # By name: the latest step that was released, and that this rank has departed from.
+        self.passed: dict[str, int] = {}
         # By name: steps that were begun, and whose verdict is not known.
         self._begun: dict[str, set[int]] = {}
 
@@ -208,6 +211,7 @@ class Turns:
         self._next[phase.name] = sequence + 1
         phase.sequence = sequence
         phase.early = not self.complete
+        phase.counted = phase.last = False
         phase.entry = phase.entry.under(self._keys(phase.name, sequence))
 
     def _keys(self, name: str, sequence: int) -> PhaseKeys:
@@ -232,9 +236,9 @@ class Turns:
             if later:
                 self._begun[name] = later
 
-    def had_begun(self, phase: Phase) -> bool:
+    def had_begun(self, name: str, step: int) -> bool:
         """Whether an earlier call began this step."""
-        return phase.step in self._begun.get(phase.name, ())
+        return step in self._begun.get(name, ())
 
     def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
         """The error that ``step`` comes too late, or None if it can still be crossed."""

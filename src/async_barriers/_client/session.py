@@ -19,7 +19,7 @@ from .._protocol.store import Delete, Read
 from .._store.event_loop import Loop
 from .._store.future import Future
 from .._store.private_loop import PrivateLoop
-from .._store.waiting import within
+from .._store.waiting import sleep, within
 from .._store.worker import Promise
 from . import process
 from .joining import Joining
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _LEAVE_SECS = 1.0
 _LEAVE_SILENT_SECS = 0.6
 _LAST_SECS = 0.1
-_MOMENT_SECS = 0.25
+_MOMENT_SECS, _AGAIN_SECS = 0.25, 0.05
 _EXIT_SECS = 0.5
 
 
@@ -77,19 +77,27 @@ class Session(Joining):
         # those yet: it has not come to its first await.
         joins = () if self._claiming else (self._joining, self._joining_on)
         others = [one for one in self._efforts if one not in joins]
+        # The rest of the time is for saying goodbye.
+        until = (began + deadline) / 2
         for effort in (*breaks, *others):
-            await within(loop, effort, deadline - self._now())
+            await within(loop, effort, until - self._now())
         for phase in list(self.open):
             # A commit that is being published is settled by its result.
             if not phase.decided and phase.publishing is None:
                 self.settle(phase, error=self._closed_error(phase))
-        try:
-            if self.host_left:
-                await self._part(loop, deadline)
-            else:
-                await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
-        except BarrierError as exc:
-            logger.debug("%s closed without its store: %s", describe(self.prefix), exc)
+        while True:
+            try:
+                if self.host_left:
+                    await self._part(loop, deadline)
+                else:
+                    await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
+                break
+            except BarrierError as exc:
+                logger.debug("%s closes without its store: %s", describe(self.prefix), exc)
+                if self.host_left or self._now() >= deadline - _AGAIN_SECS:
+                    break
+            # Its connection was lost just then. The store may still be there.
+            await sleep(loop, _AGAIN_SECS)
         # A host may have waited for its peers past the deadline.
         await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
 

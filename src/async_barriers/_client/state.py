@@ -109,6 +109,8 @@ class SessionState:
         self.host_left = False
         self._tidying = False
         self._not_at_end: Callable[[], object] = lambda: None
+        # Called when another rank has left.
+        self.on_left: Callable[[Closed], object] = lambda closed: None
         # Called after this rank's bell rang, or when the session does not stand any more.
         self.on_look: Callable[[], object] = lambda: None
 

@@ -20,6 +20,8 @@ from .session import Session
 # How long ranks have to answer, before a deadline, or after one that is too short for that.
 ASK_SECS = 0.3
 _AFTER_SECS = 0.1
+# How long after its own deadline a call may wait for answers.
+_LATE_SECS = 0.9
 # How long before a deadline to ask: the findings have to be there when it breaks the phase.
 LEAD_SECS, LEAD_SHARE = 0.4, 0.6
 # How often ranks look for progress, and how many of those that have entered do.
@@ -111,6 +113,7 @@ class Watching:
         self._report_at = started + watch.warn_secs
         self._stall_at = started + _period(watch.stalled_secs)
         self._lead_secs = lead_secs
+        self._deadline = deadline
         self._last_at = deadline - lead_secs if lead_secs > _AFTER_SECS else math.inf
         self._asking: Effort[Found | None] | None = None
         self._given_up_at = math.inf
@@ -233,8 +236,9 @@ class Watching:
         """The findings, if there was no time before, or the store was slow."""
         asking = self._asking or self._session.start(self._ask(_AFTER_SECS, missing))
         self._asking = asking
+        until = min(self._loop.now() + ASK_SECS, self._deadline + _LATE_SECS)
         try:
-            await settled(self._loop, asking, self._loop.now() + ASK_SECS)
+            await settled(self._loop, asking, until)
             found = asking.result() if asking.done else self.found
         except BarrierError:
             found = self.found

@@ -6,7 +6,7 @@ A newcomer asks the life that holds its rank, where the machine cannot tell whet
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from .membership import (
     member_of,
     state_of,
 )
-from .store import Add, Append, CompareSet, Delete, Read, Request, Set, SetMany, Store
+from .presence import decode_answers
+from .store import Add, Append, CompareSet, Delete, Read, Request, SetMany, Store
 from .verdict import RUBBISH, number
 
 # Whether the process of a life lives; None if only that process can tell.
@@ -35,6 +36,8 @@ ANSWERS_SECS = 1.0
 # In worlds of up to so many ranks, each looks whether a member that joined before it has died; in
 # larger ones, the rank that joins last.
 _FEW = 256
+# How often, and how long, to wait for a claim that is being deleted.
+_DELETED_TRIES, _DELETED_SECS = 10, 0.05
 
 
 async def join(
@@ -84,6 +87,9 @@ async def _join(
     claims: list[Member],
 ) -> Membership:
     """:param claims: gets each claim that it writes"""
+    # The state that this call has put there, and told the members before it of.
+    told: str | None = None
+    waits = _DELETED_TRIES
     while True:
         looks = world_size if world_size <= _FEW else 0
         found, held, *others = await store.call(
@@ -96,7 +102,7 @@ async def _join(
             state = State(first, _identity(first), world_size, life.run_id, by, life)
             if await _replaced(store, keys, found, state) is None:
                 continue
-            found = state.encoded
+            found, told = state.encoded, state.identity
         state = state_of(found)
         _check_run(keys, rank, life, state)
         if state.world_size != world_size:
@@ -108,14 +114,19 @@ async def _join(
                     f"{world_size}, but its peers with {state.world_size} (rank {other}, which "
                     "lives, is one of them); all ranks must give the same"
                 )
-            await _end(store, keys, state, rank, world_size, life)
+            told = await _end(store, keys, state, rank, world_size, life)
             continue
-        holder = None if held is None else member_of(held)
+        if held == b"" and waits:
+            # The last rank that left has emptied it, and deletes it now.
+            waits -= 1
+            await wait_for(keys.member(rank) + "/deleted", _DELETED_SECS)
+            continue
+        holder = member_of(held) if held else None
         ours = holder is None or holder.left or holder == (before and before.claim)
         if (
             holder is not None
             and not ours
-            and await _answers(store, keys, rank, holder, lives, wait_for)
+            and await _living(store, keys, {rank: holder}, lives, wait_for) is not None
         ):
             raise BarrierError(
                 f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which is alive; "
@@ -123,10 +134,10 @@ async def _join(
                 "this port; close a barrier before you build it again"
             )
         if holder is not None and holder.generation == state.identity:
-            await _end(store, keys, state, rank, world_size, life)
+            told = await _end(store, keys, state, rank, world_size, life)
             continue
         if (dead := _dead(others, state, life, lives)) is not None:
-            await _end(store, keys, state, dead, world_size, life, died=True)
+            told = await _end(store, keys, state, dead, world_size, life, died=True)
             continue
         claim = Member(life, state.identity)
         claims.append(claim)
@@ -138,6 +149,12 @@ async def _join(
         requests: list[Request] = [Add(own.roll, JOINED)]
         if not store.waits:
             requests.append(Add(own.threaded, 1))
+        if state.identity != told and _ended(state, rank, life):
+            # It was lost before it could tell the members.
+            ended = {member_of(each).generation for each in (held, *others) if each}
+            for generation in ended - {state.identity}:
+                bells = bells_of(keys, replace(state, identity=generation))
+                requests.append(SetMany(bells, b"over"))
         if holder is not None:
             # No other process deletes those of a life that is gone.
             old = keys.generation(holder.generation)
@@ -158,7 +175,7 @@ async def _join(
             continue
         if complete and state.number:
             # Ranks that joined before wait for that.
-            await store.call(SetMany(bells_of(keys, state), b"all"))
+            await store.call(SetMany(bells_of(keys, state), b"all"), Read(keys.state))
         return Membership(keys, rank, world_size, claim, state, complete)
 
 
@@ -203,39 +220,56 @@ def _dead(found: list[Any], state: State, life: Life, lives: Lives) -> int | Non
 
 async def _end(
     store: Store, keys: Keys, state: State, by: int, world_size: int, life: Life, died: bool = False
-) -> None:
+) -> str | None:
+    """End a generation, and tell its members; the one after it, unless another rank was faster."""
     after_it = state.number + 1
     # A run's name outlives its generations.
     run_id = state.run_id if life.run_id is None else life.run_id
     after = State(after_it, _identity(after_it), world_size, run_id, by, life, died)
-    if await _replaced(store, keys, state.encoded, after) is not None:
-        own = keys.generation(state.identity)
-        await store.call(SetMany(bells_of(keys, state), b"over"), Delete(own.common))
+    if await _replaced(store, keys, state.encoded, after) is None:
+        return None
+    own = keys.generation(state.identity)
+    over = SetMany(bells_of(keys, state), b"over")
+    await store.call(over, Delete(own.common), Read(keys.state))
+    return after.identity
+
+
+def _ended(state: State, rank: int, life: Life) -> bool:
+    """Whether this rank, or this process, ended the generation before."""
+    by = state.life
+    ours = by is not None and (by.machine, by.pid) == (life.machine, life.pid)
+    return state.number > 0 and (ours or state.by == rank)
 
 
 async def _anyone(
     store: Store, keys: Keys, state: State, lives: Lives, wait_for: WaitFor
 ) -> int | None:
     """A member of the generation that lives and has an open barrier."""
+    members = {}
     for rank, held in enumerate(await store.call(*_members(keys, state.world_size))):
-        member = None if held is None else member_of(held)
-        if member is None or member.left or member.generation != state.identity:
-            continue
-        if await _answers(store, keys, rank, member, lives, wait_for):
+        if held and state.identity.encode() in held and not (member := member_of(held)).left:
+            members[rank] = member
+    return await _living(store, keys, members, lives, wait_for)
+
+
+async def _living(
+    store: Store, keys: Keys, members: Mapping[int, Member], lives: Lives, wait_for: WaitFor
+) -> int | None:
+    """One of these members of one generation whose life is there: by this machine's knowledge, or
+    by its own answer."""
+    asked: list[int] = []
+    for rank, member in members.items():
+        known = lives(member.life)
+        if known:
             return rank
-    return None
-
-
-async def _answers(
-    store: Store, keys: Keys, rank: int, member: Member, lives: Lives, wait_for: WaitFor
-) -> bool:
-    """Whether a life is there: by this machine's knowledge, or by its own answer."""
-    known = lives(member.life)
-    if known is not None:
-        return known
-    own = keys.generation(member.generation)
+        if known is None:
+            asked.append(rank)
+    if not asked:
+        return None
+    own = keys.generation(members[asked[0]].generation)
     answer = own.answer(secrets.token_hex(8))
-    await store.call(Append(own.asked(rank), answer.encode() + b"\n"), Set(own.bell(rank), b"?"))
+    ask = [Append(own.asked(rank), answer.encode() + b"\n") for rank in asked]
+    await store.call(*ask, SetMany([own.bell(rank) for rank in asked], b"?"))
     came = bool(await wait_for(answer, ANSWERS_SECS))
-    await store.call(Delete([answer]))
-    return came
+    said, _ = await store.call(Read(answer), Delete([answer]), Read(keys.state))
+    return min(decode_answers(said), default=asked[0]) if came else None

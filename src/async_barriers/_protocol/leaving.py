@@ -102,9 +102,6 @@ async def clear(store: Store, membership: Membership, *, everyone: bool) -> None
     """
     keys, own = membership.keys, membership.own
     after = b"%d" % (membership.state.number + 1)
-    (now,) = await store.call(CompareSet(keys.state, membership.state.encoded, after))
-    if now != after:
-        return  # A newcomer was faster.
     ranks = range(membership.world_size)
     unfinished, *found = await store.call(
         Read(own.unfinished), *(Read(keys.member(rank)) for rank in ranks)
@@ -112,10 +109,14 @@ async def clear(store: Store, membership: Membership, *, everyone: bool) -> None
     spent = own.common + keys_of(unfinished, keys.root if everyone else own.root)
     for rank in ranks:
         spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
-    # And the claims, if they are still those of this generation.
-    spent += [
-        keys.member(rank)
-        for rank, held in zip(ranks, found, strict=True)
-        if held is not None and membership.state.identity.encode() in held
-    ]
+    identity = membership.state.identity.encode()
+    claims = {keys.member(r): held for r, held in enumerate(found) if held and identity in held}
+    # Emptied in the same message, so that what is deleted after it is no newcomer's claim.
+    empty = [CompareSet(key, held, b"") for key, held in claims.items()]
+    now, *emptied = await store.call(
+        CompareSet(keys.state, membership.state.encoded, after), *empty
+    )
+    if now != after:
+        spent = []  # A newcomer was faster.
+    spent += [key for key, held in zip(claims, emptied, strict=True) if held == b""]
     await store.call(Delete(spent))

@@ -10,12 +10,17 @@ import sys
 import threading
 from asyncio.events import _get_running_loop
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextvars import Context
 
 from .event_loop import Callback, Timer
 
 # When a timer rings again.
 _AGAIN_SECS = 0.2
+
+
+# How a task is resumed, and in which context.
+_Resume = tuple[Callable[["AsyncioWaiter"], object], Context | None]
 
 
 class AsyncioLoop:
@@ -153,36 +158,85 @@ class AsyncioLoop:
 
 
 class AsyncioWaiter:
-    """A task of asyncio's that waits."""
+    """A task of asyncio's that waits, and what it awaits in place of one of asyncio's Futures.
 
-    __slots__ = ("_future", "_loop", "_woken")
+    A Future forgets its callback if a signal handler raises as it is resolved. The task is never
+    resumed then, not even to be cancelled. This keeps it until the task runs.
+    """
 
-    def __init__(self, loop: AsyncioLoop) -> None:
-        self._loop = loop
-        self._future: asyncio.Future[None] | None = None
-        self._woken = False
+    __slots__ = (
+        "_asyncio_future_blocking", "_cancelled", "_loop", "_resume", "_times", "_tried", "_woken",
+    )  # fmt: skip
+
+    def __init__(self, times: AsyncioLoop) -> None:
+        self._times = times
+        # By this name, asyncio asks for the loop of what a task awaits.
+        self._loop = times.loop
+        self._resume: _Resume | None = None
+        self._cancelled: asyncio.CancelledError | None = None
+        self._woken = self._tried = self._asyncio_future_blocking = False
 
     def wake(self) -> None:
         self._woken = True
-        future = self._future
-        if future is not None and not future.done():
-            future.set_result(None)
+        if (resume := self._resume) is None:
+            return
+        if self._tried:
+            self._loop.call_soon(self._again, resume, context=resume[1])
+        else:
+            self._tried = True
+            self._loop.call_soon(resume[0], self, context=resume[1])
+
+    def _again(self, resume: _Resume) -> None:
+        # What was called before comes first: if that was noted, the task does not wait here now.
+        if self._resume is resume:
+            resume[0](self)
 
     async def wait(self, until: float) -> None:
         if self._woken:
             self._woken = False
             return
-        loop = self._loop
-        self._future = loop.loop.create_future()
-        loop.deadlines[self] = until
+        times = self._times
+        times.deadlines[self] = until
         try:
-            if until < loop.rings_at:
-                loop.ring_at(until)
-            await self._future
+            if until < times.rings_at:
+                times.ring_at(until)
+            await self
         finally:
-            self._woken = False
-            self._future = None
-            loop.deadlines.pop(self, None)
+            self._woken = self._tried = False
+            self._resume = self._cancelled = None
+            times.deadlines.pop(self, None)
+
+    # -- as the task sees it -----------------------------------------------------------
+
+    def __await__(self) -> Generator[AsyncioWaiter, None, None]:
+        self._asyncio_future_blocking = True
+        yield self
+
+    def add_done_callback(
+        self, resume: Callable[[AsyncioWaiter], object], *, context: Context | None = None
+    ) -> None:
+        self._resume = resume, context
+
+    def remove_done_callback(self, resume: object) -> int:
+        found = self._resume is not None and self._resume[0] == resume
+        self._resume = None if found else self._resume
+        return int(found)
+
+    def done(self) -> bool:
+        return self._woken
+
+    def cancel(self, msg: object = None) -> bool:
+        if self._resume is None:
+            return False
+        first = not self._woken
+        if first:
+            self._cancelled = asyncio.CancelledError(*[] if msg is None else [msg])
+        self.wake()
+        return first
+
+    def result(self) -> None:
+        if self._cancelled is not None:
+            raise self._cancelled
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop | None:

@@ -177,7 +177,12 @@ def _timed_out(exc: BaseException | None) -> bool:
 
 
 def lost(exc: BaseException) -> BarrierConnectionError:
-    return BarrierConnectionError(f"the store was lost ({told_by(exc)})")
+    """The error that means ``exc``; itself, if it is one."""
+    if isinstance(exc, BarrierConnectionError):
+        return exc
+    error = BarrierConnectionError(f"the store was lost ({told_by(exc)})")
+    error.__cause__ = exc
+    return error
 
 
 def _bytes(value: bytes | str) -> bytes:

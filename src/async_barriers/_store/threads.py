@@ -81,23 +81,24 @@ class ThreadedConnection:
             return done, self._answers(store, requests)
 
         def made() -> None:
-            if not promise.done() or self._due.pop(answered, None) is None:
+            if not promise.done() or answered not in self._due:
                 return
             try:
-                done, answers = promise.result()
-            except BarrierConnectionError as exc:
-                self._lose(exc, answered)
-                return
-            except Exception as exc:
-                error = lost(exc)
-                error.__cause__ = exc
-                self._lose(error, answered)
-                return
-            for (_, heard), answer in zip(late, done, strict=True):
-                heard(answer)
-            answered.resolve(answers)
-            if awaited is not None and awaited == self._awaited and self.lost is None:
-                self._wait_for(awaited)
+                del self._due[answered]
+                try:
+                    done, answers = promise.result()
+                except Exception as exc:
+                    self._lose(lost(exc), answered)
+                    return
+                for (_, heard), answer in zip(late, done, strict=True):
+                    heard(answer)
+                answered.resolve(answers)
+                if awaited is not None and awaited == self._awaited and self.lost is None:
+                    self._wait_for(awaited)
+            except BaseException as exc:
+                # A signal handler raised: what was heard is not known any more.
+                self._lose(lost(exc), answered)
+                raise
 
         promise: Promise[tuple[list[list[Any]], list[Any]]] = Promise()
         try:
@@ -178,16 +179,21 @@ class ThreadedConnection:
         def woken() -> None:
             if self._woken is not woken or not promise.done():
                 return
-            self._woken = None
-            over.resolve(None)
             try:
-                promise.result()
-            except Exception as exc:
-                # Opening a second store fails in as many ways as there are stores.
-                self._lose(exc if isinstance(exc, BarrierConnectionError) else lost(exc))
-                return
-            if self.on_wake is not None:
-                self.on_wake()
+                self._woken = None
+                over.resolve(None)
+                try:
+                    promise.result()
+                except Exception as exc:
+                    # Opening a second store fails in as many ways as there are stores.
+                    self._lose(lost(exc))
+                    return
+                if self.on_wake is not None:
+                    self.on_wake()
+            except BaseException as exc:
+                # A signal handler raised: nobody may have been woken.
+                self._lose(lost(exc))
+                raise
 
         if self._woken is not None:
             return

@@ -1,0 +1,78 @@
+"""The results of calls that another thread makes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from functools import partial
+from operator import attrgetter
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from ._store.worker import Promise
+
+T = TypeVar("T")
+
+# A cancelled call gives up its phase, which takes UNDO_SECS at most, and then ends.
+CANCELLED_SECS = 0.9
+
+
+def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
+    """Block until it is settled, or for so long; see the module's docstring."""
+    told: SimpleQueue[None] = SimpleQueue()
+    promise.when_settled(partial(told.put, None))
+    with suppress(Empty):
+        told.get(timeout=None if within_secs is None else max(0.0, within_secs))
+
+
+class _Condition(threading.Condition):
+    """A condition whose lock is taken and released in C, where no signal handler runs between."""
+
+    __enter__ = property(attrgetter("_lock.__enter__"))
+    __exit__ = property(attrgetter("_lock.__exit__"))
+
+
+class Pending(Future[T]):
+    """The result of a call, for a thread that goes on meanwhile.
+
+    The loop's thread takes its lock, too, so a thread that was interrupted must not keep it.
+
+    :param stop: cancels the call
+    :param thread: the thread that makes it
+    """
+
+    def __init__(
+        self, stop: Callable[[], object], promise: Promise[T], thread: Callable[[], int | None]
+    ) -> None:
+        super().__init__()
+        self._condition = _Condition()
+        self._stop = stop
+        self._promise = promise
+        self._thread = thread
+        promise.when_settled(self._take)
+
+    def cancel(self) -> bool:
+        """Cancel the call unless it has ended; return whether it was cancelled.
+
+        It waits until the peers were told, a second at most: they cannot be released after it.
+        """
+        if not self.done():
+            self._stop()
+            if self._thread() != threading.get_ident():
+                wait_for(self._promise, CANCELLED_SECS)
+        return super().cancel()
+
+    def _take(self) -> None:
+        try:
+            result = self._promise.result()
+        except CancelledError:
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        except BaseException as exc:
+            if self.set_running_or_notify_cancel():
+                self.set_exception(exc)
+        else:
+            if self.set_running_or_notify_cancel():
+                self.set_result(result)
