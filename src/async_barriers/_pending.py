@@ -65,14 +65,12 @@ class Pending(Future[T]):
         return super().cancel()
 
     def _take(self) -> None:
-        try:
-            result = self._promise.result()
-        except CancelledError:
+        # Not by raising the error: a signal handler's, raised here, is not that of the call.
+        result, error = self._promise._told[0]
+        if isinstance(error, CancelledError):
             super().cancel()
-            self.set_running_or_notify_cancel()
-        except BaseException as exc:
-            if self.set_running_or_notify_cancel():
-                self.set_exception(exc)
-        else:
-            if self.set_running_or_notify_cancel():
+        if self.set_running_or_notify_cancel():
+            if error is None:
                 self.set_result(result)
+            else:
+                self.set_exception(error)
