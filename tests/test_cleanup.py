@@ -183,6 +183,29 @@ async def left(world: World) -> Left:
     )
 
 
+async def test_barriers_of_one_process_that_are_built_anew(tcp: World) -> None:
+    """Nothing stays of the generations before, although all ranks are of the process that ended
+    them."""
+    ranks = await tcp.barriers(3)
+
+    async def crosses_anew(rank: AnyBarrier) -> None:
+        while True:
+            if not isinstance(await attempt(rank.execute_barrier("x")), BrokenBarrierError):
+                return
+
+    async def keys() -> int:
+        await gather(partial(crosses_anew, rank) for rank in ranks)
+        await anyio.sleep(0.6)
+        return len(await tcp.call(keys_of, tcp.innermost))
+
+    before = await keys()
+    for number in range(6):
+        await ranks[number % 3].aclose()
+        ranks[number % 3] = tcp.barrier(number % 3, 3)
+        await gather(partial(crosses_anew, rank) for rank in ranks)
+    assert await keys() == before
+
+
 # What it runs is measured elsewhere; tracing every line here takes as long again as the test.
 @pytest.mark.no_cover
 @pytest.mark.bound(110)

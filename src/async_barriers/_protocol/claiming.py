@@ -235,10 +235,10 @@ async def _end(
 
 
 def _ended(state: State, rank: int, life: Life) -> bool:
-    """Whether this rank, or this process, ended the generation before."""
+    """Whether this rank ended the generation before, or this process, as a member had died."""
     by = state.life
     ours = by is not None and (by.machine, by.pid) == (life.machine, life.pid)
-    return state.number > 0 and (ours or state.by == rank)
+    return state.number > 0 and (state.by == rank or (state.died and ours))
 
 
 async def _anyone(
