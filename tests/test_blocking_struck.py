@@ -79,6 +79,8 @@ class Strike:
         # The block's own end is contextlib's, and what calls back as threads end raises nowhere.
         if not file.startswith(self._files) or file.endswith(("contextlib.py", "_weakrefset.py")):
             return None
+        if file.endswith("worker.py") and frame.f_code.co_name == "_forget":
+            return None
         ours = file.startswith(OURS)
         frame.f_trace_opcodes = not ours or INSTRUCTIONS
         looked = False
