@@ -430,6 +430,41 @@ async def test_a_connection_is_lost_while_the_rank_is_claimed(
     await close(ranks)
 
 
+async def test_a_connection_is_missing_as_one_that_left_is_back(
+    tcp: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call enters the generation before meanwhile, and the rank is not refused for its own claim
+    when it tries again."""
+    ranks = await tcp.barriers(2)
+    session = ranks[0]._session
+    await ranks[1].aclose()
+
+    async def knows() -> bool:
+        return session.closed_by is not None
+
+    await until(knows)
+    ranks[1] = tcp.barrier(1, 2)
+    await ranks[1].connect()
+    open_second, missing = session._opening, [True]
+
+    async def none() -> Connection:
+        await sleep(session.running, 0.3)
+        raise BarrierConnectionError("there are no descriptors left")
+
+    def opening() -> Any:
+        return session.start(none()) if missing and missing.pop() else open_second()
+
+    monkeypatch.setattr(session, "_opening", opening)
+    async with Tasks() as tasks:
+        calls = [tasks.start(partial(rank.execute_barrier, "a")) for rank in ranks]
+        await anyio.sleep(0.15)
+        assert not missing
+        calls += [tasks.start(partial(rank.execute_barrier, "b")) for rank in ranks]
+        for call in calls:
+            assert (await call.returned()).sequence == 0
+            assert call.secs < 3
+
+
 async def test_a_life_elsewhere_is_asked(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where this machine cannot tell whether it lives: it answers, or it is taken for dead."""
     ranks = await shared.barriers(2)

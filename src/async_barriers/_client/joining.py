@@ -126,6 +126,9 @@ class Joining(Listening):
             raise
         finally:
             self._claiming = False
+        # None enters the generation before, if a connection is still missing.
+        self.turns = self.closed_by = None
+        self.host_left, self._rings = False, True
         await self._stand(store, Turns(joined), opening)
 
     def _opening(self) -> Effort[Connection]:
@@ -147,8 +150,6 @@ class Joining(Listening):
         except BaseException:
             _forgo(opening)
             raise
-        if turns is not self.turns:
-            self.closed_by, self.host_left, self._rings = None, False, True
         self.turns = turns
         self._before, self._claimed = turns.membership, None
         self.tally.reconnections += self._doubtful
