@@ -436,7 +436,8 @@ def _retire_all(companions: dict[str, Companion]) -> None:
 
 
 def _tell_all(companions: dict[str, Companion], closed: Closed) -> None:
-    for companion in companions.values():
+    # Another thread may build one at this moment.
+    for companion in list(companions.values()):
         companion.peer_left(closed)
 
 
