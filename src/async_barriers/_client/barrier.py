@@ -436,8 +436,7 @@ def _retire_all(companions: dict[str, Companion]) -> None:
 
 
 def _tell_all(companions: dict[str, Companion], closed: Closed) -> None:
-    # Another thread may build one at this moment.
-    for companion in list(companions.values()):
+    for companion in list(companions.values()):  # Another thread may build one just now.
         companion.peer_left(closed)
 
 
