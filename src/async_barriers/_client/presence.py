@@ -88,8 +88,9 @@ class Presence:
         heard = await self._ask(bell, membership, ranks, within_secs)
         self._note(each.rank for each in heard.values())
         self._used = _FOUND + number
-        bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
-        loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, membership))
+        if not session.closing:  # Else its generation may be over, and the key with it.
+            bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
+            loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, membership))
         return heard
 
     async def _when_found(
@@ -110,7 +111,7 @@ class Presence:
 
     def _forget(self, bell: Connection, membership: Membership) -> None:
         session = self._session
-        if bell is session._bell and bell.lost is None and membership is session.membership:
+        if bell is session._bell and membership is session.membership and not session.closing:
             # It stays, so that the number of keys does not depend on the moment.
             bell.call(Set(membership.own.heard, b""))
 

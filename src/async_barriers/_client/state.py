@@ -109,8 +109,7 @@ class SessionState:
         self.host_left = False
         self._tidying = False
         self._not_at_end: Callable[[], object] = lambda: None
-        # Called when another rank has left.
-        self.on_left: Callable[[Closed], object] = lambda closed: None
+        self.on_left: Callable[[Closed], object] = lambda closed: None  # If another rank leaves.
         # Called after this rank's bell rang, or when the session does not stand any more.
         self.on_look: Callable[[], object] = lambda: None
 
