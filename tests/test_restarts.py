@@ -430,8 +430,9 @@ async def test_a_connection_is_lost_while_the_rank_is_claimed(
     await close(ranks)
 
 
+@pytest.mark.parametrize("secs", [0.3, 0.8], ids=["soon", "after the time for its return"])
 async def test_a_connection_is_missing_as_one_that_left_is_back(
-    tcp: World, monkeypatch: pytest.MonkeyPatch
+    tcp: World, monkeypatch: pytest.MonkeyPatch, secs: float
 ) -> None:
     """No call enters the generation before meanwhile, and the rank is not refused for its own claim
     when it tries again."""
@@ -448,7 +449,7 @@ async def test_a_connection_is_missing_as_one_that_left_is_back(
     open_second, missing = session._opening, [True]
 
     async def none() -> Connection:
-        await sleep(session.running, 0.3)
+        await sleep(session.running, secs)
         raise BarrierConnectionError("there are no descriptors left")
 
     def opening() -> Any:
@@ -463,6 +464,33 @@ async def test_a_connection_is_missing_as_one_that_left_is_back(
         for call in calls:
             assert (await call.returned()).sequence == 0
             assert call.secs < 3
+
+
+async def test_a_store_is_slow_as_one_that_left_is_back(
+    shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not gone with that rank, as one would that refuses: the call waits for it."""
+    ranks = await shared.barriers(2)
+    session = ranks[0]._session
+    await ranks[1].aclose()
+
+    async def knows() -> bool:
+        return session.closed_by is not None
+
+    await until(knows)
+    ranks[1] = shared.barrier(1, 2)
+    await ranks[1].connect()
+    opens = session._source.open
+
+    async def slowly(loop: Any, deadline: float) -> Connection:
+        left_secs = deadline - loop.now()
+        await sleep(loop, max(0.0, min(left_secs, 0.8)))
+        if left_secs < 0.8:
+            raise BarrierConnectionError("the store did not answer in time") from TimeoutError()
+        return await opens(loop, deadline)
+
+    monkeypatch.setattr(session._source, "open", slowly)
+    assert await crosses(ranks) == 0
 
 
 async def test_a_life_elsewhere_is_asked(shared: World, monkeypatch: pytest.MonkeyPatch) -> None:

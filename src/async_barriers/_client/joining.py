@@ -48,10 +48,9 @@ class Joining(Listening):
 
     async def _join(self) -> None:
         loop = self.running
-        deadline = until = self._now() + self.init_secs
-        if (closed := self.closed_by) is not None:
-            # The store may have gone with that rank.
-            until = min(deadline, self._now() + _GRACE_SECS)
+        deadline = self._now() + self.init_secs
+        # The store may have gone with a rank that has left.
+        until = deadline if self.closed_by is None else min(deadline, self._now() + _GRACE_SECS)
         pause = RETRY_SECS
         while True:
             store: Connection | None = None
@@ -75,8 +74,10 @@ class Joining(Listening):
                 lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
                 if not lost or self.closing or self._now() >= deadline:
                     raise
-                if closed is not None and self._now() >= until:
+                slow = exc.__cause__ is None or isinstance(exc.__cause__, TimeoutError)
+                if store is None and not slow and (closed := self.closed_by) is not None:
                     raise self._left_error(closed) from exc
+                until = deadline  # It is slow, or there: not refused.
             await sleep(loop, pause)
             pause = min(2 * pause, RETRY_SECS_AT_MOST)
 
