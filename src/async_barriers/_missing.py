@@ -57,6 +57,20 @@ def had_not_entered(
     text = f"{plural_ranks(ranks)} had not entered"
     if missing:
         text += f": {told(missing, subgroup)}"
-    elif subgroup is not None:
-        text += f" (global {plural_ranks(tuple(subgroup[rank] for rank in ranks))})"
+    else:
+        text += in_job(ranks, subgroup)
     return f"{text}; look for a crash or a stall there, or allow a longer timeout_secs"
+
+
+def in_job(ranks: Iterable[int], global_ranks: Sequence[int] | None) -> str:
+    """`` (global ranks 2, 3)`` behind the ranks of a subgroup; else nothing."""
+    known = [global_rank(rank, global_ranks) for rank in ranks]
+    numbers = tuple(number for number in known if number is not None)
+    return f" (global {plural_ranks(numbers)})" if numbers else ""
+
+
+def global_rank(rank: int | None, global_ranks: Sequence[int] | None) -> int | None:
+    """The number of a subgroup's rank in the job. What a peer says of a rank may be wrong."""
+    if rank is None or global_ranks is None or not 0 <= rank < len(global_ranks):
+        return None
+    return global_ranks[rank]

@@ -20,7 +20,7 @@ CANCELLED_SECS = 0.9
 
 
 def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
-    """Block until it is settled, or for so long; see the module's docstring."""
+    """Block until it is settled, or for so long. `_portal` says why not by Python's own Event."""
     told: SimpleQueue[None] = SimpleQueue()
     promise.when_settled(partial(told.put, None))
     with suppress(Empty):

@@ -17,6 +17,7 @@ from .._errors import (
     seconds,
     told_by,
 )
+from .._missing import global_rank
 from .._store.event_loop import Loop
 from .._store.future import Effort, Future
 from .._store.waiting import settled, until_done
@@ -125,7 +126,7 @@ class Attempt:
             # What publish raises may be of another barrier.
             exc.prefix = exc.prefix or session.prefix
             if isinstance(exc, BrokenBarrierError) and exc.prefix == session.prefix:
-                exc.global_rank = self.watch.global_rank(exc.rank)
+                exc.global_rank = global_rank(exc.rank, self.watch.global_ranks)
         left = session.closed_by
         why = kind_of(
             exc,

@@ -69,7 +69,6 @@ class Crossing(Attempt):
             self.deadline = self.started + timeout_secs
             self._lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
             self._watch_at = min(self._watch_at, self.deadline - self._lead_secs)
-        self._rejoined = False
 
     async def decided(self, payload: bytes = b"") -> Released | None:
         """Enter, and wait for the release; None if this rank is to publish a commit.

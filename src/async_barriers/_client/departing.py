@@ -106,6 +106,8 @@ class Departing(Pool):
         if turns is None or turns.membership is not gone.membership or step is None:
             return
         before, turns.passed[gone.name] = turns.passed.get(gone.name, 0), step
+        if not self.unfinished:
+            return  # Most often.
         stem = gone.entry.keys.path.removesuffix(f"{step}")
         for path in [each for each in self.unfinished if each.startswith(stem)]:
             if int(path.removeprefix(stem)) < before:

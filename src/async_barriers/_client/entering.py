@@ -200,9 +200,8 @@ class Entering(Departing):
             phase.verdict, phase.error, phase.decided = verdict, error, True
         # Again if it was decided before, since a signal handler may have raised in the middle.
         turns, step, verdict = self.turns, phase.step, phase.verdict
-        if turns is None or turns.membership is not phase.membership:
-            step = None  # Of another generation.
-        if step is not None and verdict is not None and turns is not None:
+        ours = turns is not None and turns.membership is phase.membership
+        if turns is not None and ours and step is not None and verdict is not None:
             turns.decided(phase.name, step, verdict)
         if phase.abandoned and not phase.giving_up:
             self.forget(phase)

@@ -178,9 +178,13 @@ class Hearing(Entering):
         with contextlib.suppress(BarrierConnectionError):
             take = Delete([own.bell(self.rank)]), Read(own.asked(self.rank))
             (asked,) = await bell.call(*take, wait=own.bell(self.rank))
-            if asked:
-                said = encode_answer(self.rank, self.said.answer)
-                await members.answer(bell, over, asked, said)
+            await self._answer(bell, over, asked)
+
+    async def _answer(self, bell: Connection, own: Membership, asked: bytes | None) -> None:
+        """Answer the ranks that ask whether this one lives."""
+        if asked:
+            said = encode_answer(self.rank, self.said.answer)
+            await members.answer(bell, own, asked, said)
 
     async def _see(
         self,

@@ -15,7 +15,6 @@ from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
-from .._protocol.presence import encode_answer
 from .._protocol.store import Append, Read
 from .._protocol.verdict import Broken
 from .._store.future import Effort
@@ -107,9 +106,7 @@ class Listening(Breaking):
             around = members.surroundings(membership, found[:5])
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
-            if around.asked:
-                said = encode_answer(self.rank, self.said.answer)
-                await members.answer(bell, membership, around.asked, said)
+            await self._answer(bell, membership, around.asked)
             if around.complete and not around.over:
                 # Move the phases that were tried too early, however they ended.
                 await self._all_joined(turns, bell)

@@ -46,11 +46,6 @@ class Watch(NamedTuple):
     global_ranks: Sequence[int] | None
     first_secs: float
 
-    def global_rank(self, rank: int | None) -> int | None:
-        """The number of a subgroup's rank in the job."""
-        ranks = self.global_ranks
-        return None if rank is None or ranks is None or rank >= len(ranks) else ranks[rank]
-
     def with_stalled(self, stalled_secs: float | None) -> Watch:
         """The settings of one call that gives its own."""
         stalled = math.inf if stalled_secs is None else stalled_secs

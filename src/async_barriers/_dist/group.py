@@ -12,6 +12,7 @@ from torch.distributed import Store, TCPStore
 
 from .._errors import BarrierConnectionError, BrokenBarrierError, plural_ranks, told_by
 from .._launch import global_ranks, group_store
+from .._missing import global_rank, in_job
 from .._store.blocking_store import BlockingStore, innermost
 from .._store.connecting import NotUnderstood, connect
 from .._store.copies import copy_of
@@ -60,17 +61,14 @@ class Group:
 
     def told(self, ranks: tuple[int, ...]) -> str:
         """``ranks 0, 1``, and of a subgroup's ranks ``(global ranks 2, 3)``."""
-        subgroup = self.global_ranks
-        in_job = () if subgroup is None else tuple(subgroup[rank] for rank in ranks)
-        return plural_ranks(ranks) + (f" (global {plural_ranks(in_job)})" if in_job else "")
+        return plural_ranks(ranks) + in_job(ranks, self.global_ranks)
 
     def broken(
         self, name: str, sequence: int, rank: int | None, reason: str, *, in_doubt: bool = False
     ) -> BrokenBarrierError:
         """The error of a call that ``rank`` broke."""
         error = BrokenBarrierError(name, sequence, rank, reason, in_doubt=in_doubt)
-        if rank is not None and self.global_ranks is not None:
-            error.global_rank = self.global_ranks[rank]
+        error.global_rank = global_rank(rank, self.global_ranks)
         return error
 
     def open_store(self, secs: float, given_up: threading.Event) -> BlockingStore:
