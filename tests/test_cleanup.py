@@ -22,6 +22,7 @@ from worlds import AnyBarrier, Tasks, World, gather, library_threads_gone, until
 
 from async_barriers import BarrierError, BarrierTimeoutError, BrokenBarrierError
 from async_barriers._protocol.store import Delete
+from async_barriers._store.sources import PassedIn
 
 pytestmark = pytest.mark.anyio
 
@@ -297,7 +298,7 @@ async def two_that_crossed(memory: World) -> list[AnyBarrier]:
 async def test_a_rank_leaves_that_looks_after_a_phase(memory: World) -> None:
     """The other one departs from the phase a moment later, with its entry into the next one."""
     first, second = await two_that_crossed(memory)
-    leaves = parks(memory, ("compare_set", "/member/1"), ("add", "1:b/0/count"))
+    leaves = parks(memory, ("compare_set", "/closed"), ("add", "1:b/0/count"))
     async with Tasks() as tasks:
         tasks.start(second.aclose)
         await memory.call(leaves.wait, 5)
@@ -377,3 +378,44 @@ async def test_a_job_that_never_comes_back_as_a_whole(memory: World) -> None:
         await library_threads_gone()
         counts.append(len(keys_of(memory.innermost)))
     assert counts[2] == counts[0], keys_of(memory.innermost)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["at once", "the host first"])
+async def test_nothing_is_written_once_the_host_may_go(
+    memory: World, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """With the store goes its server, and c10d prints what comes to it too late (law 12)."""
+    host, *peers = ranks = await memory.barriers(3)
+    calls: list[tuple[str, str]] = []
+    told, counted = threading.Event(), threading.Event()
+    hosts: list[str] = []
+
+    async def is_host(source: PassedIn, loop: object) -> bool:
+        return source is host._session._source
+
+    def hook(operation: str, key: str) -> None:
+        thread = threading.current_thread().name
+        if operation == "set" and key.endswith("/host_leaves"):
+            hosts.append(thread)
+        if operation == "add" and key.endswith("/roll"):
+            # The host is counted first, and waits.
+            if thread in hosts:
+                counted.set()
+            else:
+                counted.wait(5)
+        if told.is_set() and thread not in hosts and operation != "list_keys":
+            calls.append((operation, key))
+        if operation == "set" and key.endswith("/all_left"):
+            told.set()
+
+    monkeypatch.setattr(PassedIn, "hosts", is_host)
+    await gather(rank.execute_barrier for rank in ranks)
+    store: Any = memory.store
+    store.data.hook = hook
+    if first:
+        await host.aclose()
+    await gather(rank.aclose for rank in (peers if first else ranks))
+    await library_threads_gone()
+    assert told.is_set()
+    assert not calls
+    assert [key.rpartition("/")[2] for key in keys_of(memory.innermost)] == ["state"]

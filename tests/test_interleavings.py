@@ -133,13 +133,13 @@ def two_that_join() -> Scenario:
 
 def test_a_ring_before_the_news_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that leaves wakes its peers, which look around before it has said so."""
-    leave = leaving.leave
+    tell = leaving.tell
 
-    async def rings_first(store: Store, membership: Membership, *args: Any, **kwargs: Any) -> bool:
+    async def rings_first(store: Store, membership: Membership, *args: Any, **kwargs: Any) -> None:
         await store.call(SetMany(membership.bells, b"left"), Read(membership.keys.state))
-        return await leave(store, membership, *args, **kwargs)
+        await tell(store, membership, *args, **kwargs)
 
-    monkeypatch.setattr(leaving, "leave", rings_first)
+    monkeypatch.setattr(leaving, "tell", rings_first)
     monkeypatch.setattr(leaving, "SetMany", lambda keys, value: SetMany([], value))
     scenario = Scenario(2)
     scenario.rank("0", scenario.closes())

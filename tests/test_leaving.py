@@ -39,6 +39,7 @@ from async_barriers import (
 from async_barriers._protocol import leaving
 from async_barriers._protocol.membership import FIELD, GONE
 from async_barriers._protocol.store import Read
+from async_barriers._store import sources
 from async_barriers._store.connection import SocketConnection
 
 in_process = pytest.mark.anyio
@@ -96,7 +97,7 @@ async def test_a_connection_is_lost_as_a_rank_says_goodbye(
     monkeypatch: pytest.MonkeyPatch, cut_at: int
 ) -> None:
     """The store is there, so it says it on another one, and its peers learn it (law 3)."""
-    leave, messages = leaving.leave, 0
+    tell, messages = leaving.tell, 0
 
     def cut(store: SocketConnection, *args: Any, **options: Any) -> Any:
         call = store.call
@@ -109,12 +110,12 @@ async def test_a_connection_is_lost_as_a_rank_says_goodbye(
             return call(*requests, **given)
 
         monkeypatch.setattr(store, "call", loses)
-        return leave(store, *args, **options)
+        return tell(store, *args, **options)
 
     async with job(serve(), 2) as ranks, Tasks() as tasks:
         waiting = tasks.start(ranks[1].execute_barrier)
         await anyio.sleep(0.05)
-        monkeypatch.setattr(leaving, "leave", cut)
+        monkeypatch.setattr(leaving, "tell", cut)
         await ranks[0].aclose()
         error = await waiting.raised(BrokenBarrierError)
         assert (error.rank, error.reason) == (0, "it closed its barrier")
@@ -127,19 +128,19 @@ async def test_a_connection_is_lost_as_a_rank_says_goodbye(
 async def test_closing_that_is_struck(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal handler's exception, before a word is said: it is begun anew."""
     said: list[object] = []
-    leave = leaving.leave
+    tell = leaving.tell
 
     def struck(*args: Any, **options: Any) -> Any:
         said.append(args)
         if len(said) == 1:
             raise Struck
-        return leave(*args, **options)
+        return tell(*args, **options)
 
     async with job(serve(), 2) as ranks, Tasks() as tasks:
         waiting = tasks.start(ranks[1].execute_barrier)
         await anyio.sleep(0.05)
         with monkeypatch.context() as patch:
-            patch.setattr(leaving, "leave", struck)
+            patch.setattr(leaving, "tell", struck)
             with contextlib.suppress(Struck):
                 await ranks[0].aclose()
             error = await waiting.raised(BrokenBarrierError)
@@ -423,16 +424,18 @@ async def test_a_rank_that_says_twice_that_it_leaves_counts_once(
     """A signal handler raises when the store has counted it. Counted twice it would pass for its
     peer, and the keys of both would go."""
     server = serve()
+    # Else its peer would let the host go, and be gone itself.
+    monkeypatch.setattr(sources, "hosted_here", lambda port: False)
     async with job(server, 2) as (first, second):
         membership = second._session.membership
         assert membership is not None
-        counted = leaving._counted
 
-        async def struck_once(*args: Any) -> bool:
-            monkeypatch.setattr(leaving, "_counted", counted)
-            raise Struck
+        class Strikes(int):
+            def __rand__(self, roll: int) -> int:
+                monkeypatch.setattr(leaving, "FIELD", FIELD)
+                raise Struck
 
-        monkeypatch.setattr(leaving, "_counted", struck_once)
+        monkeypatch.setattr(leaving, "FIELD", Strikes(FIELD))
         raised: list[Any] = []
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: raised.append(context.get("exception")))

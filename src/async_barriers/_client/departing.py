@@ -33,6 +33,9 @@ class Departing(Pool):
 
     # Whether this rank has departed from a phase since the outboxes were flushed.
     _departs = False
+    # What this rank was when it last wrote that it is gone; and when it last began to.
+    _gone_as: Membership | None = None
+    _goes_as: Membership | None = None
 
     def forget(self, phase: Phase) -> None:
         """Nobody on this rank waits for it any more: depart, and put its connection back.
@@ -233,15 +236,29 @@ class Departing(Pool):
         """Let the host leave, once nothing here depends on it."""
         deadline = self._now() + PEERS_SECS
         # A decided phase, too, may have a result to fetch.
-        while self._now() < deadline and any(p.membership is membership for p in self.open):
+        while any(p.membership is membership for p in self.open):
+            if self._now() >= deadline:
+                return
             await sleep(self.running, 0.01)
         bell = self._bell
-        if bell is None:
+        if bell is None or membership is self._gone_as:
             return
         with contextlib.suppress(BarrierConnectionError):
             await self._flush()
             await self._end_waits()
-            await leaving.release_host(bell, membership)
+            await self._go(bell, membership)
+            self._gone_as = membership
+
+    async def _go(self, bell: Connection, membership: Membership, *, hosts: bool = False) -> bool:
+        """Write the last that this rank writes; see `leaving`."""
+        # Phases that others depart from after this rank is gone, or never.
+        for gone in self._after:
+            self._name(gone)
+        turns = self.turns
+        for entry, _ in turns.tried_early if turns is not None else ():
+            self.unfinished[entry.keys.path] = membership.own.latest("")
+        again, self._goes_as = self._goes_as is membership, membership
+        return await leaving.go(bell, membership, self.unfinished, hosts=hosts, again=again)
 
     async def _using(self, phase: Phase, call: Coroutine[Any, Any, T]) -> T:
         """Make a call that may use another connection than the phase's own, and depart only after

@@ -9,6 +9,7 @@ from .._protocol.count import Count
 from .._protocol.membership import Membership
 from .._protocol.phase import Entry
 from .._protocol.store import Read, Set, SetMany
+from .._protocol.verdict import number
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.threads import ThreadedConnection
@@ -119,13 +120,17 @@ class Pool(SessionState):
     async def _wait_for(
         self, store: Connection, key: str, secs: float, state: bytes | None = None
     ) -> bool:
-        """Whether within ``secs`` seconds ``key`` was written or, if given, ``state`` changed."""
+        """Whether within ``secs`` seconds ``key`` was written, or ``state`` replaced by another."""
+
+        def follows(now: bytes | None) -> bool:
+            return state not in (None, now) and number(now) is None
+
         loop = self.running
         if not store.waits:
             deadline = self._now() + secs
             while self._now() < deadline:
                 now, found = await store.call(Read(self.keys.state), Read(key))
-                if found is not None or state not in (None, now):
+                if found is not None or follows(now):
                     return True
                 await sleep(loop, 0.02)
             return False
@@ -133,6 +138,6 @@ class Pool(SessionState):
         store.on_wake = lambda: came.resolve(None)
         (now,) = await store.call(Read(self.keys.state), wait=key)
         try:
-            return state not in (None, now) or await within(loop, came, secs)
+            return follows(now) or await within(loop, came, secs)
         finally:
             store.stop_waiting()

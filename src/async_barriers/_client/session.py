@@ -14,11 +14,11 @@ from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import leaving
-from .._protocol.membership import Membership
-from .._protocol.store import Delete, Read
+from .._protocol.store import Read
 from .._store.event_loop import Loop
 from .._store.future import Future
 from .._store.private_loop import PrivateLoop
+from .._store.sources import Connection
 from .._store.waiting import sleep, within
 from .._store.worker import Promise
 from . import process
@@ -40,10 +40,6 @@ _EXIT_SECS = 0.5
 
 class Session(Joining):
     """All that a connected barrier has."""
-
-    # What this rank was when it last said that it leaves; and when it last began to.
-    _left_as: Membership | None = None
-    _leaves_as: Membership | None = None
 
     @cached_property
     def presence(self) -> Presence:
@@ -87,10 +83,7 @@ class Session(Joining):
                 self.settle(phase, error=self._closed_error(phase))
         while True:
             try:
-                if self.host_left:
-                    await self._part(loop, deadline)
-                else:
-                    await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
+                await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
                 break
             except BarrierError as exc:
                 logger.debug("%s closes without its store: %s", describe(self.prefix), exc)
@@ -98,8 +91,9 @@ class Session(Joining):
                     break
             # Its connection was lost just then. The store may still be there.
             await sleep(loop, _AGAIN_SECS)
-        # A host may have waited for its peers past the deadline.
-        await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
+        if any(connection.unsaid for connection in self._connections()):
+            # A host may have waited for its peers past the deadline.
+            await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
 
     async def _hear_out(self, loop: Loop, deadline: float) -> None:
         """Wait for all answers, since c10d's server complains of clients that hang up before; and
@@ -120,8 +114,35 @@ class Session(Joining):
     ) -> None:
         # The one before holds its rank also if its generation is over.
         membership = self.membership or self._claimed or self._before
-        if membership is None or membership is self._left_as:
+        if membership is None or membership is self._gone_as:
             return
+        bell = await self._bell_at_end(loop, deadline)
+        flushed = self.start(self._flush())
+        if bell is None or not await within(loop, flushed, deadline - self._now()):
+            return
+        hosts = await self._source.hosts(loop)
+        # It waits for something else then.
+        bell.stop_waiting()
+        told = self.start(leaving.tell(bell, membership, reason, hosts=hosts))
+        if not await within(loop, told, deadline - self._now()):
+            return
+        told.result()
+        await self._hear_out(loop, (self._now() + deadline) / 2)
+        gone = self.start(self._go(bell, membership, hosts=hosts))
+        said = await within(loop, gone, deadline - self._now())
+        needed = said and gone.result()
+        # Not after it was interrupted: then it begins anew.
+        self._gone_as = membership
+        if not (said and hosts):
+            return
+        if needed:
+            all_left, state = membership.own.all_left, membership.state.encoded
+            await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
+        let_go = self.start(leaving.let_go(bell, membership))
+        await within(loop, let_go, max(deadline, self._now() + _LAST_SECS) - self._now())
+
+    async def _bell_at_end(self, loop: Loop, deadline: float) -> Connection | None:
+        """The connection to say goodbye on; another one, if the one that listens was lost."""
         bell = self._bell
         # What was asked last need not hang; and c10d complains of a wait that is cut off.
         until = self._now() + min(_MOMENT_SECS, (deadline - self._now()) / 2)
@@ -129,57 +150,15 @@ class Session(Joining):
             answered = bell.call(Read(self.keys.state))
             await within(loop, answered, until - self._now())
         if bell is None or bell.lost is not None or bell.unsaid:
+            if self.host_left:
+                return None
             opened = self.start(self._open(loop, deadline))
             if not await within(loop, opened, deadline - self._now()):
                 opened.stop(BarrierConnectionError("there is no time left"))
             if bell is not None:
                 bell.close(reset=True)
             bell = self._bell = opened.result()
-        flushed = self.start(self._flush())
-        if not await within(loop, flushed, deadline - self._now()):
-            return
-        self._name_rest(membership)
-        hosts = await self._source.hosts(loop)
-        # It rings its own bell, too, and then waits for something else.
-        bell.stop_waiting()
-        again, self._leaves_as = self._leaves_as is membership, membership
-        leave = partial(leaving.leave, unfinished=self.unfinished, again=again)
-        goodbye = self.start(leave(bell, membership, reason, hosts=hosts))
-        said = await within(loop, goodbye, deadline - self._now())
-        # If it was interrupted, it begins anew; the peers may not have been woken.
-        needed = said and goodbye.result()
-        self._left_as = membership
-        if not said:
-            return
-        if needed and hosts:
-            # A rank that clears up ends the state first.
-            all_left, state = membership.own.all_left, membership.state.encoded
-            await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
-        with contextlib.suppress(BarrierConnectionError):
-            await within(
-                loop, bell.call(Delete([membership.own.bell(self.rank)])), deadline - self._now()
-            )
-
-    def _name_rest(self, membership: Membership) -> None:
-        """Name the phases that others depart from after this rank has left, or never."""
-        for gone in self._after:
-            self._name(gone)
-        turns = self.turns
-        for entry, _ in turns.tried_early if turns is not None else ():
-            self.unfinished[entry.keys.path] = membership.own.latest("")
-
-    async def _part(self, loop: Loop, deadline: float) -> None:
-        """Be gone after the host was let go; its store may be gone, too."""
-        bell, membership = self._bell, self.membership
-        if membership is None or membership is self._leaves_as:
-            return
-        if bell is not None and bell.lost is None:
-            await within(loop, self.start(self._flush()), deadline - self._now())
-            self._name_rest(membership)
-            # Said once at most, since it must not be counted twice.
-            self._leaves_as = membership
-            parting = self.start(leaving.part(bell, membership, self.unfinished))
-            await within(loop, parting, deadline - self._now())
+        return bell
 
     def _closed_error(self, phase: Phase) -> BarrierClosedError:
         error = BarrierClosedError(describe(phase.name, phase.sequence, self.prefix))

@@ -47,7 +47,7 @@ class SessionState:
     """The attributes of a session, and how it starts work that goes on by itself.
 
     :ivar turns: the turns of the generation that this rank has joined; None before it joins
-    :ivar unfinished: see `_protocol.leaving.leave`
+    :ivar unfinished: see `_protocol.leaving.go`
     :ivar open: the phases that this rank waits for, or still has to break
     """
 

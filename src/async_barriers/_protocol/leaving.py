@@ -7,96 +7,94 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .._errors import in_one_line
-from .membership import FIELD, GONE, HOST, LEFT, Membership
+from .membership import FIELD, GONE, HOST, Membership
 from .store import Add, CompareSet, Delete, Read, Request, Set, SetMany, Store
 from .unfinished import keys_of, naming
 from .verdict import number
 
 
-async def leave(
-    store: Store,
-    membership: Membership,
-    reason: str,
-    *,
-    hosts: bool,
-    unfinished: Mapping[str, str],
-    again: bool = False,
-) -> bool:
+async def tell(store: Store, membership: Membership, reason: str, *, hosts: bool) -> None:
     """Say that this rank can never be waited for again.
 
     Only the first rank that leaves wakes the others: no phase is released without it, so later ones
     would tell nothing new.
 
     :param hosts: the store ends with this process
+    """
+    own = membership.own
+    closed = json.dumps({"rank": membership.rank, "reason": in_one_line(reason)}).encode()
+    requests: list[Request] = [CompareSet(own.closed, b"", closed), Read(membership.keys.state)]
+    if hosts:
+        # A rank that sees that also sees which rank left first.
+        requests.insert(1, Set(own.host_leaves, b"1"))
+    first, found = await store.call(*requests)
+    if found == membership.state.encoded and (first == closed or hosts):
+        (now,) = await store.call(SetMany(membership.peers, b"left"), Read(membership.keys.state))
+        if now != found:
+            # The last rank has cleared up meanwhile.
+            await store.call(Delete(membership.peers))
+
+
+async def go(
+    store: Store,
+    membership: Membership,
+    unfinished: Mapping[str, str],
+    *,
+    hosts: bool = False,
+    again: bool = False,
+) -> bool:
+    """Give up the claim, and be counted as gone. It is the last that this rank writes: the store
+    may end when the last rank has done so.
+
     :param unfinished: the phases that this rank names; see `unfinished`
-    :param again: it may have been said before, when a signal handler interrupted this rank
+    :param hosts: as for `tell`; `let_go` comes after it then
+    :param again: it may have been done before, when a signal handler interrupted this rank
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
     gone = replace(membership.claim, left=True).encoded
-    counts: Request = Add(own.roll, LEFT + GONE + (HOST if hosts else 0))
+    counts: Request = Add(own.roll, GONE + (HOST if hosts else 0))
     if again and await store.call(Read(keys.member(rank))) == [gone]:
         # One counted twice would pass for another rank, and the keys would go under that one.
         counts = Read(own.roll)
-    closed = json.dumps({"rank": rank, "reason": in_one_line(reason)}).encode()
-    requests: list[Request] = [
+    _, found, counted = await store.call(
+        *naming(own, unfinished),
         # Not a plain write: another life may hold the rank by now.
         CompareSet(keys.member(rank), membership.claim.encoded, gone),
-        CompareSet(own.closed, b"", closed),
-        counts,
+        Delete([own.bell(rank)]),
         Read(keys.state),
-    ]
-    if hosts:
-        # A rank that sees that also sees which rank left first.
-        requests.insert(2, Set(own.host_leaves, b"1"))
-    requests[:0] = naming(own, unfinished)
-    _, first, counted, found = await store.call(*requests)
+        counts,
+    )
     roll = counted if isinstance(counted, int) else number(counted) or 0
-    if found != membership.state.encoded:
+    joined, left, hosted = roll & FIELD, roll // GONE & FIELD, bool(roll // HOST & FIELD)
+    if found != membership.state.encoded or not joined:
         # The generation is over, so no rank uses what was just written.
-        spent = [own.roll, own.closed, own.unfinished, own.bell(rank)]
-        await store.call(Delete(spent))
+        await store.call(Delete([own.roll, own.closed, own.unfinished, own.bell(rank)]))
         return False
-    if await _counted(store, membership, roll):
-        return False
-    if first == closed or hosts:
-        (now,) = await store.call(SetMany(membership.bells, b"left"), Read(keys.state))
-        if now != found:
-            # The last rank has cleared up meanwhile.
-            await store.call(Delete(membership.bells))
-    return bool(roll // LEFT & FIELD < roll & FIELD)
-
-
-async def release_host(store: Store, membership: Membership) -> None:
-    """Need the store no more, without having left; see `leave`."""
-    (roll,) = await store.call(Add(membership.own.roll, LEFT))
-    await _counted(store, membership, roll)
-
-
-async def part(store: Store, membership: Membership, unfinished: Mapping[str, str]) -> None:
-    """Be gone, after `release_host`."""
-    (roll,) = await store.call(*naming(membership.own, unfinished), Add(membership.own.roll, GONE))
-    await _counted(store, membership, roll)
-
-
-async def _counted(store: Store, membership: Membership, roll: int) -> bool:
-    """Do the work of the last rank that leaves; return whether that is this rank."""
-    joined = roll & FIELD
-    if roll // HOST & FIELD and roll // LEFT & FIELD >= joined:
-        await store.call(Set(membership.own.all_left, b"1"))
     # In the first generation a rank may come later that has to learn that others have left.
-    members = joined if membership.state.number else membership.world_size
-    if roll // GONE & FIELD < members:
-        return False
-    await clear(store, membership, everyone=joined >= membership.world_size)
-    return True
+    if left >= (joined if membership.state.number else membership.world_size):
+        await clear(store, membership, everyone=joined >= membership.world_size, hosted=hosted)
+    if hosted and left >= joined:
+        await store.call(Set(own.all_left, b"1"))
+    return left < joined
 
 
-async def clear(store: Store, membership: Membership, *, everyone: bool) -> None:
+async def let_go(store: Store, membership: Membership) -> None:
+    """Wait no more for others to be gone; the last host that does deletes what it waited for."""
+    own = membership.own
+    roll, found = await store.call(Add(own.roll, -HOST), Read(membership.keys.state))
+    # Nobody has joined a roll that was deleted.
+    last = not (roll // HOST & FIELD and roll & FIELD)
+    if last and found != membership.state.encoded:
+        await store.call(Delete([own.roll, own.all_left]))
+
+
+async def clear(store: Store, membership: Membership, *, everyone: bool, hosted: bool) -> None:
     """Delete the keys of a generation that all its members have left.
 
     :param everyone: all ranks had joined it; else some may still be in an earlier one, and must
         find there how their phases were broken
+    :param hosted: a host waits for the roll to be complete, and deletes that; see `let_go`
     The state becomes the number of the next generation. It is not deleted: a newcomer may just have
     put its own there.
     """
@@ -106,7 +104,9 @@ async def clear(store: Store, membership: Membership, *, everyone: bool) -> None
     unfinished, *found = await store.call(
         Read(own.unfinished), *(Read(keys.member(rank)) for rank in ranks)
     )
-    spent = own.common + keys_of(unfinished, keys.root if everyone else own.root)
+    awaited = (own.roll, own.all_left) if hosted else ()
+    spent = [key for key in own.common if key not in awaited]
+    spent += keys_of(unfinished, keys.root if everyone else own.root)
     for rank in ranks:
         spent += [own.bell(rank), own.asked(rank), own.answer(f"{rank}")]
     identity = membership.state.identity.encode()

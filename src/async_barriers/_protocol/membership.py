@@ -22,10 +22,10 @@ from .keys import GenerationKeys, Keys
 from .store import Append, CompareSet, Delete, Read, Request, Store
 from .verdict import RUBBISH, number, show
 
-# The fields of a generation's roll: how many ranks joined, no longer need the store, host it and
-# wait for that, and are gone for good.
+# The fields of a generation's roll: how many ranks joined, are gone for good, and wait for that as
+# hosts of the store.
 FIELD = (1 << 15) - 1
-JOINED, LEFT, HOST, GONE = 1, 1 << 15, 1 << 30, 1 << 45
+JOINED, GONE, HOST = 1, 1 << 15, 1 << 30
 
 
 @dataclass(frozen=True)

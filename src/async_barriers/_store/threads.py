@@ -125,10 +125,10 @@ class ThreadedConnection:
         """
         self.stop_waiting()
         if self._woken is not None:
-            key, over = self._waited_key, self._wait_over
-            await self.call(Set(key, _CLOSED))
-            await over
-            await self.call(Delete([key]))
+            await self.call(Set(self._waited_key, _CLOSED))
+            await self._wait_over
+            await self.call(Delete([self._waited_key]))
+        self._waited_key = ""
 
     def move(self, loop: Loop) -> None:
         """Go on on another loop; what was posted to the one before may never be called there."""
@@ -270,7 +270,7 @@ class ThreadedConnection:
     def _close_waited(self) -> None:
         if (store := self._waited) is not None:
             with contextlib.suppress(BarrierConnectionError):
-                if not self._given_up:
+                if self._waited_key and not self._given_up:
                     self._take_away(store, self._waited_key)
             store.close()
 
