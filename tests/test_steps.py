@@ -182,6 +182,34 @@ async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
         assert {result.sequence for result in results} == {301}
 
 
+@pytest.mark.parametrize("how", ["comes", "commits", "aborts"])
+async def test_who_waits_in_a_step_when_a_later_one_is_decided(how: str) -> None:
+    """It learns at once that no other rank comes any more; and no key is left of that."""
+    server = serve()
+    async with job(server, 2) as ranks, Tasks() as tasks:
+        await gather(partial(rank.execute_barrier, "x", step=4) for rank in ranks)
+        await anyio.sleep(0.6)
+        keys = server.num_keys()
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", step=5))
+        await gather(partial(rank.execute_barrier, "x", step=6) for rank in ranks)
+        if how == "aborts":
+            assert await ranks[1].abort("a shard is missing", "x", step=5) is True
+            assert await ranks[1].abort("a shard is missing", "x", step=4) is False
+        elif how == "comes":
+            await over_at_once(ranks[1].execute_barrier("x", step=5))
+        else:
+            await over_at_once(ranks[1].commit(Published(), name="x", step=5))
+        with anyio.fail_after(TOLD_SECS):
+            error = await waiting.raised(BrokenBarrierError)
+        assert (error.rank, error.sequence) == (1, 5)
+        assert ("a shard is missing" if how == "aborts" else "step 6, a later") in error.reason
+        for step in (7, 8):
+            await gather(partial(rank.execute_barrier, "x", step=step) for rank in ranks)
+        with anyio.fail_after(5):
+            while server.num_keys() > keys:
+                await anyio.sleep(0.02)
+
+
 @pytest.mark.parametrize("how", ["deadline", "abort", "body"])
 async def test_a_step_is_decided_once(how: str) -> None:
     """Who tries again what was broken is told so at once, each time, and so is its peer."""

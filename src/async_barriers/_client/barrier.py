@@ -218,8 +218,10 @@ class CrossingBarrier(Barrier):
         if phase is None:
             while not session.stands:
                 await crossing.ready()
-            if session.too_late(name, step):
-                return False
+            if step is not None and session.too_late(name, step):
+                passed = session.start(session.break_passed(name, step, reason))
+                await settled(crossing.loop, passed, crossing.started + session.init_secs)
+                return passed.done and passed.error is None and passed.result()
             phase = session.begin(name, step)
         broke = await self._break(crossing, phase, reason, session.init_secs)
         publishing = phase.publishing
@@ -402,14 +404,12 @@ class CrossingBarrier(Barrier):
 
     async def _publish(self, crossing: Crossing, phase: Phase, publish: Publish) -> bytes:
         session = self._session
-        if self._closed:
-            # Closing tells the peers.
-            phase.abandoned = True
-            error = BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
-            crossing.failed(error)
-            raise error
         publication = phase.publishing = Publication(crossing, phase)
         try:
+            if self._closed:
+                # Closing tells the peers.
+                phase.abandoned = True
+                raise BarrierClosedError(describe(phase.name, phase.sequence, session.prefix))
             result = await publication.run(publish)
             crossing.was_released()
             return result

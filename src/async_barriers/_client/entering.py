@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
+from .._protocol import breaking as breaks
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE
 from .._protocol.payloads import SMALL_BYTES
-from .._protocol.phase import Entry
+from .._protocol.phase import Entry, Forgotten
 from .._protocol.store import Read, Request, Set, SetMany
 from .._protocol.verdict import Broken, Released, Verdict, number
 from .._store.future import Future
@@ -35,7 +37,12 @@ class Entering(Departing):
         :param hold: called with the phase before anything else can happen
         """
         assert self.turns is not None
-        phase = self.turns.begin(name, step, kind, leader)
+        try:
+            phase = self.turns.begin(name, step, kind, leader)
+        except BrokenBarrierError as late:
+            assert step is not None
+            self.start(self.break_passed(name, step, late.reason))
+            raise
         if step is not None and self.open and self.awaited(name, step) is not None:
             reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
             raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
@@ -72,6 +79,22 @@ class Entering(Departing):
         if step is None or turns is None:
             return False
         return turns.had_begun(name, step) or turns.too_late(name, step) is not None
+
+    async def break_passed(self, name: str, step: int, reason: str) -> bool:
+        """Break a step that this rank is refused in, if others wait there; whether this broke it.
+
+        A later step was decided, so all ranks that have yet to come are refused.
+        """
+        bell, turns = self._bell, self.turns
+        if bell is None or turns is None or turns.had_begun(name, step):
+            return False
+        own, peers = turns.membership.own, turns.membership.peers
+        entry = Entry(own.phase(name, f"s{step}"), self.rank, self.world_size, EXECUTE, -1)
+        tells = SetMany(peers, b"broken"), Read(entry.keys.count)
+        broken = Broken(self.rank, reason)
+        with contextlib.suppress(Forgotten):  # Nobody waits there.
+            return (await breaks.give_up(bell, entry, broken, entered=True, tells=tells))[1]
+        return False
 
     def enter(self, phase: Phase, payload: bytes = b"") -> None:
         """Enter the phase; the result wakes the phase's waiter."""

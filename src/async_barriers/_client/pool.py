@@ -9,7 +9,7 @@ from .._protocol.count import Count
 from .._protocol.membership import Membership
 from .._protocol.phase import Entry
 from .._protocol.store import Read, Set, SetMany
-from .._protocol.verdict import number
+from .._store.event_loop import Loop
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.threads import ThreadedConnection
@@ -101,43 +101,35 @@ class Pool(SessionState):
                 with contextlib.suppress(BarrierConnectionError):
                     await connection.end_wait()
 
-    async def _retire(self, connection: Connection) -> None:
-        """Close it when everything sent there is answered, departures and what follows them too.
-
-        The connections that hang were closed before.
-        """
-        loop = self.running
-        deadline = self._now() + self.init_secs
+    async def _hear_out(self, loop: Loop, connection: Connection, deadline: float) -> None:
+        """Wait until all that was sent there is answered, departures and what follows them too."""
         connection.stop_waiting()
         while connection.lost is None and (connection.unsaid or connection.outbox):
             self._depart_alone(connection)
             answered = connection.call(Read(self.keys.state))
             if not await within(loop, answered, deadline - self._now()):
-                break
+                return
+
+    async def _retire(self, connection: Connection) -> None:
+        """Close it when it was heard out. The connections that hang were closed before."""
+        await self._hear_out(self.running, connection, self._now() + self.init_secs)
         connection.close(reset=connection.unsaid)
         self._salvage(connection)
 
-    async def _wait_for(
-        self, store: Connection, key: str, secs: float, state: bytes | None = None
-    ) -> bool:
-        """Whether within ``secs`` seconds ``key`` was written, or ``state`` replaced by another."""
-
-        def follows(now: bytes | None) -> bool:
-            return state not in (None, now) and number(now) is None
-
+    async def _wait_for(self, store: Connection, key: str, secs: float) -> bool:
+        """Whether ``key`` was written within ``secs`` seconds."""
         loop = self.running
         if not store.waits:
             deadline = self._now() + secs
             while self._now() < deadline:
-                now, found = await store.call(Read(self.keys.state), Read(key))
-                if found is not None or follows(now):
+                if (await store.call(Read(key)))[0] is not None:
                     return True
                 await sleep(loop, 0.02)
             return False
         came: Future[None] = Future()
         store.on_wake = lambda: came.resolve(None)
-        (now,) = await store.call(Read(self.keys.state), wait=key)
+        await store.call(Read(self.keys.state), wait=key)
         try:
-            return follows(now) or await within(loop, came, secs)
+            return await within(loop, came, secs)
         finally:
             store.stop_waiting()

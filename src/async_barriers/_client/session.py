@@ -93,20 +93,13 @@ class Session(Joining):
             await sleep(loop, _AGAIN_SECS)
         if any(connection.unsaid for connection in self._connections()):
             # A host may have waited for its peers past the deadline.
-            await self._hear_out(loop, max(deadline, self._now() + _LAST_SECS))
+            await self._hear_all_out(loop, max(deadline, self._now() + _LAST_SECS))
 
-    async def _hear_out(self, loop: Loop, deadline: float) -> None:
+    async def _hear_all_out(self, loop: Loop, deadline: float) -> None:
         """Wait for all answers, since c10d's server complains of clients that hang up before; and
         send what follows: the last rank to depart deletes the keys."""
         for connection in self._connections():
-            connection.stop_waiting()
-            self._depart_alone(connection)
-            answered = connection.call(Read(self.keys.state))
-            while await within(loop, answered, deadline - self._now()) and (
-                connection.unsaid or (connection.outbox and connection.lost is None)
-            ):
-                self._depart_alone(connection)
-                answered = connection.call(Read(self.keys.state))
+            await self._hear_out(loop, connection, deadline)
         await within(loop, self.start(self._end_waits()), deadline - self._now())
 
     async def _say_goodbye(
@@ -127,7 +120,7 @@ class Session(Joining):
         if not await within(loop, told, deadline - self._now()):
             return
         told.result()
-        await self._hear_out(loop, (self._now() + deadline) / 2)
+        await self._hear_all_out(loop, (self._now() + deadline) / 2)
         gone = self.start(self._go(bell, membership, hosts=hosts))
         said = await within(loop, gone, deadline - self._now())
         needed = said and gone.result()
@@ -136,8 +129,7 @@ class Session(Joining):
         if not (said and hosts):
             return
         if needed:
-            all_left, state = membership.own.all_left, membership.state.encoded
-            await self._wait_for(bell, all_left, peers_deadline - self._now(), state)
+            await self._wait_for(bell, membership.own.all_left, peers_deadline - self._now())
         let_go = self.start(leaving.let_go(bell, membership))
         await within(loop, let_go, max(deadline, self._now() + _LAST_SECS) - self._now())
 
