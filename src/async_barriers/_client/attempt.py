@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import anyio
@@ -19,14 +18,14 @@ from .._errors import (
     told_by,
 )
 from .._missing import global_rank
-from .._protocol.count import EXECUTE
+from .._store.event_loop import Loop
 from .._store.future import Effort, Future
 from .._store.waiting import settled, until_done
 from .phases import Phase
 from .session import Session
 from .state import UNDO_SECS
 from .tally import kind_of
-from .watching import LEAD_SECS, LEAD_SHARE, Watch
+from .watching import Watch
 
 # How much longer a call waits for an attempt to connect, whose error says more than a timeout.
 _SAYS_WHY_SECS = 0.3
@@ -37,36 +36,17 @@ LEAST_SECS = 0.1
 class Attempt:
     """One call of a rank, which may not have a phase yet."""
 
+    loop: Loop
+    session: Session
+    name: str
+    step: int | None
+    started: float
+    timeout_secs: float | None
+    deadline: float
+    watch: Watch
     phase: Phase | None = None
     _rejoined = False
     _asking: Effort[tuple[int, ...]] | None = None
-    _lead_secs = 0.0
-
-    def __init__(
-        self,
-        session: Session,
-        name: str,
-        step: int | None,
-        timeout_secs: float | None,
-        watch: Watch,
-        kind: int = EXECUTE,
-        leader: int = -1,
-    ) -> None:
-        loop = session.use()
-        self.loop = loop
-        self.session = session
-        self.name = name
-        self.step = step
-        self.kind = kind
-        self.leader = leader
-        self.started = loop.now()
-        self.timeout_secs = timeout_secs
-        self.watch = watch
-        self.deadline, self._watch_at = math.inf, self.started + watch.first_secs
-        if timeout_secs is not None:
-            self.deadline = self.started + timeout_secs
-            self._lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
-            self._watch_at = min(self._watch_at, self.deadline - self._lead_secs)
 
     async def ready(self) -> None:
         """Join; join again if the generation ended or the store was lost."""

@@ -20,14 +20,15 @@ from .._errors import (
     plural_ranks,
 )
 from .._missing import had_not_entered, told
-from .._protocol.count import GATHER
+from .._protocol.count import EXECUTE, GATHER
 from .._protocol.verdict import Broken, Released
 from .._reasons import reason_of
 from .._store.waiting import settled
 from .attempt import Attempt
 from .phases import Phase
+from .session import Session
 from .state import UNDO_SECS
-from .watching import Watching
+from .watching import LEAD_SECS, LEAD_SHARE, Watch, Watching
 
 # When to ask again which ranks have not joined, if the store did not tell.
 _ASK_AGAIN_SECS = 0.2
@@ -39,9 +40,36 @@ class Crossing(Attempt):
     _ask_at = math.inf
     _watching: Watching | None = None
     _lost_until = math.inf
+    _lead_secs = 0.0
     _publishes = False
     waited_secs = 0.0
     brought: tuple[bytes, ...] = ()
+
+    def __init__(
+        self,
+        session: Session,
+        name: str,
+        step: int | None,
+        timeout_secs: float | None,
+        watch: Watch,
+        kind: int = EXECUTE,
+        leader: int = -1,
+    ) -> None:
+        loop = session.use()
+        self.loop = loop
+        self.session = session
+        self.name = name
+        self.step = step
+        self.kind = kind
+        self.leader = leader
+        self.started = loop.now()
+        self.timeout_secs = timeout_secs
+        self.watch = watch
+        self.deadline, self._watch_at = math.inf, self.started + watch.first_secs
+        if timeout_secs is not None:
+            self.deadline = self.started + timeout_secs
+            self._lead_secs = min(LEAD_SECS, LEAD_SHARE * timeout_secs)
+            self._watch_at = min(self._watch_at, self.deadline - self._lead_secs)
 
     async def decided(self, payload: bytes = b"") -> Released | None:
         """Enter, and wait for the release; None if this rank is to publish a commit.
@@ -258,8 +286,6 @@ class Crossing(Attempt):
         """The payloads of all ranks, in their order."""
         fetching = self.session.start(self.session.payloads(phase))
         until = self.deadline + UNDO_SECS
-        while not fetching.done and self.loop.now() < until:
-            await settled(self.loop, fetching, until)
-        if not fetching.done or fetching.error is not None:
+        if not await settled(self.loop, fetching, until) or fetching.error is not None:
             raise self._lost(phase, fetching.error)
         return tuple(fetching.result()[rank] for rank in range(phase.entry.world_size))

@@ -240,8 +240,7 @@ class Departing(Pool):
             if self._now() >= deadline:
                 return
             await sleep(self.running, 0.01)
-        bell = self._bell
-        if bell is None or membership is self._gone_as:
+        if (bell := self._bell) is None or membership is self._gone_as:
             return
         with contextlib.suppress(BarrierConnectionError):
             await self._flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,9 +11,9 @@ from .._protocol import breaking as breaks
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE
 from .._protocol.payloads import SMALL_BYTES
-from .._protocol.phase import Entry, Forgotten
+from .._protocol.phase import Entry
 from .._protocol.store import Read, Request, Set, SetMany
-from .._protocol.verdict import Broken, Released, Verdict, number
+from .._protocol.verdict import Broken, Released, Verdict, missing, number
 from .._store.future import Future
 from .._store.sources import Connection
 from .departing import Departing
@@ -90,11 +89,12 @@ class Entering(Departing):
             return False
         own, peers = turns.membership.own, turns.membership.peers
         entry = Entry(own.phase(name, f"s{step}"), self.rank, self.world_size, EXECUTE, -1)
+        (log,) = await bell.call(Read(entry.keys.log))
+        if log is None or self.rank not in missing(log, self.world_size):
+            return False  # Without this rank it cannot be decided meanwhile, whatever its kind.
         tells = SetMany(peers, b"broken"), Read(entry.keys.count)
         broken = Broken(self.rank, reason)
-        with contextlib.suppress(Forgotten):  # Nobody waits there.
-            return (await breaks.give_up(bell, entry, broken, entered=True, tells=tells))[1]
-        return False
+        return (await breaks.give_up(bell, entry, broken, entered=True, tells=tells))[1]
 
     def enter(self, phase: Phase, payload: bytes = b"") -> None:
         """Enter the phase; the result wakes the phase's waiter."""

@@ -22,8 +22,7 @@ from .keys import GenerationKeys, Keys
 from .store import Append, CompareSet, Delete, Read, Request, Store
 from .verdict import RUBBISH, number, show
 
-# The fields of a generation's roll: how many ranks joined, are gone for good, and wait for that as
-# hosts of the store.
+# The roll counts the ranks that joined, that are gone, and that host the store and wait for that.
 FIELD = (1 << 15) - 1
 JOINED, GONE, HOST = 1, 1 << 15, 1 << 30
 
