@@ -418,4 +418,6 @@ async def test_nothing_is_written_once_the_host_may_go(
     await library_threads_gone()
     assert told.is_set()
     assert not calls
-    assert [key.rpartition("/")[2] for key in keys_of(memory.innermost)] == ["state"]
+    if not first:
+        # Else its store has most likely gone before they could say so.
+        assert [key.rpartition("/")[2] for key in keys_of(memory.innermost)] == ["state"]

@@ -50,7 +50,7 @@ class CommitObserver:
         if isinstance(store, StoreAt):
             source = store
             if worker_threads:
-                store.use_threads()
+                store.threads = True
         elif isinstance(store, Store):
             source = PassedIn(store, worker_threads)
         else:

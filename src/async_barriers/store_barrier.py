@@ -66,7 +66,7 @@ class StoreBarrier(CrossingBarrier):
         if isinstance(store, StoreAt):
             source = store
             if worker_threads:
-                store.use_threads()
+                store.threads = True
         elif isinstance(store, Store):
             source = PassedIn(store, worker_threads)
         else:

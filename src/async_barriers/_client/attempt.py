@@ -114,10 +114,7 @@ class Attempt:
         if not asking.done:
             return None
         self._asking = None
-        if asking.error is not None:
-            return None
-        absent: tuple[int, ...] = asking.result()
-        return absent
+        return None if asking.error is not None else asking.result()
 
     def failed(self, exc: BaseException) -> None:
         """Count this crossing as failed, and put the barrier's prefix into the error."""

@@ -292,7 +292,7 @@ class CrossingBarrier(Barrier):
         """Another barrier of this rank at the same store, independent of it; it hosts nothing."""
         session = self._session
         warn_secs = None if self._watch.warn_secs == math.inf else self._watch.warn_secs
-        assert isinstance(self._source, PassedIn | StoreAt | Beside)
+        assert isinstance(self._source, PassedIn | StoreAt)
         return CrossingBarrier(
             Beside(self._source, what), session.rank, session.world_size, self.prefix,
             session.init_secs, self._timeout_secs, warn_secs, None, session.run_id, None,

@@ -33,8 +33,8 @@ class Departing(Pool):
 
     # Whether this rank has departed from a phase since the outboxes were flushed.
     _departs = False
-    # What this rank was when it last wrote that it is gone; and when it last began to.
-    _gone_as: Membership | None = None
+    # What this rank was when it let the host go; and when it began to write that it is gone.
+    _let_go_as: Membership | None = None
     _goes_as: Membership | None = None
 
     def forget(self, phase: Phase) -> None:
@@ -240,24 +240,15 @@ class Departing(Pool):
             if self._now() >= deadline:
                 return
             await sleep(self.running, 0.01)
-        if (bell := self._bell) is None or membership is self._gone_as:
+        if (bell := self._bell) is None:
             return
         with contextlib.suppress(BarrierConnectionError):
             await self._flush()
             await self._end_waits()
-            await self._go(bell, membership)
-            self._gone_as = membership
-
-    async def _go(self, bell: Connection, membership: Membership, *, hosts: bool = False) -> bool:
-        """Write the last that this rank writes; see `leaving`."""
-        # Phases that others depart from after this rank is gone, or never.
-        for gone in self._after:
-            self._name(gone)
-        turns = self.turns
-        for entry, _ in turns.tried_early if turns is not None else ():
-            self.unfinished[entry.keys.path] = membership.own.latest("")
-        again, self._goes_as = self._goes_as is membership, membership
-        return await leaving.go(bell, membership, self.unfinished, hosts=hosts, again=again)
+            if membership is not self._goes_as:
+                # It is not counted again, wherever this ends.
+                self._let_go_as = membership
+                await leaving.let_host_go(bell, membership)
 
     async def _using(self, phase: Phase, call: Coroutine[Any, Any, T]) -> T:
         """Make a call that may use another connection than the phase's own, and depart only after

@@ -43,7 +43,8 @@ class Outcomes:
         else:
             # The record may be there, though the connection was lost before the answer came.
             (log,) = await store.call(Read(keys.commits))
-            noted = _holds(records.decode(log), record)
+            known = records.decode(log).records.values()
+            noted = record.identity in {each.identity for each in known}
         expected = None if self.counted is None else self.counted + 1
         return records.noting(keys, record, verdict.result, expected=expected, noted=noted)
 
@@ -109,7 +110,3 @@ def _record_of(phase: Phase, result: bytes) -> Record:
         phase.membership.state.identity, phase.name, label, entry.rank, entry.world_size,
         result if small else None,
     )  # fmt: skip
-
-
-def _holds(log: Log, record: Record) -> bool:
-    return any(each.identity == record.identity for each in log.records.values())

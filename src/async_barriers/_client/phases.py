@@ -19,6 +19,8 @@ from .._store.sources import Connection
 
 # Of a name without a step that was decided: the step, how it was, the rank that broke it, and why.
 _NONE = (-1, "", None, "")
+# How a step ended of which this rank knows only that it was broken: the store knows more.
+_UNKNOWN = ("broken", None, "")
 
 
 class Phase:
@@ -227,7 +229,8 @@ class Turns:
 
         :param verdict: if this rank knows it; else it was broken
         """
-        if step >= self._decided.get(name, _NONE)[0]:
+        latest = self._decided.get(name, _NONE)[0]
+        if step > latest or (step == latest and verdict is not None):
             # Not the verdict itself, which may have megabytes.
             how = "released" if isinstance(verdict, Released) else "broken"
             by, why = (verdict.rank, verdict.reason) if isinstance(verdict, Broken) else (None, "")
@@ -243,7 +246,7 @@ class Turns:
     def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
         """The error that ``step`` comes too late, or None if it can still be crossed."""
         decided, how, by, why = self._decided.get(name, _NONE)
-        if step > decided:
+        if step > decided or (step == decided and (how, by, why) == _UNKNOWN):
             return None
         which = "this step" if step == decided else f"step {decided}, a later one,"
         rank: int | None = self.membership.rank

@@ -70,15 +70,13 @@ class Pool(SessionState):
     def _tidy_soon(self) -> None:
         if not self._tidying and self.loop is not None:
             self._tidying = True
-            self.loop.call_at(self.loop.now() + _IDLE_SECS, self._tidy)
+            self.loop.call_at(self.loop.now() + _IDLE_SECS, lambda: self.start(self._tidy()))
 
-    def _tidy(self) -> None:
-        self._tidying = False
-        if not self.closing:
-            self.start(self._flush_and_close_spares())
-
-    async def _flush_and_close_spares(self) -> None:
+    async def _tidy(self) -> None:
         """Send what still waits in the outboxes, and keep only one of the unused connections."""
+        self._tidying = False
+        if self.closing:
+            return
         await self._flush()
         for connection in self._idle[:-1]:
             if not connection.unsaid and not connection.outbox:

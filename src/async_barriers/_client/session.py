@@ -14,6 +14,7 @@ from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import leaving
+from .._protocol.membership import Membership
 from .._protocol.store import Read
 from .._store.event_loop import Loop
 from .._store.future import Future
@@ -23,7 +24,6 @@ from .._store.waiting import sleep, within
 from .._store.worker import Promise
 from . import process
 from .joining import Joining
-from .phases import Phase
 from .presence import Presence
 from .state import PEERS_SECS
 
@@ -40,6 +40,9 @@ _EXIT_SECS = 0.5
 
 class Session(Joining):
     """All that a connected barrier has."""
+
+    # What this rank was when it last wrote that it is gone.
+    _gone_as: Membership | None = None
 
     @cached_property
     def presence(self) -> Presence:
@@ -80,7 +83,9 @@ class Session(Joining):
         for phase in list(self.open):
             # A commit that is being published is settled by its result.
             if not phase.decided and phase.publishing is None:
-                self.settle(phase, error=self._closed_error(phase))
+                error = BarrierClosedError(describe(phase.name, phase.sequence, self.prefix))
+                error.in_doubt = phase.entered
+                self.settle(phase, error=error)
         while True:
             try:
                 await self._say_goodbye(loop, reason, deadline, began + PEERS_SECS)
@@ -113,7 +118,9 @@ class Session(Joining):
         flushed = self.start(self._flush())
         if bell is None or not await within(loop, flushed, deadline - self._now()):
             return
-        hosts = await self._source.hosts(loop)
+        hosts, let_go = await self._source.hosts(loop), membership is self._let_go_as
+        if let_go and not (bell.waits or hosts):
+            return  # In threads, c10d prints what it writes to a server that has gone.
         # It waits for something else then.
         bell.stop_waiting()
         told = self.start(leaving.tell(bell, membership, reason, hosts=hosts))
@@ -121,7 +128,15 @@ class Session(Joining):
             return
         told.result()
         await self._hear_all_out(loop, (self._now() + deadline) / 2)
-        gone = self.start(self._go(bell, membership, hosts=hosts))
+        # Others depart from these after this rank is gone, or never.
+        for left in self._after:
+            self._name(left)
+        turns = self.turns
+        for entry, _ in turns.tried_early if turns is not None else ():
+            self.unfinished[entry.keys.path] = membership.own.latest("")
+        again, self._goes_as = self._goes_as is membership, membership
+        go = partial(leaving.go, hosts=hosts, let_go=let_go, again=again)
+        gone = self.start(go(bell, membership, self.unfinished))
         said = await within(loop, gone, deadline - self._now())
         needed = said and gone.result()
         # Not after it was interrupted: then it begins anew.
@@ -130,8 +145,8 @@ class Session(Joining):
             return
         if needed:
             await self._wait_for(bell, membership.own.all_left, peers_deadline - self._now())
-        let_go = self.start(leaving.let_go(bell, membership))
-        await within(loop, let_go, max(deadline, self._now() + _LAST_SECS) - self._now())
+        ended = self.start(leaving.host_no_more(bell, membership))
+        await within(loop, ended, max(deadline, self._now() + _LAST_SECS) - self._now())
 
     async def _bell_at_end(self, loop: Loop, deadline: float) -> Connection | None:
         """The connection to say goodbye on; another one, if the one that listens was lost."""
@@ -151,11 +166,6 @@ class Session(Joining):
                 bell.close(reset=True)
             bell = self._bell = opened.result()
         return bell
-
-    def _closed_error(self, phase: Phase) -> BarrierClosedError:
-        error = BarrierClosedError(describe(phase.name, phase.sequence, self.prefix))
-        error.in_doubt = phase.entered
-        return error
 
     def _close(self) -> None:
         self._not_at_end()

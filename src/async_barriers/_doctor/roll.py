@@ -106,7 +106,8 @@ class Roll:
         deadline = self._loop.now() + _PEERS_SECS
         left, came = await self._connection.call(Add(_LEFT, 1), Read(_CAME))
         if left >= int(came or 0):
-            await self._connection.call(Delete([_ROLL, _CAME, _OVER, _LEFT]), Read(_LEFT))
+            # The one that the host looks at is the last: the store may go with it.
+            await self._connection.call(Delete([_ROLL, _OVER, _LEFT, _CAME]))
             return
         while hosts and self._loop.now() < deadline:
             (came,) = await self._connection.call(Read(_CAME))

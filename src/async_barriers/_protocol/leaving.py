@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .._errors import in_one_line
-from .membership import FIELD, GONE, HOST, Membership
+from .membership import FIELD, GONE, HOST, LEFT, Membership
 from .store import Add, CompareSet, Delete, Read, Request, Set, SetMany, Store
 from .unfinished import keys_of, naming
 from .verdict import number
@@ -31,7 +31,7 @@ async def tell(store: Store, membership: Membership, reason: str, *, hosts: bool
     if found == membership.state.encoded and (first == closed or hosts):
         (now,) = await store.call(SetMany(membership.peers, b"left"), Read(membership.keys.state))
         if now != found:
-            # The last rank has cleared up meanwhile.
+            # A newcomer has ended the generation meanwhile.
             await store.call(Delete(membership.peers))
 
 
@@ -41,19 +41,21 @@ async def go(
     unfinished: Mapping[str, str],
     *,
     hosts: bool = False,
+    let_go: bool = False,
     again: bool = False,
 ) -> bool:
     """Give up the claim, and be counted as gone. It is the last that this rank writes: the store
     may end when the last rank has done so.
 
     :param unfinished: the phases that this rank names; see `unfinished`
-    :param hosts: as for `tell`; `let_go` comes after it then
+    :param hosts: as for `tell`; `host_no_more` comes after it then
+    :param let_go: after `let_host_go`
     :param again: it may have been done before, when a signal handler interrupted this rank
     :return: whether a rank is left that may still need the store
     """
     keys, rank, own = membership.keys, membership.rank, membership.own
     gone = replace(membership.claim, left=True).encoded
-    counts: Request = Add(own.roll, GONE + (HOST if hosts else 0))
+    counts: Request = Add(own.roll, GONE + (0 if let_go else LEFT) + (HOST if hosts else 0))
     if again and await store.call(Read(keys.member(rank))) == [gone]:
         # One counted twice would pass for another rank, and the keys would go under that one.
         counts = Read(own.roll)
@@ -66,21 +68,32 @@ async def go(
         counts,
     )
     roll = counted if isinstance(counted, int) else number(counted) or 0
-    joined, left, hosted = roll & FIELD, roll // GONE & FIELD, bool(roll // HOST & FIELD)
+    joined = roll & FIELD
     if found != membership.state.encoded or not joined:
         # The generation is over, so no rank uses what was just written.
         await store.call(Delete([own.roll, own.closed, own.unfinished, own.bell(rank)]))
         return False
     # In the first generation a rank may come later that has to learn that others have left.
-    if left >= (joined if membership.state.number else membership.world_size):
+    if roll // GONE & FIELD >= (joined if membership.state.number else membership.world_size):
+        hosted = bool(roll // HOST & FIELD)
         await clear(store, membership, everyone=joined >= membership.world_size, hosted=hosted)
-    if hosted and left >= joined:
-        await store.call(Set(own.all_left, b"1"))
-    return left < joined
+    await _tell_host(store, membership, roll)
+    return roll // LEFT & FIELD < joined
 
 
-async def let_go(store: Store, membership: Membership) -> None:
-    """Wait no more for others to be gone; the last host that does deletes what it waited for."""
+async def let_host_go(store: Store, membership: Membership) -> None:
+    """Need the store no more, without being gone: this rank still holds its claim."""
+    (roll,) = await store.call(Add(membership.own.roll, LEFT))
+    await _tell_host(store, membership, roll)
+
+
+async def _tell_host(store: Store, membership: Membership, roll: int) -> None:
+    if roll // HOST & FIELD and roll // LEFT & FIELD >= roll & FIELD:
+        await store.call(Set(membership.own.all_left, b"1"))
+
+
+async def host_no_more(store: Store, membership: Membership) -> None:
+    """Wait no more to be let go; the last host that does deletes what it waited for."""
     own = membership.own
     roll, found = await store.call(Add(own.roll, -HOST), Read(membership.keys.state))
     # Nobody has joined a roll that was deleted.
@@ -94,7 +107,7 @@ async def clear(store: Store, membership: Membership, *, everyone: bool, hosted:
 
     :param everyone: all ranks had joined it; else some may still be in an earlier one, and must
         find there how their phases were broken
-    :param hosted: a host waits for the roll to be complete, and deletes that; see `let_go`
+    :param hosted: a host waits for the roll to be complete, and deletes that; see `host_no_more`
     The state becomes the number of the next generation. It is not deleted: a newcomer may just have
     put its own there.
     """

@@ -22,9 +22,10 @@ from .keys import GenerationKeys, Keys
 from .store import Append, CompareSet, Delete, Read, Request, Store
 from .verdict import RUBBISH, number, show
 
-# The roll counts the ranks that joined, that are gone, and that host the store and wait for that.
+# The fields of a generation's roll: how many ranks joined, no longer need the store, host it and
+# wait for that, and are gone for good.
 FIELD = (1 << 15) - 1
-JOINED, GONE, HOST = 1, 1 << 15, 1 << 30
+JOINED, LEFT, HOST, GONE = 1, 1 << 15, 1 << 30, 1 << 45
 
 
 @dataclass(frozen=True)

@@ -175,23 +175,20 @@ async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket
 async def _greet(loop: Loop, sock: socket.socket, where: str, secs: float) -> SocketConnection:
     connection = SocketConnection(sock, loop, where)
     number = os.getpid() & 0x7FFFFFFF
-    answer = connection.say_hello(number)
     try:
-        came = await within(loop, answer, secs)
+        answer = connection.say_hello(number)
+        if not await within(loop, answer, secs):
+            raise TimeoutError(errno.ETIMEDOUT, "it accepts connections, but says nothing")
+        if answer.error is not None or answer.result()[0] != wire.echo(number):
+            cause = answer.error and answer.error.__cause__
+            if isinstance(cause, ConnectionError):
+                # The server hung up: perhaps it ends or begins just now.
+                raise cause
+            said = "" if answer.error is not None else f" ({answer.result()[0]!r})"
+            raise NotUnderstood(f"what listens at {where} does not answer as a TCPStore does{said}")
     except BaseException:
         connection.close(reset=True)
         raise
-    if not came:
-        connection.close(reset=True)
-        raise TimeoutError(errno.ETIMEDOUT, "it accepts connections, but says nothing")
-    if answer.error is not None or answer.result()[0] != wire.echo(number):
-        cause = answer.error and answer.error.__cause__
-        connection.close(reset=True)
-        if isinstance(cause, ConnectionError):
-            # The server hung up: perhaps it ends or begins just now.
-            raise cause
-        said = "" if answer.error is not None else f" ({answer.result()[0]!r})"
-        raise NotUnderstood(f"what listens at {where} does not answer as a TCPStore does{said}")
     return connection
 
 
@@ -203,20 +200,15 @@ async def connect_by_threads(
     :raises BarrierConnectionError: it was not open by ``deadline``
     """
     connection = ThreadedConnection(open_store, loop)
-    opened = connection.open()
     try:
-        came = await within(loop, opened, deadline - loop.now())
+        opened = connection.open()
+        if not await within(loop, opened, deadline - loop.now()):
+            raise BarrierConnectionError(f"{what} did not answer in time")
+        if (error := opened.error) is not None:
+            raise BarrierConnectionError(f"{what} cannot be reached ({error})") from error.__cause__
     except BaseException:
         connection.close(reset=True)
         raise
-    if not came:
-        connection.close(reset=True)
-        raise BarrierConnectionError(f"{what} did not answer in time")
-    if opened.error is not None:
-        connection.close(reset=True)
-        raise BarrierConnectionError(
-            f"{what} cannot be reached ({opened.error})"
-        ) from opened.error.__cause__
     return connection
 
 

@@ -26,7 +26,11 @@ def copy_of(store: Store) -> Store:
         # torch loses what is written in Python of a store that it clones within another one.
         return store
     if not hasattr(store, "clone"):
-        return _without_clone(store, base)
+        # In torch 2.9. A HashStore is thread-safe itself, and so is a store written in Python.
+        if not isinstance(base, TCPStore):
+            return store
+        client = client_of(base.host, base.port)
+        return client if store is base else PrefixStore(agreed_namespace(store), client)
     try:
         clone: Store = held.clone()
         return clone
@@ -35,14 +39,6 @@ def copy_of(store: Store) -> Store:
             raise
         # A store written in Python without clones has to be thread-safe.
         return store
-
-
-def _without_clone(store: Store, base: Any) -> Store:
-    """For torch 2.9. A HashStore is thread-safe itself, and so is a store written in Python."""
-    if not isinstance(base, TCPStore):
-        return store
-    client = client_of(base.host, base.port)
-    return client if store is base else PrefixStore(agreed_namespace(store), client)
 
 
 def agreed_namespace(store: Store) -> str:

@@ -17,14 +17,18 @@ from . import connecting, copies
 from .blocking_store import innermost
 from .connecting import NotUnderstood, in_thread
 from .connection import SocketConnection
+from .copies import agreed_namespace
 from .event_loop import Loop
+from .future import Effort
 from .threads import ThreadedConnection
-from .waiting import sleep
+from .waiting import sleep, within
 
 Connection = SocketConnection | ThreadedConnection
 
 _BY_THREADS = "ASYNC_BARRIERS_WORKER_THREADS"
 _RETRY_SECS = 0.2
+# How long a store that was passed in may be busy before it is cloned.
+_BUSY_SECS = 0.3
 # How long a server of this process takes to free its port.
 _CLOSING_SECS = 0.5
 
@@ -36,12 +40,15 @@ class CannotHost(BarrierConnectionError):
 class Source(Protocol):
     """Opens connections to one store.
 
-    :ivar namespace: the beginning of all our keys there; known once a connection is open
     :ivar failures: the latest failure to connect, while none has worked since
     """
 
-    namespace: str
     failures: list[BaseException]
+
+    @property
+    def namespace(self) -> str:
+        """The beginning of all our keys there; known once a connection is open."""
+        ...
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
         """A new connection, by the time the loop's clock says ``deadline``.
@@ -60,15 +67,15 @@ class Source(Protocol):
 
 
 class Beside:
-    """Leads to the store of another source, with keys of its own; hosts nothing.
+    """Leads to the store of another source, with keys of its own; the other one ends the store.
 
     :param what: the owner of the keys; no other choice of it collides
     """
 
-    def __init__(self, source: PassedIn | StoreAt | Beside, what: str) -> None:
+    def __init__(self, source: PassedIn | StoreAt, what: str) -> None:
         self.failures: list[BaseException] = []
         self._source = source
-        self._client: PassedIn | StoreAt | Beside = source.client()
+        self._client: PassedIn | StoreAt = source.client()
         self._what = what
 
     @property
@@ -76,20 +83,13 @@ class Beside:
         # The keys of another prefix have "async_barriers/" there, and those of an agreed name hex.
         return f"{self._client.namespace}async_barriers.beside/{measured(self._what)}/"
 
-    @namespace.setter
-    def namespace(self, value: str) -> None:
-        raise AttributeError("it follows from that of its source")
-
     async def open(self, loop: Loop, deadline: float) -> Connection:
         # Its port may be known only once it is hosted.
         self._client = self._source.client()
         return await self._client.open(loop, deadline)
 
-    def client(self) -> Beside:
-        return Beside(self._source, self._what)
-
     async def hosts(self, loop: Loop) -> bool:
-        return False
+        return await self._source.hosts(loop)
 
     def let_go(self) -> None:
         """The store belongs to the other source."""
@@ -109,25 +109,32 @@ class PassedIn:
         self._store = store
         base = innermost(store)
         self._tcp = base if isinstance(base, TCPStore) else None
-        self._threads = self._tcp is None or by_threads(worker_threads)
+        self.threads = self._tcp is None or by_threads(worker_threads)
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
-        tcp = self._tcp
+        tcp, connection = self._tcp, None
+        if tcp is not None:
+            # First, since c10d prints what it says to a server that has gone.
+            connection = await _reach(self, loop, tcp.host, tcp.port, deadline)
         reopened = isinstance(innermost(self._store), TCPStore | FileStore)
         if reopened and isinstance(self._store, PrefixStore) and not self.namespace:
-            agreed = partial(copies.agreed_namespace, self._store)
-            self.namespace = await in_thread(loop, "namespace", agreed)
-        if tcp is None:
-            return await connecting.connect_by_threads(
-                loop, partial(copies.copy_of, self._store), deadline, "the store"
-            )
-        host, port = tcp.host, tcp.port
-        if not self._threads:
             try:
-                return await connecting.connect(loop, host, port, deadline, self.failures)
-            except NotUnderstood:
-                self._threads = True
-        return await _by_client(loop, host, port, deadline, self.failures)
+                self.namespace = await self._agreed(loop)
+            except BaseException:
+                if connection is not None:
+                    connection.close()
+                raise
+        return connection or await connecting.connect_by_threads(
+            loop, partial(copies.copy_of, self._store), deadline, "the store"
+        )
+
+    async def _agreed(self, loop: Loop) -> str:
+        asked = Effort(in_thread(loop, "namespace", partial(agreed_namespace, self._store)))
+        if not await within(loop, asked, _BUSY_SECS):
+            # Another thread of the program waits there, and c10d's client makes one call at a time.
+            own = await in_thread(loop, "copy", partial(copies.copy_of, self._store))
+            return str(await in_thread(loop, "namespace", partial(agreed_namespace, own)))
+        return str(asked.result())
 
     async def hosts(self, loop: Loop) -> bool:
         if self._tcp is None:
@@ -139,7 +146,7 @@ class PassedIn:
 
     def client(self) -> PassedIn:
         """Another source that leads to the same store."""
-        return PassedIn(self._store, self._threads)
+        return PassedIn(self._store, self.threads)
 
 
 class StoreAt:
@@ -166,12 +173,8 @@ class StoreAt:
         self._use_libuv = use_libuv
         self._hosts = hosts
         self._shared = shared
-        self._threads = by_threads(worker_threads)
+        self.threads = by_threads(worker_threads)
         self._server: TCPStore | None = None
-
-    def use_threads(self) -> None:
-        """Have c10d's client make the calls."""
-        self._threads = True
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
         host, port = self.address
@@ -180,14 +183,7 @@ class StoreAt:
                 self._server = await self._host(loop, deadline)
             # A name may lead to another machine from here.
             port = self._server.port
-        if not self._threads:
-            try:
-                return await connecting.connect(loop, host, port, deadline, self.failures)
-            except NotUnderstood:
-                pass
-        connection = await _by_client(loop, host, port, deadline, self.failures)
-        self._threads = True
-        return connection
+        return await _reach(self, loop, host, port, deadline)
 
     async def _host(self, loop: Loop, deadline: float) -> TCPStore:
         host, port = self.address
@@ -235,15 +231,19 @@ class StoreAt:
         """A source that leads to the same store and does not host it."""
         host, port = self.address
         at = port if self._server is None else self._server.port
-        return StoreAt(host, at, self._use_libuv, hosts=False, worker_threads=self._threads)
+        return StoreAt(host, at, self._use_libuv, hosts=False, worker_threads=self.threads)
 
 
-async def _by_client(
-    loop: Loop, host: str, port: int, deadline: float, failures: list[BaseException]
+async def _reach(
+    source: PassedIn | StoreAt, loop: Loop, host: str, port: int, deadline: float
 ) -> Connection:
-    # c10d's constructor never returns from a silent port, so check before that a server answers.
+    # Also before a client of c10d's, whose constructor never returns from a silent port.
     with contextlib.suppress(NotUnderstood):
-        (await connecting.connect(loop, host, port, deadline, failures)).close()
-    return await connecting.connect_by_threads(
-        loop, partial(copies.client_of, host, port), deadline, f"the store at {host}:{port}"
-    )
+        connection = await connecting.connect(loop, host, port, deadline, source.failures)
+        if not source.threads:
+            return connection
+        connection.close()
+    client, what = partial(copies.client_of, host, port), f"the store at {host}:{port}"
+    connection_of_threads = await connecting.connect_by_threads(loop, client, deadline, what)
+    source.threads = True
+    return connection_of_threads
