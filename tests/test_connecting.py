@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 from worlds import free_port
 
 from async_barriers import BarrierConnectionError
@@ -18,9 +19,10 @@ from async_barriers._protocol.store import Add
 from async_barriers._store import connecting
 from async_barriers._store.connecting import NotUnderstood
 from async_barriers._store.connection import SocketConnection
+from async_barriers._store.copies import agreed_namespace
 from async_barriers._store.future import Effort
 from async_barriers._store.private_loop import PrivateLoop
-from async_barriers._store.sources import CannotHost, Connection, StoreAt
+from async_barriers._store.sources import CannotHost, Connection, PassedIn, StoreAt
 from async_barriers._store.threads import ThreadedConnection
 
 
@@ -215,3 +217,37 @@ def test_hosting_under_a_name_that_does_not_resolve(
     assert "no store answers at no-such-host.invalid" in str(error)
     source.let_go()
     assert capfd.readouterr().err == ""
+
+
+def test_a_wrapped_store_in_which_another_thread_waits(loop: PrivateLoop) -> None:
+    """The user's client makes one call at a time; ours are made elsewhere (laws 12 and 14)."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    user = PrefixStore("theirs", TCPStore("127.0.0.1", server.port, wait_for_workers=False))
+    waits = threading.Thread(target=user.wait, args=(["never"], timedelta(seconds=20)))
+    waits.start()
+    try:
+        time.sleep(0.1)
+        source = PassedIn(user)
+        opened = finished(loop, source.open(loop, loop.now() + 10), 15)
+        opened.result().close()
+    finally:
+        server.set("theirs/never", "1")
+        waits.join()
+    # All ranks have the same.
+    assert source.namespace == agreed_namespace(user)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "in a PrefixStore"])
+def test_a_store_whose_server_has_gone(
+    loop: PrivateLoop, capfd: pytest.CaptureFixture[str], wrapped: bool
+) -> None:
+    """c10d's client would print what it says to it, in each attempt (law 12)."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    user = TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+    source = PassedIn(PrefixStore("theirs", user) if wrapped else user)
+    capfd.readouterr()
+    del server
+    error = finished(loop, source.open(loop, loop.now() + 0.5)).error
+    assert isinstance(error, BarrierConnectionError)
+    assert "no store answers" in str(error)
+    assert not capfd.readouterr().err

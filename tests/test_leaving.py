@@ -27,12 +27,13 @@ from reports import (
     tell,
     until_told,
 )
-from worlds import Tasks, free_port, gather
+from worlds import Tasks, free_port, gather, until
 
 from async_barriers import (
     BarrierError,
     BarrierTimeoutError,
     BrokenBarrierError,
+    StepSignal,
     StoreBarrier,
     TCPStoreBarrier,
 )
@@ -44,6 +45,7 @@ from async_barriers._store.connection import SocketConnection
 
 in_process = pytest.mark.anyio
 as_processes = pytest.mark.processes
+BY_THREADS = "ASYNC_BARRIERS_WORKER_THREADS"
 # What is asked of a barrier whose peer has left already is answered at once.
 KNOWN_SECS = 0.8
 
@@ -366,6 +368,38 @@ def test_the_host_of_a_store_that_was_passed_in_leaves_last(forge: Forge, backen
         assert host.exit(time.monotonic() + EXIT_SECS) == 0
         assert not host.stderr
         assert not any(crash in peer.stderr for crash in CRASHES), peer.stderr
+
+
+async def listens(rank: int, port: int) -> None:
+    """A program: a rank whose signal listens in a thread, with c10d's client."""
+    async with TCPStoreBarrier(rank, 2, PREFIX, 20, True, port, "127.0.0.1", 20) as barrier:
+        stop = StepSignal(barrier)
+        assert not await stop.reached(0)
+
+        async def stands() -> bool:
+            return stop._agent._barrier._session.stands
+
+        await until(stands)
+        await barrier.execute_barrier("both")
+        say(event="listens")
+        await until_told()
+
+
+@as_processes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_signal_listens_as_the_host_leaves(forge: Forge, backend: str) -> None:
+    """c10d prints where its server goes while a thread waits for it (law 12)."""
+    with Programs(forge) as programs:
+        port = free_port()
+        ranks = [
+            programs.start(listens, rank, port, backend=backend, **{BY_THREADS: "1"})
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            assert rank.event(within_secs=20) == {"event": "listens"}, rank.stderr
+        for rank in ranks:
+            assert rank.exit(tell(rank) + 2 * EXIT_SECS) == 0, rank.stderr
+            assert not rank.stderr
 
 
 @as_processes

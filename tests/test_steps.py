@@ -182,6 +182,32 @@ async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
         assert {result.sequence for result in results} == {301}
 
 
+@pytest.mark.parametrize("how", ["deadline", "body"])
+async def test_who_comes_late_for_several_steps_that_broke(how: str) -> None:
+    """It learns of each what its peers have learned, also of one that it was told of before."""
+    async with job(serve(), 2) as ranks:
+        for step in (10, 20):
+            if how == "deadline":
+                with pytest.raises(BarrierTimeoutError):
+                    await ranks[0].execute_barrier("x", step=step, timeout_secs=0.1)
+            else:
+                with pytest.raises(LookupError):
+                    async with ranks[0].phase("x", step=step):
+                        raise LookupError(f"no shard of {step}")
+        for step in (10, 20):
+            error = await attempt(ranks[1].execute_barrier("x", step=step))
+            assert isinstance(error, BarrierTimeoutError | BrokenBarrierError), error
+            assert error.sequence == step
+            if isinstance(error, BarrierTimeoutError):
+                assert error.missing_ranks == (1,)
+            else:
+                assert (error.rank, f"no shard of {step}" in error.reason) == (0, True)
+            assert isinstance(error, BarrierTimeoutError) is (how == "deadline")
+        error = await over_at_once(ranks[1].execute_barrier("x", step=20))
+        assert "a step is decided once" in error.reason
+        await gather(partial(rank.execute_barrier, "x", step=30) for rank in ranks)
+
+
 @pytest.mark.parametrize("how", ["comes", "commits", "aborts"])
 async def test_who_waits_in_a_step_when_a_later_one_is_decided(how: str) -> None:
     """It learns at once that no other rank comes any more; and no key is left of that."""
