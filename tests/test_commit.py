@@ -271,10 +271,10 @@ async def test_a_bad_call_uses_up_no_turn(memory: World) -> None:
 
 
 async def test_payloads_as_large_as_they_may_be(tcp: World) -> None:
-    """4 MiB from every rank and back, as bytes of any kind."""
+    """4 MiB from every rank, as bytes of any kind, and back."""
     ranks = await tcp.barriers(2)
     largest = bytes(range(256)) * (MAX_PAYLOAD_BYTES // 256)
-    publish = Publisher(memoryview(largest))
+    publish = Publisher(largest)
     payloads = (bytearray(largest), memoryview(largest))
     results = await gather(
         partial(rank.commit, publish, payload=payload)  # type: ignore[arg-type]
@@ -289,9 +289,10 @@ async def test_payloads_as_large_as_they_may_be(tcp: World) -> None:
     ("returned", "message"),
     [
         ("text", "publish's result must be bytes, not str"),
+        (bytearray(b"text"), "publish's result must be bytes, not bytearray"),
         (b"x" * (MAX_PAYLOAD_BYTES + 1), "publish's result has 4194305 bytes"),
     ],
-    ids=["no bytes", "too many"],
+    ids=["no bytes", "nearly bytes", "too many"],
 )
 async def test_a_result_that_cannot_be_sent(memory: World, returned: object, message: str) -> None:
     """It may have published: all ranks get the same error, which says so, and are in doubt."""

@@ -140,3 +140,10 @@ def checked_blob(what: str, value: bytes) -> bytes:
     if size > MAX_PAYLOAD_BYTES:
         raise ValueError(f"{what} has {size} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")
     return bytes(value)
+
+
+def checked_result(value: object) -> bytes:
+    """Refuse what publish returned, if it is not bytes themselves, or too many."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"publish's result must be bytes, not {type(value).__name__}")
+    return checked_blob("publish's result", value)

@@ -289,7 +289,7 @@ class CrossingBarrier(Barrier):
                 await told(loop, ended, loop.now() + _COMPANION_SECS)
 
     def beside(self, what: str) -> CrossingBarrier:
-        """Another barrier of this rank at the same store, independent of it; it hosts nothing."""
+        """Another barrier of this rank at the same store, independent of it."""
         session = self._session
         warn_secs = None if self._watch.warn_secs == math.inf else self._watch.warn_secs
         assert isinstance(self._source, PassedIn | StoreAt)

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 
 from .._barrier import Publish
-from .._checks import checked_blob
+from .._checks import checked_result
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, another, describe
 from .._protocol.verdict import Broken, Released, Verdict
 from .._publish import Publishing
@@ -85,7 +85,7 @@ class Publication:
             raise
         if published:
             try:
-                verdict = Released(rank, checked_blob("publish's result", returned))
+                verdict = Released(rank, checked_result(returned))
             except (TypeError, ValueError) as exc:
                 verdict = Broken(rank, f"publish may have published, but {exc}", in_doubt=True)
         elif crossing.timeout_secs is not None and loop.now() >= crossing.deadline:

@@ -9,7 +9,7 @@ from functools import partial
 import anyio
 
 from .._barrier import Publish
-from .._checks import checked_blob
+from .._checks import checked_result
 from .._errors import (
     BarrierClosedError,
     BarrierError,
@@ -96,7 +96,7 @@ class Publication:
             raise self._stopped(publishing, sequence)
         self._published = True
         try:
-            result = checked_blob("publish's result", returned)
+            result = checked_result(returned)
         except (TypeError, ValueError) as exc:
             reason = f"publish may have published, but {exc}"
             self._word.settle(Word(IN_DOUBT, reason.encode()))
