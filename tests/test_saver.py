@@ -310,6 +310,12 @@ async def test_two_savers_of_one_rank(storage: Storage) -> None:
         first, second = (Saver(barrier, storage, in_turn, rank=0) for barrier in barriers)
         leading = tasks.start(partial(first.save, 1, "first"))
         await there.wait()
+
+        async def has_entered() -> bool:
+            # Until then, one might find that the other has moved its files.
+            return any(phase.counted for phase in barriers[0]._session.open)
+
+        await reached(has_entered)
         follower = tasks.start(partial(second.save, 1, "second"))
         assert "rank 1 was built with rank=0" in str(await leading.raised(ValueError))
         await follower.raised(BrokenBarrierError)

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from reports import TOLD_SECS, attempt, job, one, serve
 from torch.distributed import HashStore
-from worlds import Tasks, World, gather
+from worlds import Tasks, World, gather, until
 
 from async_barriers import (
     BarrierError,
@@ -217,6 +217,12 @@ async def test_who_waits_in_a_step_when_a_later_one_is_decided(how: str) -> None
         await anyio.sleep(0.6)
         keys = server.num_keys()
         waiting = tasks.start(partial(ranks[0].execute_barrier, "x", step=5))
+
+        async def has_entered() -> bool:
+            phase = ranks[0]._session.awaited("x", 5)
+            return phase is not None and phase.counted
+
+        await until(has_entered)
         await gather(partial(rank.execute_barrier, "x", step=6) for rank in ranks)
         if how == "aborts":
             assert await ranks[1].abort("a shard is missing", "x", step=5) is True
