@@ -18,7 +18,7 @@ import anyio
 import pytest
 from reports import attempt
 from stores import keys_of
-from worlds import AnyBarrier, Tasks, World, gather, library_threads_gone, until
+from worlds import AnyBarrier, Tasks, World, gather, knows_who_left, library_threads_gone, until
 
 from async_barriers import BarrierError, BarrierTimeoutError, BrokenBarrierError
 from async_barriers._protocol.store import Delete
@@ -354,15 +354,11 @@ async def test_one_rank_closes_after_the_other(tcp: World, first: int) -> None:
         async with Tasks() as tasks:
             # A host waits for its peers.
             tasks.start(ranks[first].aclose)
-            await until(partial(others_know, ranks[1 - first]))
+            await until(partial(knows_who_left, ranks[1 - first]))
             await ranks[1 - first].aclose()
             tasks.start(ranks[first].aclose)
         left.append(keys_of(tcp.innermost))
     assert len(left[1]) == len(left[0]) == 1, left
-
-
-async def others_know(rank: AnyBarrier) -> bool:
-    return rank._session.closed_by is not None
 
 
 async def test_a_job_that_never_comes_back_as_a_whole(memory: World) -> None:

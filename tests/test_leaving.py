@@ -126,6 +126,27 @@ async def test_a_connection_is_lost_as_a_rank_says_goodbye(
 
 
 @in_process
+async def test_no_wait_is_cut_off_as_a_rank_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor that of a phase that was given up before all had joined, after which nothing was sent."""
+    server = serve()
+    async with job(server, 2):
+        pass
+    alone = one(server, 0, 2)
+    with pytest.raises(BarrierTimeoutError):
+        await alone.execute_barrier("x", timeout_secs=0.1)
+    due: list[list[object]] = []
+    end = SocketConnection._end
+
+    def notes(connection: SocketConnection, *args: Any, **options: Any) -> None:
+        due.append(list(connection._due))
+        end(connection, *args, **options)
+
+    monkeypatch.setattr(SocketConnection, "_end", notes)
+    await alone.aclose()
+    assert due == [[], []]
+
+
+@in_process
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_closing_that_is_struck(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal handler's exception, before a word is said: it is begun anew."""

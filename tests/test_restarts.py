@@ -15,7 +15,17 @@ import pytest
 from direct import DirectStore, run
 from reports import TOLD_SECS
 from stores import Data, MemoryStore, keys_of
-from worlds import AnyBarrier, Tasks, World, close, crash, free_port, gather, until
+from worlds import (
+    AnyBarrier,
+    Tasks,
+    World,
+    close,
+    crash,
+    free_port,
+    gather,
+    knows_who_left,
+    until,
+)
 
 from async_barriers import (
     BarrierClosedError,
@@ -435,22 +445,24 @@ async def test_a_connection_is_lost_while_the_rank_is_claimed(
     await close(ranks)
 
 
+async def left_and_back(world: World) -> list[AnyBarrier]:
+    """Two ranks. The second has left, which the first has heard, and has joined again."""
+    ranks = await world.barriers(2)
+    await ranks[1].aclose()
+    await until(partial(knows_who_left, ranks[0]))
+    ranks[1] = world.barrier(1, 2)
+    await ranks[1].connect()
+    return ranks
+
+
 @pytest.mark.parametrize("secs", [0.3, 0.8], ids=["soon", "after the time for its return"])
 async def test_a_connection_is_missing_as_one_that_left_is_back(
     tcp: World, monkeypatch: pytest.MonkeyPatch, secs: float
 ) -> None:
     """No call enters the generation before meanwhile, and the rank is not refused for its own claim
     when it tries again."""
-    ranks = await tcp.barriers(2)
+    ranks = await left_and_back(tcp)
     session = ranks[0]._session
-    await ranks[1].aclose()
-
-    async def knows() -> bool:
-        return session.closed_by is not None
-
-    await until(knows)
-    ranks[1] = tcp.barrier(1, 2)
-    await ranks[1].connect()
     open_second, missing = session._opening, [True]
 
     async def none() -> Connection:
@@ -475,16 +487,8 @@ async def test_a_store_is_slow_as_one_that_left_is_back(
     shared: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has not gone with that rank, as one would that refuses: the call waits for it."""
-    ranks = await shared.barriers(2)
+    ranks = await left_and_back(shared)
     session = ranks[0]._session
-    await ranks[1].aclose()
-
-    async def knows() -> bool:
-        return session.closed_by is not None
-
-    await until(knows)
-    ranks[1] = shared.barrier(1, 2)
-    await ranks[1].connect()
     opens = session._source.open
 
     async def slowly(loop: Any, deadline: float) -> Connection:

@@ -341,6 +341,11 @@ def _library_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("async_barriers")]
 
 
+async def knows_who_left(rank: AnyBarrier) -> bool:
+    """Whether it has heard that another rank has left."""
+    return rank._session.closed_by is not None
+
+
 async def library_threads_gone(within_secs: float = 8.0) -> None:
     """Wait until no thread of the library is left; looking up a name takes up to 5 s here."""
 

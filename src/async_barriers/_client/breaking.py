@@ -12,7 +12,7 @@ from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol.count import Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import CompareSet, Read, Request, SetMany
+from .._protocol.store import CompareSet, Read, SetMany
 from .._protocol.verdict import Broken, Verdict, number
 from .._store.future import Future
 from .._store.sources import Connection
@@ -78,7 +78,7 @@ class Breaking(Hearing):
                 # On the connection that it entered on, its arrival comes first. A phase that began
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
-                tells = _telling(phase) if at_once else ()
+                tells = breaks.telling(phase.membership.peers, phase.entry) if at_once else ()
                 judged, ours = await breaks.give_up(
                     connection, phase.entry, broken, entered=sure, names_missing=names, tells=tells
                 )
@@ -165,7 +165,7 @@ class Breaking(Hearing):
 
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
         membership = phase.membership
-        tells = _telling(phase)
+        tells = breaks.telling(membership.peers, phase.entry)
         if phase.step is None:
             await connection.call(*tells)
             return
@@ -289,8 +289,3 @@ class Breaking(Hearing):
                 if self._over:
                     raise
                 connection = None
-
-
-def _telling(phase: Phase) -> tuple[Request, ...]:
-    """Wake its other ranks, since it is broken; the last request is answered."""
-    return SetMany(phase.membership.peers, b"broken"), Read(phase.entry.keys.count)

@@ -92,7 +92,7 @@ class Entering(Departing):
         (log,) = await bell.call(Read(entry.keys.log))
         if log is None or self.rank not in missing(log, self.world_size):
             return False  # Without this rank it cannot be decided meanwhile, whatever its kind.
-        tells = SetMany(peers, b"broken"), Read(entry.keys.count)
+        tells = breaks.telling(peers, entry)
         broken = Broken(self.rank, reason)
         return (await breaks.give_up(bell, entry, broken, entered=True, tells=tells))[1]
 

@@ -100,17 +100,19 @@ class Pool(SessionState):
                     await connection.end_wait()
 
     async def _hear_out(self, loop: Loop, connection: Connection, deadline: float) -> None:
-        """Wait until all that was sent there is answered, departures and what follows them too."""
+        """End its wait, and hear all answers, departures and what follows them too."""
         connection.stop_waiting()
-        while connection.lost is None and (connection.unsaid or connection.outbox):
+        while connection.lost is None:
             self._depart_alone(connection)
             answered = connection.call(Read(self.keys.state))
-            if not await within(loop, answered, deadline - self._now()):
+            heard = await within(loop, answered, deadline - self._now())
+            if not heard or not (connection.unsaid or connection.outbox):
                 return
 
     async def _retire(self, connection: Connection) -> None:
         """Close it when it was heard out. The connections that hang were closed before."""
-        await self._hear_out(self.running, connection, self._now() + self.init_secs)
+        if connection.unsaid or connection.outbox:
+            await self._hear_out(self.running, connection, self._now() + self.init_secs)
         connection.close(reset=connection.unsaid)
         self._salvage(connection)
 

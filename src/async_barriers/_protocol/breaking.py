@@ -9,7 +9,7 @@ from . import count as counts
 from . import phase
 from .count import COMMIT, Count
 from .phase import FEW, Entry
-from .store import CompareSet, Delete, Read, Request, Store
+from .store import CompareSet, Delete, Read, Request, SetMany, Store
 from .verdict import (
     Broken,
     Verdict,
@@ -75,6 +75,11 @@ async def give_up(
             await store.call(Delete([keys.reason]))
             raise phase.Forgotten
         # Another rank entered or broke it meanwhile: look again.
+
+
+def telling(bells: list[str], entry: Entry) -> tuple[Request, ...]:
+    """Ring these bells, since the phase is broken; the last request is answered."""
+    return SetMany(bells, b"broken"), Read(entry.keys.count)
 
 
 async def survey(store: Store, entry: Entry) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from . import connecting, copies
 from .blocking_store import innermost
 from .connecting import NotUnderstood, in_thread
 from .connection import SocketConnection
-from .copies import agreed_namespace
 from .event_loop import Loop
 from .future import Effort
 from .threads import ThreadedConnection
@@ -129,11 +128,11 @@ class PassedIn:
         )
 
     async def _agreed(self, loop: Loop) -> str:
-        asked = Effort(in_thread(loop, "namespace", partial(agreed_namespace, self._store)))
+        asked = Effort(in_thread(loop, "namespace", partial(copies.agreed_namespace, self._store)))
         if not await within(loop, asked, _BUSY_SECS):
             # Another thread of the program waits there, and c10d's client makes one call at a time.
             own = await in_thread(loop, "copy", partial(copies.copy_of, self._store))
-            return str(await in_thread(loop, "namespace", partial(agreed_namespace, own)))
+            return str(await in_thread(loop, "namespace", partial(copies.agreed_namespace, own)))
         return str(asked.result())
 
     async def hosts(self, loop: Loop) -> bool:
@@ -244,6 +243,6 @@ async def _reach(
             return connection
         connection.close()
     client, what = partial(copies.client_of, host, port), f"the store at {host}:{port}"
-    connection_of_threads = await connecting.connect_by_threads(loop, client, deadline, what)
+    threaded = await connecting.connect_by_threads(loop, client, deadline, what)
     source.threads = True
-    return connection_of_threads
+    return threaded
