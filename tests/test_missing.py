@@ -22,6 +22,7 @@ from async_barriers import BarrierProgress, BarrierTimeoutError, MissingRank
 from async_barriers._missing import had_not_entered
 from async_barriers._protocol.store import Append, Read
 from async_barriers._store.connection import SocketConnection
+from async_barriers._store.waiting import settled
 
 pytestmark = pytest.mark.anyio
 
@@ -234,6 +235,19 @@ async def test_no_deadline_is_too_short_to_tell(tcp: World, timeout_secs: float)
         assert error.missing_ranks == (2, 3)
         told = [(each.rank, each.state, each.doing) for each in error.missing]
         assert told == [(2, "alive", None), (3, "alive", "saving")]
+
+
+async def test_findings_are_forgotten_as_another_rank_asks(tcp: World) -> None:
+    """Its question stays, or all that wait would ask in its place, each in turn."""
+    ranks = await tcp.barriers(3)
+    session, key = ranks[0]._session, tcp.membership().own.heard
+    loop = session.running
+    asking = session.start(session.presence.of((2,), 0.3))
+    assert await settled(loop, asking, loop.now() + 5)
+    assert 2 in asking.result()
+    await tcp.call(tcp.innermost.set, key, "?another")
+    await anyio.sleep(0.7)
+    assert await tcp.read(key) == b"?another"
 
 
 async def test_one_asks_for_all(

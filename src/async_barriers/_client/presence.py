@@ -89,8 +89,9 @@ class Presence:
         self._note(each.rank for each in heard.values())
         self._used = _FOUND + number
         if not session.closing:  # Else its generation may be over, and the key with it.
-            bell.call(Set(key, self._used + b"\n" + encode_rows(heard.values())))
-            loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, membership))
+            findings = self._used + b"\n" + encode_rows(heard.values())
+            bell.call(Set(key, findings))
+            loop.call_at(loop.now() + _FRESH_SECS, lambda: self._forget(bell, membership, findings))
         return heard
 
     async def _when_found(
@@ -109,11 +110,11 @@ class Presence:
                     break
         return value
 
-    def _forget(self, bell: Connection, membership: Membership) -> None:
+    def _forget(self, bell: Connection, membership: Membership, findings: bytes) -> None:
         session = self._session
         if bell is session._bell and membership is session.membership and not session.closing:
-            # It stays, so that the number of keys does not depend on the moment.
-            bell.call(Set(membership.own.heard, b""))
+            # The key stays, so that the number of keys does not depend on the moment; a question too.
+            bell.call(CompareSet(membership.own.heard, findings, b""))
 
     async def _ask(
         self, bell: Connection, membership: Membership, ranks: tuple[int, ...], within_secs: float
