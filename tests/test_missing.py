@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Any
 
@@ -248,6 +249,22 @@ async def test_findings_are_forgotten_as_another_rank_asks(tcp: World) -> None:
     await tcp.call(tcp.innermost.set, key, "?another")
     await anyio.sleep(0.7)
     assert await tcp.read(key) == b"?another"
+
+
+async def test_reports_that_were_missed_are_not_made_up_for(tcp: World) -> None:
+    """After a stop, as by SIGSTOP or a debugger, a rank reports once, and then at its pace."""
+    reported: list[BarrierProgress] = []
+    ranks = await tcp.barriers(2, warn_after_secs=0.4, on_progress=reported.append)
+    async with Tasks() as tasks:
+        tasks.start(partial(ranks[0].execute_barrier, "x"))
+        await tcp.entered(0, name="x")
+        time.sleep(1.3)  # Nothing runs on this loop meanwhile.
+        with anyio.fail_after(20):
+            while len(reported) < 3:
+                await anyio.sleep(0.01)
+    waited = [each.waited_secs for each in reported[:3]]
+    assert waited[0] >= 1.3
+    assert all(later - before >= 0.4 for before, later in pairwise(waited)), waited
 
 
 async def test_one_asks_for_all(

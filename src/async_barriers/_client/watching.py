@@ -140,7 +140,7 @@ class Watching:
         within_secs = ASK_SECS
         if now >= self._report_at:
             self._to_report = True
-            self._report_at += self._watch.warn_secs
+            self._report_at = now + self._watch.warn_secs
         if now >= self._stall_at:
             self._stall_at = now + _period(self._watch.stalled_secs)
         if now >= self._last_at:
