@@ -14,8 +14,7 @@ from phase_laws import PhaseLaws
 from replayed import Cancelled, CancelScope, Host, Job, Spec, get_cancelled_exc_class
 
 from async_barriers import BarrierError
-from async_barriers._client import barrier as barriers
-from async_barriers._client import joining, session, state
+from async_barriers._client import joining, lifetime, session, state
 from async_barriers._client.barrier import CrossingBarrier
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._client.session import Session
@@ -106,11 +105,11 @@ def modelled_world() -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as patch:
         for module in (
-            "_bodies", "_reasons", "_client.attempt", "_client.barrier", "_client.crossing",
+            "_bodies", "_reasons", "_client.attempt", "_client.crossing", "_client.lifetime",
             "_client.publication",
         ):  # fmt: skip
             patch.setattr(f"async_barriers.{module}.anyio", anyio)
-        patch.setattr(barriers, "Session", ObservedSession)
+        patch.setattr(lifetime, "Session", ObservedSession)
         patch.setattr(state, "loop_here", lambda before: Host.running.loop)
         patch.setattr(state, "end_at_exit", lambda session: None)
         for each in (joining, session):

@@ -18,10 +18,10 @@ from replayed import Cancelled, CancelScope, Event, Host, Job, Spec, get_cancell
 from scenarios import INIT_SECS, Scenario, Source, modelled_world
 
 from async_barriers import BarrierClosedError, BarrierError, StepSignal, step_signal
-from async_barriers._client import agreeing
-from async_barriers._client import barrier as barriers
+from async_barriers._client import lifetime
 from async_barriers._client.barrier import CrossingBarrier
-from async_barriers._client.gate import _LAST, _NEXT, Gate, Round
+from async_barriers._signal import agreeing
+from async_barriers._signal.gate import _LAST, _NEXT, Gate, Round
 from async_barriers._store.future import Future
 from async_barriers._store.worker import Promise
 
@@ -123,7 +123,7 @@ def modelled_signals(gate: type[ObservedGate]) -> Iterator[None]:
         CancelScope=CancelScope, get_cancelled_exc_class=get_cancelled_exc_class
     )
     with modelled_world(), pytest.MonkeyPatch.context() as patch:
-        for module in (agreeing, barriers, step_signal):
+        for module in (agreeing, lifetime, step_signal):
             patch.setattr(module, "loop_here", lambda before: Host.running.loop)
         patch.setattr(agreeing, "anyio", anyio)
         patch.setattr(agreeing, "Portal", Portal)

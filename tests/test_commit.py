@@ -26,7 +26,7 @@ from async_barriers import (
     BrokenBarrierError,
 )
 from async_barriers._checks import CONFIGURED, MAX_PAYLOAD_BYTES, Timeout
-from async_barriers._client import barrier as barriers
+from async_barriers._client import lifetime
 from async_barriers._client.phases import Phase
 from async_barriers._client.publication import Publication
 from async_barriers._client.session import Session
@@ -629,7 +629,7 @@ async def test_a_publish_that_outlasts_its_barrier(
     memory: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closing does not wait for ever; the leader says that it published and could not tell."""
-    monkeypatch.setattr(barriers, "PEERS_SECS", 0.5)
+    monkeypatch.setattr(lifetime, "PEERS_SECS", 0.5)
     ranks = await memory.barriers(2)
     publish = Publisher(parks=True)
 

@@ -13,14 +13,14 @@ import pytest
 from scenarios import Scenario, Violation
 from signal_scenarios import ObservedGate, SignalScenario
 
-from async_barriers._client import agreeing
 from async_barriers._client.departing import Departing
-from async_barriers._client.gate import Round
 from async_barriers._protocol import breaking, claiming, count, leaving, phase
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Membership, State
 from async_barriers._protocol.signal import Sent, sending
 from async_barriers._protocol.store import CompareSet, Read, Set, SetMany, Store
+from async_barriers._signal import announcing
+from async_barriers._signal.gate import Round
 
 DEEP = bool(os.environ.get("EXPLORE_DEEP"))
 # How often `make test` goes one way at random, and how many switches it has the time for.
@@ -261,14 +261,14 @@ def test_two_that_think_they_sent_first_are_found(monkeypatch: pytest.MonkeyPatc
         bells = SetMany(membership.bells, b"signal")
         return [Set(keys.signal, said.encode()), bells, Read(keys.signal)]
 
-    monkeypatch.setattr(agreeing, "sending", overwriting)
+    monkeypatch.setattr(announcing, "sending", overwriting)
     with pytest.raises(Violation, match="reached"):
         two_that_send().wander(runs=RUNS)
 
 
 def test_a_signal_that_rings_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that looks between the ring and what it was rung for."""
-    monkeypatch.setattr(agreeing, "sending", lambda *args: sending(*args)[::-1])
+    monkeypatch.setattr(announcing, "sending", lambda *args: sending(*args)[::-1])
     scenario = SignalScenario(2)
     scenario.rank("0", scenario.trains(), scenario.sends())
     scenario.rank("1", scenario.trains())

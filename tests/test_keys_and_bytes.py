@@ -187,18 +187,27 @@ def said(kind: int, value: Any) -> bytes:
 
 @given(st.lists(answers, max_size=6), st.binary(max_size=9), st.binary(max_size=9))
 def test_answers_as_they_come(told: list[tuple[int, Any]], before: bytes, after: bytes) -> None:
-    """All are heard when the last byte is there, and not sooner; what follows is left alone."""
+    """All are heard when the last byte is there, and not sooner; what follows is left alone. Where
+    they come in two pieces, nothing is lost."""
     kinds, whole = [kind for kind, _ in told], b"".join(said(*each) for each in told)
     end = len(before) + len(whole)
     heard = [value for kind, value in told if kind >= 0]
-    assert wire.hear(kinds, before + whole + after, len(before)) == (heard, end)
-    for cut in range(len(whole)):
-        with pytest.raises(wire.Incomplete):
-            wire.hear(kinds, before + whole[:cut], len(before))
+    for cut in range(len(whole) + 1):
+        message = wire.Message()
+        message.kinds = list(kinds)
+        at, needed = len(before), 0
+        if cut < len(whole):
+            at, needed = message.hear(before + whole[:cut], at)
+            assert len(before) + cut < needed <= end
+        assert message.hear(before + whole + after, at) == (end, 0)
+        assert message.answers == heard
 
 
 def test_greeting() -> None:
     """A server says the number back, whatever it is."""
     for number in (0, 1, 0x7FFFFFFF):
         assert wire.hello(number).endswith(wire.echo(number))
-        assert wire.hear([wire.ECHO], wire.echo(number), 0) == ([wire.echo(number)], 4)
+        greeting = wire.Message()
+        greeting.kinds.append(wire.ECHO)
+        assert greeting.hear(wire.echo(number), 0) == (4, 0)
+        assert greeting.answers == [wire.echo(number)]

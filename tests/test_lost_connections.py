@@ -17,7 +17,8 @@ from test_signals import Strike, Struck
 
 from async_barriers import BarrierConnectionError
 from async_barriers._protocol.store import Add, Read, Set
-from async_barriers._store.connection import _LINGER_SECS, SocketConnection
+from async_barriers._store.connection import SocketConnection
+from async_barriers._store.linger import LINGER_SECS
 from async_barriers._store.private_loop import PrivateLoop
 
 LARGE = b"z" * (16 << 20)
@@ -232,7 +233,7 @@ def test_a_server_that_never_answers_is_not_waited_for(pair: Pair, ends: bool) -
         return
     began = time.monotonic()
     pair.work(lambda: sock.fileno() == -1)
-    assert time.monotonic() - began > 0.9 * _LINGER_SECS
+    assert time.monotonic() - began > 0.9 * LINGER_SECS
 
 
 def test_an_idle_connection_closes_at_once(pair: Pair) -> None:

@@ -33,7 +33,7 @@ from async_barriers import (
     StepSignal,
     TCPStoreBarrier,
 )
-from async_barriers._client.gate import Agreement, Gate, Round
+from async_barriers._signal.gate import Agreement, Gate, Round
 from async_barriers.step_signal import BlockingStepSignal
 from async_barriers.testing import local_barriers
 

@@ -6,11 +6,12 @@ import abc
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-from ._bodies import Body, Committing, tell
-from ._checks import CONFIGURED, Timeout, check_publish, checked_blob
+from ._bodies import Body, Committing, checked
+from ._checks import CONFIGURED, Timeout, check_publish, given
 from ._reasons import reason_of
 from ._values import BarrierResult, BarrierStatistics, CommitRecord
 
@@ -204,14 +205,10 @@ class Barrier(abc.ABC):
         :param timeout_secs: limits the wait after the body, and so does ``stalled_after_secs``; the
             body itself has no deadline
         """
-
         self._check_body(name, step, timeout_secs, stalled_after_secs)
-
-        async def cross() -> None:
-            given = _given(step, stalled_after_secs)
-            await self.execute_barrier(name, **given, timeout_secs=timeout_secs)
-
-        return self._body(None, cross, name, step)
+        given_ = given(step, stalled_after_secs)
+        cross = partial(self.execute_barrier, name, timeout_secs=timeout_secs, **given_)
+        return self._body(Body(None, cross, self, name, step), name)
 
     def committing(
         self,
@@ -247,17 +244,11 @@ class Barrier(abc.ABC):
         part = Committing()
 
         async def cross() -> None:
-            brought = await self._checked(part.payload, name, step, TypeError, ValueError)
-            part._result = await self.commit(
-                publish,
-                payload=brought,
-                name=name,
-                **_given(step, stalled_after_secs),
-                timeout_secs=timeout_secs,
-                leader=leader,
-            )
+            brought = await checked(self, part.payload, name, step, TypeError, ValueError)
+            call = partial(self.commit, publish, payload=brought, name=name, leader=leader)
+            part._result = await call(timeout_secs=timeout_secs, **given(step, stalled_after_secs))
 
-        return self._body(part, cross, name, step)
+        return self._body(Body(part, cross, self, name, step), name)
 
     def _check_body(  # noqa: B027  (a barrier may find it out when it is called)
         self,
@@ -269,34 +260,14 @@ class Barrier(abc.ABC):
     ) -> None:
         """Refuse wrong arguments before the body of a call runs, not after."""
 
-    def _body(
-        self, value: T, cross: Callable[[], Awaitable[None]], name: str, step: int | None
-    ) -> AbstractAsyncContextManager[T]:
-        return Body(
-            value,
-            cross,
-            lambda reason: self._fail(reason, name, step),
-            lambda reason: self._fail_soon(reason, name, step),
-        )
-
-    async def _checked(
-        self, payload: bytes, name: str, step: int | None, *breaking: type[Exception]
-    ) -> bytes:
-        """Check this rank's payload; one that is wrong in a ``breaking`` way breaks the phase.
-
-        The size of a payload depends on a rank's data, so its peers may be waiting already.
-        """
-        try:
-            return checked_blob("payload", payload)
-        except breaking as exc:
-            await tell(exc, lambda reason: self._fail(reason, name, step))
-            raise
+    def _body(self, body: Body[T], name: str) -> AbstractAsyncContextManager[T]:
+        return body  # A recorded barrier draws it.
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:
         """Use up this rank's next turn of ``name`` by breaking it."""
         # The body raises its own exception; a barrier that cannot abort must not hide it.
         with contextlib.suppress(NotImplementedError):
-            await self.abort(reason, name, **_given(step))
+            await self.abort(reason, name, **given(step))
 
     def _fail_soon(  # noqa: B027  (one that cannot abort has nothing to do)
         self, reason: str, name: str, step: int | None = None
@@ -325,11 +296,3 @@ class Barrier(abc.ABC):
             await self.aclose()
         else:
             await self._leave(f"it closed its barrier: {reason_of(exc)}")
-
-
-def _given(step: int | None, stalled_after_secs: Timeout = CONFIGURED) -> dict[str, Any]:
-    # A user's own barrier may lack these.
-    given: dict[str, Any] = {} if step is None else {"step": step}
-    if stalled_after_secs is not CONFIGURED:
-        given["stalled_after_secs"] = stalled_after_secs
-    return given

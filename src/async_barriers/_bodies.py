@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import anyio
 
+from ._checks import checked_blob
 from ._reasons import reason_of
 
 T = TypeVar("T")
-Fail = Callable[[str], Awaitable[None]]
 
 
 class Committing:
@@ -37,26 +37,32 @@ class Committing:
         return self._result
 
 
+class Breakable(Protocol):
+    """A barrier whose next turn can be used up by breaking it, with a reason."""
+
+    async def _fail(self, reason: str, name: str, step: int | None = None) -> None: ...
+    def _fail_soon(self, reason: str, name: str, step: int | None = None) -> None: ...
+
+
 class Body(AbstractAsyncContextManager[T], Generic[T]):
     """Crosses after a body that succeeds, and breaks the phase after one that does not.
 
     :param value: what the body gets
     :param cross: enters and waits for the verdict
-    :param fail: uses up this rank's turn by breaking it, with a reason
-    :param fail_soon: as ``fail``, where nothing can be awaited
     """
 
     def __init__(
         self,
         value: T,
-        cross: Callable[[], Awaitable[None]],
-        fail: Fail,
-        fail_soon: Callable[[str], None],
+        cross: Callable[[], Awaitable[object]],
+        barrier: Breakable,
+        name: str,
+        step: int | None,
     ) -> None:
         self._value = value
         self._cross = cross
-        self._fail = fail
-        self._fail_soon = fail_soon
+        self._barrier = barrier
+        self._turn = name, step
 
     async def __aenter__(self) -> T:
         return self._value
@@ -71,12 +77,26 @@ class Body(AbstractAsyncContextManager[T], Generic[T]):
             await self._cross()
         elif isinstance(exc, GeneratorExit):
             # Nothing may be awaited here: its loop may be gone. The break goes on by itself.
-            self._fail_soon(reason_of(exc))
+            self._barrier._fail_soon(reason_of(exc), *self._turn)
         else:
-            await tell(exc, self._fail)
+            await _tell(exc, self._barrier, *self._turn)
 
 
-async def tell(exc: BaseException, fail: Fail) -> None:
+async def checked(
+    barrier: Breakable, payload: bytes, name: str, step: int | None, *breaking: type[Exception]
+) -> bytes:
+    """Check this rank's payload; one that is wrong in a ``breaking`` way breaks the phase.
+
+    The size of a payload depends on a rank's data, so its peers may be waiting already.
+    """
+    try:
+        return checked_blob("payload", payload)
+    except breaking as exc:
+        await _tell(exc, barrier, name, step)
+        raise
+
+
+async def _tell(exc: BaseException, barrier: Breakable, name: str, step: int | None) -> None:
     """Break a phase for its peers because of ``exc``, also where this task is cancelled."""
     with anyio.CancelScope(shield=True):
-        await fail(reason_of(exc))
+        await barrier._fail(reason_of(exc), name, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 # c10d drops a connection that sends more than 8 MiB; half of it is a round figure.
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
@@ -23,6 +23,14 @@ class Configured(Enum):
 
 CONFIGURED: Final = Configured.TIMEOUT
 Timeout = float | None | Configured
+
+
+def given(step: int | None, stalled_after_secs: Timeout = CONFIGURED) -> dict[str, Any]:
+    """The arguments of a call that were given: a user's own barrier may not take the others."""
+    arguments: dict[str, Any] = {} if step is None else {"step": step}
+    if stalled_after_secs is not CONFIGURED:
+        arguments["stalled_after_secs"] = stalled_after_secs
+    return arguments
 
 
 def check_timeout(what: str, value: float | None) -> float | None:

@@ -72,3 +72,15 @@ def create_barrier_from_config(barrier_config: BarrierConfig) -> Barrier | None:
         ) from exc
     barrier: Barrier = barrier_class(**barrier_config.barrier_args)
     return barrier
+
+
+def built(config: Any) -> tuple[BarrierConfig, Barrier]:
+    """A copy of ``config``, which may be torch's, and the barrier that it describes."""
+    barrier_args = getattr(config, "barrier_args", None)
+    if not isinstance(barrier_args, dict):
+        raise TypeError(f"config_or_barrier must be a BarrierConfig or a Barrier, not {config!r}")
+    copy = BarrierConfig(getattr(config, "barrier_type", None), dict(barrier_args))
+    barrier = create_barrier_from_config(copy)
+    if barrier is None:
+        raise ValueError("the configuration's barrier_type is None: there is nothing to wait for")
+    return copy, barrier

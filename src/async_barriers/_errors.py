@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -221,6 +222,14 @@ def another(error: BarrierConnectionError, about: str = "") -> BarrierConnection
     copy = BarrierConnectionError(text, in_doubt=error.in_doubt)
     copy.__cause__ = error.__cause__
     return copy
+
+
+def of_another_process(what: str, built_in: int) -> BarrierError:
+    """The error of ``what`` in a process that was forked from the one, ``built_in``, it is of."""
+    return BarrierError(
+        f"{what} was built in process {built_in} and belongs to it; this is process {os.getpid()}, "
+        "forked from there: build it in the process that uses it"
+    )
 
 
 class BarrierClosedError(BarrierError):

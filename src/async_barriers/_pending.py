@@ -1,15 +1,18 @@
-"""The results of calls that another thread makes."""
+"""Calls that another thread makes, and their results."""
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import anyio
 
 from ._store.worker import Promise
 
@@ -25,6 +28,35 @@ def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
     promise.when_settled(partial(told.put, None))
     with suppress(Empty):
         told.get(timeout=None if within_secs is None else max(0.0, within_secs))
+
+
+class Call(Generic[T]):
+    """One call, and its result."""
+
+    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
+        self.promise: Promise[T] = Promise()
+        self._function = function
+        self._scope: anyio.CancelScope | None = None
+        self._cancelled = False
+
+    async def make(self) -> None:
+        with anyio.CancelScope() as self._scope:
+            if self._cancelled:
+                return
+            try:
+                awaitable = self._function()
+                if not inspect.isawaitable(awaitable):
+                    raise TypeError(f"a coroutine function is needed; this one gave {awaitable!r}")
+                self.promise.settle(await awaitable)
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as exc:
+                self.promise.settle(error=exc)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._scope is not None:
+            self._scope.cancel()
 
 
 class _Condition(threading.Condition):

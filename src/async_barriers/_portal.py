@@ -10,8 +10,6 @@ deque, wakes the loop, and waits for a queue that is written in C. The loop's th
 
 from __future__ import annotations
 
-import atexit
-import inspect
 import math
 import os
 import selectors
@@ -23,22 +21,21 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
-from multiprocessing import util as multiprocessing_util
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
 from ._errors import (
     BarrierClosedError,
     BarrierConnectionError,
-    BarrierError,
+    of_another_process,
     out_of_threads,
     told_by,
 )
-from ._pending import CANCELLED_SECS, Pending, wait_for
+from ._pending import CANCELLED_SECS, Call, Pending, wait_for
 from ._store.event_loop import Loop, Waiter
 from ._store.loops import loop_here
-from ._store.worker import Living, Promise, end_at_exit, in_own_thread
+from ._store.worker import Promise, end_at_exit, in_own_thread
 
 T = TypeVar("T")
 
@@ -59,7 +56,7 @@ class Portal:
         self._patience_secs: float | None = None
         self._process = os.getpid()
         self._closing = False
-        self._inbox: deque[_Call[Any]] = deque()
+        self._inbox: deque[Call[Any]] = deque()
         # The threads that were started for it. Several callers may have come at once, or been
         # interrupted as they started one; the first here works, and the others end.
         self._threads: list[int] = []
@@ -68,7 +65,7 @@ class Portal:
         self._thread: int | None = None
         self._loop: Loop | None = None
         self._waiter: Waiter
-        self._calls: set[_Call[Any]] = set()
+        self._calls: set[Call[Any]] = set()
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Make a call, and block until it has ended.
@@ -85,7 +82,7 @@ class Portal:
             raise RuntimeError(
                 f"{self._name()} cannot be waited for on its own event loop; await its barrier"
             )
-        call = _Call(function)
+        call = Call(function)
         ticket = _Ticket(self, call)
         try:
             self._submit(call)
@@ -106,7 +103,7 @@ class Portal:
         :raises: as `call`
         """
         self._check_process()
-        call = _Call(function)
+        call = Call(function)
         future = Pending(partial(self._cancel, call), call.promise, lambda: self._thread)
         try:
             self._submit(call)
@@ -155,9 +152,6 @@ class Portal:
         if self._threads and not self._foreign:
             wait_for(self._ended, deadline - time.monotonic())
 
-    def forsake(self) -> None:
-        """In a forked child: its thread is the parent's, and every call says so."""
-
     @property
     def _foreign(self) -> bool:
         """Whether this process was forked from the one it belongs to."""
@@ -165,13 +159,9 @@ class Portal:
 
     def _check_process(self) -> None:
         if self._foreign:
-            raise BarrierError(
-                f"{self._name()} was built in process {self._process} and belongs to it; this is "
-                f"process {os.getpid()}, forked from there: build a barrier in the process that "
-                "uses it"
-            )
+            raise of_another_process(self._name(), self._process)
 
-    def _submit(self, call: _Call[Any]) -> None:
+    def _submit(self, call: Call[Any]) -> None:
         if self._closing:
             raise self._closed()
         self._inbox.append(call)
@@ -198,7 +188,7 @@ class Portal:
                 f"no thread can be started for {self._name()} {out_of_threads(exc)}"
             ) from exc
 
-    def _cancel(self, call: _Call[Any]) -> None:
+    def _cancel(self, call: Call[Any]) -> None:
         """Cancel the call, or prevent it if it has not begun; then it is settled."""
         try:
             self._inbox.remove(call)
@@ -215,7 +205,7 @@ class Portal:
         self._threads.append(thread)
         if self._threads[0] != thread:
             return
-        _end_first_at_exit(self)
+        end_at_exit(self, first=True)
         self._thread = thread
         failure: BaseException | None = None
         try:
@@ -259,7 +249,7 @@ class Portal:
             calls.cancel_scope.cancel()
         return failure
 
-    async def _make(self, call: _Call[Any]) -> None:
+    async def _make(self, call: Call[Any]) -> None:
         # Here it would cancel all other calls.
         with suppress(anyio.get_cancelled_exc_class()):
             await call.make()
@@ -268,7 +258,7 @@ class Portal:
         if call.promise.done():
             self._calls.discard(call)
 
-    def _stop(self, call: _Call[Any]) -> None:
+    def _stop(self, call: Call[Any]) -> None:
         if call in self._calls:
             call.cancel()
         else:
@@ -285,46 +275,16 @@ class Portal:
         return BarrierClosedError(self._name())
 
     def _lost(self, cause: BaseException) -> BarrierConnectionError:
-        error = BarrierConnectionError(
-            f"no event loop can be started for {self._name()} ({told_by(cause)})"
-        )
+        why = f"no event loop can be started for {self._name()} ({told_by(cause)})"
+        error = BarrierConnectionError(why)
         error.__cause__ = cause
         return error
-
-
-class _Call(Generic[T]):
-    """One call, and its result."""
-
-    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
-        self.promise: Promise[T] = Promise()
-        self._function = function
-        self._scope: anyio.CancelScope | None = None
-        self._cancelled = False
-
-    async def make(self) -> None:
-        with anyio.CancelScope() as self._scope:
-            if self._cancelled:
-                return
-            try:
-                awaitable = self._function()
-                if not inspect.isawaitable(awaitable):
-                    raise TypeError(f"a coroutine function is needed; this one gave {awaitable!r}")
-                self.promise.settle(await awaitable)
-            except anyio.get_cancelled_exc_class():
-                raise
-            except BaseException as exc:
-                self.promise.settle(error=exc)
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        if self._scope is not None:
-            self._scope.cancel()
 
 
 class _Ticket:
     """Held by a thread that waits for a call. When the ticket is dropped, so is the call."""
 
-    def __init__(self, portal: Portal, call: _Call[Any]) -> None:
+    def __init__(self, portal: Portal, call: Call[Any]) -> None:
         self._portal = portal
         self._call = call
 
@@ -338,25 +298,3 @@ def _probe_loop() -> None:
     with selectors.DefaultSelector():
         for end in socket.socketpair():
             end.close()
-
-
-# -- before the interpreter ends ----------------------------------------------------------
-
-_portals: Living[Portal] = Living()
-
-
-def _end_first_at_exit(portal: Portal) -> None:
-    if not _portals:
-        # A process that multiprocessing forks ends without `atexit`.
-        multiprocessing_util.Finalize(None, _end_first, exitpriority=101)
-    _portals.add(portal)
-
-
-os.register_at_fork(after_in_child=_portals.clear)
-
-
-@atexit.register
-def _end_first() -> None:
-    """End the latest first: a loop in another thread, before the objects that use that loop."""
-    for portal in _portals.latest_first():
-        end_at_exit(portal)

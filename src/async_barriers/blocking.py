@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from ._barrier import Barrier, Publish, _given
+from ._barrier import Barrier, Publish
 from ._checks import (
     CONFIGURED,
     Timeout,
@@ -19,8 +19,9 @@ from ._checks import (
     check_publish,
     check_step,
     check_timeout,
+    given,
 )
-from ._config import BarrierConfig, create_barrier_from_config
+from ._config import BarrierConfig, built
 from ._errors import BarrierError
 from ._guards import Guards
 from ._portal import Portal
@@ -52,19 +53,19 @@ class BlockingBarrier:
     phase for the peers, and the exception is raised within 1 s. Do not call it on a thread that
     runs an event loop: it would block that loop.
 
-    It belongs to the process that built it. In a forked process, every call raises an error that
-    says so. It can be pickled if it was built from a configuration; the copy is built from that, in
-    a checkpoint subprocess for example. A rank belongs to one process: while one that is connected
-    lives, the other is refused. The thread and the connections start with the first call. They
-    never keep the interpreter from exiting, also if you do not close it.
+    It belongs to the process that built it. In a forked process, `close` does nothing, and calls
+    that need the store raise an error that says so. It can be pickled if it was built from a
+    configuration; the copy is built from that, in a checkpoint subprocess for example. A rank
+    belongs to one process: while one that is connected lives, the other is refused. The thread and
+    the connections start with the first call. They never keep the interpreter from exiting.
 
     When it leaves (`close`, the end of a ``with`` block, the end of the interpreter), the peers
     learn it in the phases that they wait in and in those that they enter later.
 
-    In all calls ``name`` and ``step`` are as in `Barrier.execute_barrier`. ``timeout_secs`` is the
-    deadline in seconds from now (0 for what is decided now), and ``stalled_after_secs`` how long a
-    missing rank may show no progress, in seconds; None for the configured value of either. (For no
-    deadline at all, configure ``timeout_secs=None``.)
+    Each call raises what `Barrier`'s call of that name raises. In all calls ``name`` and ``step``
+    are as in `Barrier.execute_barrier`. ``timeout_secs`` is the deadline in seconds from now (0 for
+    what is decided now), and ``stalled_after_secs`` how many seconds a missing rank may show no
+    progress; None for the configured value. (For no deadline, configure ``timeout_secs=None``.)
 
     :param config_or_barrier: which barrier to build: a `BarrierConfig`, or torch's class of that
         name; or a barrier, which then belongs to this object and is closed with it
@@ -77,9 +78,9 @@ class BlockingBarrier:
         if isinstance(config_or_barrier, Barrier):
             self._barrier = config_or_barrier
         else:
-            self._config = _copied(config_or_barrier)
-            self._barrier = _built(self._config)
-        self._portal = Portal(functools.partial(_described, self._barrier), self._barrier.aclose)
+            self._config, self._barrier = built(config_or_barrier)
+        barrier = self._barrier
+        self._portal = Portal(lambda: f"this BlockingBarrier of {barrier!r}", barrier.aclose)
         self._guards = Guards()
         # A barrier that is dropped unclosed must not leave its thread behind.
         weakref.finalize(self, self._portal.retire).atexit = False
@@ -98,8 +99,7 @@ class BlockingBarrier:
     def connect(self) -> None:
         """Reach the store, but not the peers. Without this call the first crossing connects.
 
-        A writer that connects when it is built can tell its peers if its first write fails. Raises
-        what `Barrier.connect` raises.
+        A writer that connects when it is built can tell its peers if its first write fails.
         """
         self._portal.call(self._barrier.connect)
 
@@ -112,8 +112,6 @@ class BlockingBarrier:
         stalled_after_secs: float | None = None,
     ) -> BarrierResult:
         """Enter the next phase of ``name`` and block until every rank has entered.
-
-        Raises what `Barrier.execute_barrier` raises.
 
         **Interruption**, as by Ctrl-C: breaks the phase for all ranks, unless it was decided
         before, and is raised within 1 s. The turn is used up: the next call enters the next phase.
@@ -133,8 +131,6 @@ class BlockingBarrier:
         leader: int = 0,
     ) -> bytes:
         """Publish a checkpoint once every rank has finished its part; see `Barrier.commit`.
-
-        Raises what `Barrier.commit` raises.
 
         :param publish: a plain function, which runs in a thread of the library's, or a coroutine
             function, which runs on the barrier's own event loop
@@ -158,8 +154,6 @@ class BlockingBarrier:
     ) -> tuple[bytes, ...]:
         """Enter with a payload, and get those of all ranks; see `Barrier.all_gather`.
 
-        Raises what `Barrier.all_gather` raises.
-
         **Interruption:** as `execute_barrier`.
         """
         call = functools.partial(self._barrier.all_gather, payload, name=name)
@@ -175,30 +169,22 @@ class BlockingBarrier:
         **Interruption:** the break goes on, and reaches the peers if the store can be reached.
         """
         self._guards.take_turn(name, step)
-        given = _given(check_step(step))
-        return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given))
+        given_ = given(check_step(step))
+        return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given_))
 
     def report(self, doing: str) -> None:
-        """Say what this rank is doing; returns at once. See `Barrier.report`.
-
-        :raises TypeError: it is no string
-        """
+        """Say what this rank is doing; returns at once. See `Barrier.report`."""
         self._barrier.report(doing)
 
     def outcome(self, name: str, sequence: int) -> CommitRecord | None:
         """The record of a commit that ended in doubt; see `Barrier.outcome`.
-
-        Raises what `Barrier.outcome` raises.
 
         **Interruption:** as the cancellation of `Barrier.outcome`.
         """
         return self._portal.call(functools.partial(self._barrier.outcome, name, sequence))
 
     def statistics(self) -> BarrierStatistics:
-        """How this rank's phases ended so far; returns at once. See `Barrier.statistics`.
-
-        Raises what `Barrier.statistics` raises.
-        """
+        """How this rank's phases ended so far; returns at once. See `Barrier.statistics`."""
         return self._barrier.statistics()
 
     def step_signal(self, name: str = "stop") -> BlockingStepSignal:
@@ -300,9 +286,9 @@ class BlockingBarrier:
     ) -> T:
         timeout: Timeout = CONFIGURED if timeout_secs is None else check_call_timeout(timeout_secs)
         stalled = check_timeout("stalled_after_secs", stalled_after_secs)
-        given = _given(check_step(step), CONFIGURED if stalled is None else stalled)
+        given_ = given(check_step(step), CONFIGURED if stalled is None else stalled)
         self._guards.take_turn(name, step)
-        call = functools.partial(call, **given, timeout_secs=timeout)
+        call = functools.partial(call, **given_, timeout_secs=timeout)
         return self._portal.call(call)
 
     def _fail(self, exc: BaseException, name: str, step: int | None) -> None:
@@ -310,22 +296,3 @@ class BlockingBarrier:
         # The caller's own exception matters more.
         with contextlib.suppress(BarrierError):
             self._portal.call(functools.partial(self._barrier._fail, reason_of(exc), name, step))
-
-
-def _described(barrier: Barrier) -> str:
-    return f"this BlockingBarrier of {barrier!r}"
-
-
-def _copied(config: Any) -> BarrierConfig:
-    barrier_type = getattr(config, "barrier_type", None)
-    barrier_args = getattr(config, "barrier_args", None)
-    if not isinstance(barrier_args, dict):
-        raise TypeError(f"config_or_barrier must be a BarrierConfig or a Barrier, not {config!r}")
-    return BarrierConfig(barrier_type, dict(barrier_args))
-
-
-def _built(config: BarrierConfig) -> Barrier:
-    barrier = create_barrier_from_config(config)
-    if barrier is None:
-        raise ValueError("the configuration's barrier_type is None: there is nothing to wait for")
-    return barrier

@@ -11,6 +11,7 @@ import anyio
 import torch.distributed as dist
 
 from ._barrier import Barrier, Publish
+from ._bodies import checked
 from ._checks import (
     CONFIGURED,
     Configured,
@@ -133,7 +134,7 @@ class DistBarrier(Barrier):
         check_publish(publish)
         calls.check(name, step)
         check_world(leader, calls.group.size)
-        brought = await self._checked(payload, name, step, ValueError)
+        brought = await checked(self, payload, name, step, ValueError)
         if calls.group.rank == leader:
             publication = Publication(calls, name, step, timeout)
             self._publications.add(publication)
@@ -170,7 +171,7 @@ class DistBarrier(Barrier):
         calls = self._calls
         calls.check_open(name, step)
         timeout = self._checked_timeout(timeout_secs, stalled_after_secs)
-        brought = await self._checked(payload, name, step, ValueError)
+        brought = await checked(self, payload, name, step, ValueError)
         _, gathered = await calls.run(
             name, step, timeout, lambda: calls.collectives.all_gather(brought, step)
         )

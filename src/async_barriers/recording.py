@@ -16,7 +16,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from threading import Lock
 from types import TracebackType
@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 import anyio
 
-from ._barrier import Barrier, Publish, _given
-from ._checks import CONFIGURED, Timeout, check_publish
+from ._barrier import Barrier, Publish
+from ._bodies import Body
+from ._checks import CONFIGURED, Timeout, check_publish, given
 from ._client.barrier import CrossingBarrier
 from ._errors import BarrierError, told_by
 from ._publish import is_async
@@ -178,7 +179,7 @@ class _Watched(Barrier):
     ) -> BarrierResult:
         with self._recorder._call(self._rank, "execute_barrier", name) as facts:
             result = await self._barrier.execute_barrier(
-                name, **_given(step, stalled_after_secs), timeout_secs=timeout_secs
+                name, **given(step, stalled_after_secs), timeout_secs=timeout_secs
             )
             facts.update(verdict="released", sequence=result.sequence, last_rank=result.last_rank)
             facts["came_last"] = self._came_last(result.last_rank)
@@ -206,7 +207,7 @@ class _Watched(Barrier):
                 self._watched(publish, name),
                 payload=payload,
                 name=name,
-                **_given(step, stalled_after_secs),
+                **given(step, stalled_after_secs),
                 timeout_secs=timeout_secs,
                 leader=leader,
             )
@@ -245,9 +246,9 @@ class _Watched(Barrier):
         stalled_after_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         with self._recorder._call(self._rank, "all_gather", name) as facts:
-            given = _given(step, stalled_after_secs)
+            given_ = given(step, stalled_after_secs)
             gathered = await self._barrier.all_gather(
-                payload, name=name, **given, timeout_secs=timeout_secs
+                payload, name=name, **given_, timeout_secs=timeout_secs
             )
             facts.update(verdict="released", came_last=self._came_last())
             return gathered
@@ -255,7 +256,7 @@ class _Watched(Barrier):
     async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         with self._recorder._call(self._rank, "abort", name) as facts:
             facts["reason"] = reason
-            return await self._barrier.abort(reason, name, **_given(step))
+            return await self._barrier.abort(reason, name, **given(step))
 
     def report(self, doing: str) -> None:
         self._barrier.report(doing)
@@ -285,10 +286,7 @@ class _Watched(Barrier):
     ) -> None:
         self._barrier._check_body(name, step, timeout_secs, stalled_after_secs, leader)
 
-    def _body(
-        self, value: T, cross: Callable[[], Awaitable[None]], name: str, step: int | None
-    ) -> AbstractAsyncContextManager[T]:
-        body = super()._body(value, cross, name, step)
+    def _body(self, body: Body[T], name: str) -> AbstractAsyncContextManager[T]:
         return DrawnBody(body, self._recorder._call(self._rank, "body", name))
 
     async def _fail(self, reason: str, name: str, step: int | None = None) -> None:

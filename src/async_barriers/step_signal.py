@@ -8,11 +8,11 @@ import weakref
 
 from ._barrier import Barrier
 from ._checks import check_step
-from ._client.agreeing import Agent
 from ._client.barrier import CrossingBarrier
-from ._client.gate import Round
 from ._errors import BarrierError
 from ._pending import wait_for
+from ._signal.agreeing import Agent
+from ._signal.gate import Round
 from ._store.loops import loop_here
 from ._store.waiting import told
 

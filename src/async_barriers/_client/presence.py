@@ -113,7 +113,7 @@ class Presence:
     def _forget(self, bell: Connection, membership: Membership, findings: bytes) -> None:
         session = self._session
         if bell is session._bell and membership is session.membership and not session.closing:
-            # The key stays, so that the number of keys does not depend on the moment; a question too.
+            # The key stays, so that the number of keys is the same at any time; a question, too.
             bell.call(CompareSet(membership.own.heard, findings, b""))
 
     async def _ask(

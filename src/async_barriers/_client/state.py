@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from .._errors import BarrierConnectionError, BarrierError, describe
+from .._errors import BarrierConnectionError, BarrierError, describe, of_another_process
 from .._protocol.keys import Keys
 from .._protocol.membership import Closed, Membership
 from .._protocol.phase import Entry
@@ -119,11 +119,7 @@ class SessionState:
         if loop is not None and loop.here():
             return loop
         if self.foreign:
-            raise BarrierError(
-                f"barrier {self.prefix!r} was built in process {self._pid} and belongs to it; this "
-                f"is process {os.getpid()}, forked from there: build a barrier in the process "
-                "that uses it"
-            )
+            raise of_another_process(f"barrier {self.prefix!r}", self._pid)
         if self.busy_elsewhere:
             raise RuntimeError(
                 f"barrier {self.prefix!r} is in use on the event loop of another thread, and "

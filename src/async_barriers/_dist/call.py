@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any, Generic, TypeVar
 
-from .._errors import BrokenBarrierError
+from .._errors import BarrierConnectionError, BrokenBarrierError
 from .._store.worker import Promise
 
 T = TypeVar("T")
@@ -56,9 +56,12 @@ class Call(Generic[T]):
         if (why := self.called_off) is not None:
             raise why
 
-    def call_off(self, why: BaseException) -> bool:
-        """Keep it from beginning; return whether that was possible."""
-        self._decided.append(why)
+    def call_off(self, why: BaseException | None = None) -> bool:
+        """Keep it from beginning; return whether that was possible.
+
+        :param why: None if nobody waits for it any more
+        """
+        self._decided.append(why or BarrierConnectionError("nobody waits for it any more"))
         return not self.entered
 
 

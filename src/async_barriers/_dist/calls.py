@@ -18,6 +18,7 @@ from .._errors import (
     BrokenBarrierError,
     another,
     describe,
+    of_another_process,
     seconds,
 )
 from .._reasons import reason_of
@@ -80,11 +81,7 @@ class Calls:
             raise TypeError(f"name must be a string, not {name!r}")
         check_step(step)
         if self.foreign:
-            raise BarrierError(
-                f"this DistBarrier was built in process {self._pid} and belongs to it; this is "
-                f"process {os.getpid()}, forked from there: build a barrier in the process that "
-                "uses it"
-            )
+            raise of_another_process("this DistBarrier", self._pid)
         if self.closed:
             raise BarrierClosedError("this DistBarrier")
 
@@ -170,7 +167,7 @@ class Calls:
         return call
 
     def _stop(self, call: Call[Any], exc: BaseException) -> None:
-        call.call_off(_nobody_waits())
+        call.call_off()
         self.break_for_good(f"a call ended early ({reason_of(exc)})")
 
     def break_for_good(self, why: str, *, serves: bool = True) -> None:
@@ -277,7 +274,7 @@ class Calls:
     async def _time_out(self, loop: Loop, call: Call[Any], timeout: float) -> None:
         """Raise, unless the verdict comes while this looks which ranks are missing."""
         why = f"a call timed out after {seconds(timeout)}"
-        if called_back := call.call_off(_nobody_waits()):
+        if called_back := call.call_off():
             self.break_for_good(why)
         until = loop.now() + UNDO_SECS
         detail, missing = await self.log.explain(call.number, loop, until)
@@ -299,7 +296,3 @@ class Calls:
             "be called back; build a new one on every rank, or use a StoreBarrier, which "
             "outlives deadlines and cancellations",
         )
-
-
-def _nobody_waits() -> BarrierConnectionError:
-    return BarrierConnectionError("nobody waits for it any more")

@@ -11,7 +11,14 @@ import contextlib
 import os
 from typing import Any
 
-from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe, seconds
+from .._errors import (
+    BarrierClosedError,
+    BarrierConnectionError,
+    BarrierError,
+    describe,
+    of_another_process,
+    seconds,
+)
 from .._protocol import records
 from .._protocol.keys import Keys
 from .._protocol.records import Log, Record, public
@@ -71,10 +78,7 @@ class Watch:
         if self._closed:
             raise BarrierClosedError(f"the observer of {describe(self.prefix)}")
         if os.getpid() != self._pid:
-            raise BarrierError(
-                f"the observer of {describe(self.prefix)} was built in process {self._pid} and "
-                f"belongs to it; this is process {os.getpid()}, forked from there: build one here"
-            )
+            raise of_another_process(f"the observer of {describe(self.prefix)}", self._pid)
         loop = self._loop
         if loop is None or not loop.here():
             self._stop(BarrierConnectionError("the observer moved to another event loop"))

@@ -6,58 +6,22 @@ import errno
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from .._errors import BarrierConnectionError, another, told_by
-from .._protocol.store import Delete, Request
+from .._protocol.store import Request
 from .._system import UNHARMED, prepare, unsent
 from . import wire
 from .event_loop import Loop
 from .future import Future
+from .linger import MOST_READ, Linger
+from .wire import Heard, Message
 
-_MOST = 1 << 18
 _RESET = struct.pack("ii", 1, 0)
-_LINGER_SECS = 2.0
-
-
-Heard = Callable[[list[Any]], object]
-
-
-class _Message(Future[list[Any]]):
-    """Requests under way.
-
-    :ivar kinds: the kinds of the answers that have yet to come
-    :ivar answers: the answers so far, if they come in several pieces
-    :ivar late: for each entry of the outbox in it: where its answers end, and its callback
-    """
-
-    __slots__ = ("answers", "kinds", "late")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kinds: list[int] = []
-        self.answers: list[Any] | None = None
-        self.late: list[tuple[int, Heard]] = []
-
-    def answer(self, answers: list[Any]) -> None:
-        """Resolve it: all answers are there."""
-        begin = 0
-        try:
-            if self.answers is not None:
-                answers = self.answers + answers
-            for end, heard in self.late:
-                heard(answers[begin:end])
-                begin = end
-            self.resolve(answers[begin:] if begin else answers)
-        except BaseException:
-            # A signal handler raised: nobody may wait for this for ever.
-            self.fail(BarrierConnectionError("an exception interrupted the answer"))
-            raise
-
 
 # Due in place of a message's answers: the byte of a wait, or of a cancellation.
-_WAKE, _CANCELLATION = _Message(), _Message()
+_WAKE, _CANCELLATION = Message(), Message()
 _BYTES = (_WAKE, _CANCELLATION)
 
 
@@ -78,14 +42,14 @@ class SocketConnection:
     def __init__(self, sock: socket.socket, loop: Loop, where: str) -> None:
         self.on_wake: Callable[[], object] | None = None
         self.on_lost: Callable[[BarrierConnectionError], object] | None = None
-        self.outbox: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
+        self.outbox: list[tuple[list[Request], Heard]] = []
         self.lost: BarrierConnectionError | None = None
         prepare(sock)
         self._socket = sock
         self._loop = loop
         self._where = where
         # Messages whose answers have yet to come, in order; a wait's byte is the last one.
-        self._due: deque[_Message] = deque()
+        self._due: deque[Message] = deque()
         self._awaited: str | None = None
         # How often it was told for which key to wait; and which of those waits are being cancelled.
         self._waits = 0
@@ -95,7 +59,7 @@ class SocketConnection:
         self._heard: list[bytes] = []
         self._needed = 0
         # The latest message whose answers have all come.
-        self._answered: _Message | None = None
+        self._answered: Message | None = None
         self._writing = False
         loop.watch_readable(sock, self.read)
 
@@ -103,7 +67,7 @@ class SocketConnection:
 
     def call(self, *requests: Request, wait: str | None = None) -> Future[list[Any]]:
         """As `Store.call`; the outbox goes out before."""
-        message = _Message()
+        message = Message()
         if self.lost is not None:
             message.fail(another(self.lost))
             return message
@@ -113,10 +77,10 @@ class SocketConnection:
             if self.outbox:
                 end = 0
                 for late, heard in self.outbox:
-                    end += self._say(late, said, kinds)
+                    end += message.say(late, said)
                     message.late.append((end, heard))
                 self.outbox.clear()
-            self._say(requests, said, kinds)
+            message.say(requests, said)
             # Requests that are not answered do not disturb a wait.
             if kinds or wait is not None:
                 if due and due[-1] is _WAKE:
@@ -137,26 +101,8 @@ class SocketConnection:
             self._lose(exc)
             raise
         if not kinds:
-            message.answer([])
+            message.answer()
         return message
-
-    @staticmethod
-    def _say(requests: Iterable[Request], said: list[bytes], kinds: list[int]) -> int:
-        """Add the bytes of requests and the kinds of their answers; return how many are wanted."""
-        table, answered = wire.SAID, 0
-        for request in requests:
-            say, kind = table[type(request)]
-            said.append(say(request))
-            if kind == wire.UNWANTED:
-                many = len(request.keys) if type(request) is Delete else 1
-                if kinds and kinds[-1] < 0:
-                    kinds[-1] -= many
-                elif many:
-                    kinds.append(-many)
-            elif kind != wire.SILENT:
-                answered += 1
-                kinds.append(kind)
-        return answered
 
     def stop_waiting(self) -> None:
         """Call nobody back any more; the next message cancels the wait itself."""
@@ -165,7 +111,7 @@ class SocketConnection:
 
     def say_hello(self, number: int) -> Future[list[Any]]:
         """Begin as c10d's client does; the answer is the `wire.echo`."""
-        message = _Message()
+        message = Message()
         message.kinds.append(wire.ECHO)
         self._due.append(message)
         self._send(wire.hello(number))
@@ -212,7 +158,7 @@ class SocketConnection:
     def read(self) -> None:
         """The socket can be read from."""
         try:
-            heard = self._socket.recv(_MOST)
+            heard = self._socket.recv(MOST_READ)
             if not heard:
                 raise ConnectionResetError(errno.ECONNRESET, "the server hung up")
             if self._heard:
@@ -262,17 +208,13 @@ class SocketConnection:
                     if self.on_wake is not None:
                         self.on_wake()
                 continue
-            try:
-                answers, at = wire.hear(message.kinds, heard, at)
-            except wire.Incomplete as incomplete:
-                if incomplete.answers:
-                    message.answers = (message.answers or []) + incomplete.answers
-                message.kinds, at = incomplete.kinds, incomplete.at
-                self._needed = incomplete.needed - end
+            at, needed = message.hear(heard, at)
+            if needed:
+                self._needed = needed - end
                 break
             self._answered = message
             due.popleft()
-            message.answer(answers)
+            message.answer()
         if at < end and self.lost is None:
             if not due:
                 raise ValueError("more came than was asked for")
@@ -338,7 +280,7 @@ class SocketConnection:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             elif answers and not loop.ended:
                 sock.shutdown(socket.SHUT_WR)
-                _Linger(sock, loop)
+                Linger(sock, loop)
                 return
         except OSError:
             pass  # It is gone already.
@@ -347,31 +289,4 @@ class SocketConnection:
     def forsake(self) -> None:
         """In a forked child: close the descriptor, which stays open in the parent; send nothing."""
         self.lost = BarrierConnectionError("this connection is another process's")
-        self._socket.close()
-
-
-class _Linger:
-    """Reads from a socket that is not used any more, until the server closes it as well."""
-
-    def __init__(self, sock: socket.socket, loop: Loop) -> None:
-        self._socket = sock
-        self._loop = loop
-        loop.watch_readable(sock, self._read)
-        self._timer = loop.call_at(loop.now() + _LINGER_SECS, self._close)
-        self._not_at_end = loop.at_end(self._close)
-
-    def _read(self) -> None:
-        try:
-            if self._socket.recv(_MOST):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
-        self._close()
-
-    def _close(self) -> None:
-        self._timer.cancel()
-        self._not_at_end()
-        self._loop.unwatch(self._socket)
         self._socket.close()

@@ -9,10 +9,14 @@ time. So only its cancellation follows a wait, and its answer marks where other 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Set, SetMany
+from .._errors import BarrierConnectionError
+from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
+from .future import Future
+
+Heard = Callable[[list[Any]], object]
 
 _VALIDATE, _SET, _COMPARE_SET, _GET = b"\x00", b"\x01", b"\x02", b"\x03"
 _ADD, _WAIT = b"\x04", b"\x06"
@@ -99,7 +103,7 @@ def _delete(request: Delete) -> bytes:
 
 
 # How each request is encoded, and what kind of answer it gets.
-SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
+_SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
     Append: (_append, SILENT),
     Set: (_set, SILENT),
     SetMany: (_set_many, SILENT),
@@ -111,50 +115,80 @@ SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
 }
 
 
-class Incomplete(Exception):
-    """More bytes have to come.
+class Message(Future[list[Any]]):
+    """Requests under way, whose answers come in their order.
 
-    :ivar answers: the answers so far
-    :ivar kinds: the kinds of the other answers
-    :ivar at: where the other answers begin
-    :ivar needed: how many bytes the next answer takes, at least
+    :ivar kinds: the kinds of the answers that have yet to come
+    :ivar late: for each entry of the outbox in it: where its answers end, and its callback
     """
 
-    def __init__(self, answers: list[Any], kinds: list[int], at: int, needed: int) -> None:
-        self.answers = answers
-        self.kinds = kinds
-        self.at = at
-        self.needed = needed
+    __slots__ = ("answers", "kinds", "late")
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[int] = []
+        self.answers: list[Any] = []
+        self.late: list[tuple[int, Heard]] = []
 
-def hear(kinds: list[int], heard: bytes, at: int) -> tuple[list[Any], int]:
-    """The answers of the given kinds, which begin at ``at``, and where they end.
+    def say(self, requests: Iterable[Request], said: list[bytes]) -> int:
+        """Add requests to it, and their bytes to ``said``; return how many answers are wanted."""
+        kinds, answered = self.kinds, 0
+        for request in requests:
+            encode, kind = _SAID[type(request)]
+            said.append(encode(request))
+            if kind == UNWANTED:
+                many = len(request.keys) if type(request) is Delete else 1
+                if kinds and kinds[-1] < 0:
+                    kinds[-1] -= many
+                elif many:
+                    kinds.append(-many)
+            elif kind != SILENT:
+                answered += 1
+                kinds.append(kind)
+        return answered
 
-    :raises Incomplete: not all of them have come
-    :raises ValueError: no server sends that
-    """
-    answers: list[Any] = []
-    size = len(heard)
-    for index, kind in enumerate(kinds):  # noqa: B007  (where it broke off is told)
-        end = at + (8 if kind >= 0 else -8 * kind)
-        if kind == ECHO:
-            end = at + 4
-        if end > size:
-            break
-        if kind == NUMBER:
-            answers.append(_NUMBER.unpack_from(heard, at)[0])
-        elif kind == ECHO:
-            answers.append(heard[at:end])
-        elif kind >= 0:
-            length = _NUMBER.unpack_from(heard, at)[0]
-            if not 0 <= length <= 4 * MOST_BYTES:
-                raise ValueError(f"a value of {length} bytes")
-            begin, end = end, end + length
+    def hear(self, heard: bytes, at: int) -> tuple[int, int]:
+        """Take its answers from ``heard``, where they go on at ``at``.
+
+        Return where they end, and how far ``heard`` has to reach for the next; 0 if none is due.
+
+        :raises ValueError: no server sends that
+        """
+        answers, size = self.answers, len(heard)
+        for index, kind in enumerate(self.kinds):  # noqa: B007  (where it broke off is used)
+            end = at + (8 if kind >= 0 else -8 * kind)
+            if kind == ECHO:
+                end = at + 4
             if end > size:
                 break
-            value = heard[begin:end]
-            answers.append(None if kind == READ and value == ABSENT else value)
-        at = end
-    else:
-        return answers, at
-    raise Incomplete(answers, kinds[index:], at, end)
+            if kind == NUMBER:
+                answers.append(_NUMBER.unpack_from(heard, at)[0])
+            elif kind == ECHO:
+                answers.append(heard[at:end])
+            elif kind >= 0:
+                length = _NUMBER.unpack_from(heard, at)[0]
+                if not 0 <= length <= 4 * MOST_BYTES:
+                    raise ValueError(f"a value of {length} bytes")
+                begin, end = end, end + length
+                if end > size:
+                    break
+                value = heard[begin:end]
+                answers.append(None if kind == READ and value == ABSENT else value)
+            at = end
+        else:
+            return at, 0
+        del self.kinds[:index]
+        return at, end
+
+    def answer(self) -> None:
+        """Resolve it: all answers are there."""
+        begin, answers = 0, self.answers
+        try:
+            for end, heard in self.late:
+                heard(answers[begin:end])
+                begin = end
+            self.resolve(answers[begin:] if begin else answers)
+        except BaseException:
+            # A signal handler raised: nobody may wait for this for ever.
+            self.fail(BarrierConnectionError("an exception interrupted the answer"))
+            raise

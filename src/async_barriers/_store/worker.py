@@ -241,19 +241,21 @@ class Living(Generic[T]):
         self._references.pop(reference, None)
 
 
-_to_end_at_exit: Living[Any] = Living()
+_to_end_first, _to_end_at_exit = Living[Any](), Living[Any]()
 _threads, _hanging = Living[threading.Thread](), Living[threading.Thread]()
 
 
-def end_at_exit(owner: Any) -> None:
+def end_at_exit(owner: Any, *, first: bool = False) -> None:
     """Have ``owner.end(deadline)`` called before the interpreter finalises, the latest first.
 
     ``deadline`` is on the `time.monotonic` clock. The owner is held weakly.
+
+    :param first: before all others: an event loop, before the objects that use it
     """
-    if not _to_end_at_exit:
+    if not (_to_end_first or _to_end_at_exit):
         # A process that multiprocessing forks ends without `atexit`.
         multiprocessing_util.Finalize(None, _at_exit, exitpriority=100)
-    _to_end_at_exit.add(owner)
+    (_to_end_first if first else _to_end_at_exit).add(owner)
 
 
 @atexit.register
@@ -261,7 +263,8 @@ def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECS
     # In the second round, the connections that the others have given up.
     for _ in range(2):
-        owners = _to_end_at_exit.latest_first()
+        owners = [*reversed(_to_end_first.latest_first()), *_to_end_at_exit.latest_first()]
+        _to_end_first.clear()
         _to_end_at_exit.clear()
         for owner in owners:
             with contextlib.suppress(Exception):
@@ -281,7 +284,7 @@ def _in_child() -> None:
     for owner in _to_end_at_exit.latest_first():
         with contextlib.suppress(Exception):
             owner.forsake()
-    for things in (_to_end_at_exit, _threads, _hanging):
+    for things in (_to_end_first, _to_end_at_exit, _threads, _hanging):
         things.clear()
 
 

@@ -15,36 +15,30 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import anyio
 
+from .._client.barrier import CrossingBarrier
 from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
     BarrierError,
     BrokenBarrierError,
     describe,
-    in_one_line,
+    of_another_process,
     told_by,
 )
 from .._portal import Portal
 from .._protocol.keys import check_name
 from .._protocol.membership import Closed
-from .._protocol.signal import Sent, decoded, sending
-from .._protocol.store import Read, Request
+from .._protocol.signal import Sent
 from .._store.event_loop import Loop, Waiter
 from .._store.loops import loop_here
-from .._store.waiting import settled
 from .._store.worker import Promise
-from .barrier import CrossingBarrier
-from .crossing import Crossing
+from .announcing import Register
 from .gate import Agreement, Gate, Round
 
 _RETRY_SECS = 1.0
-_AGAIN_SECS = 0.1
-# How long a store may take to answer one request before it is asked again.
-_ANSWER_SECS = 5.0
 # How long a sender may take before the agreement without a cut of its timeout: the rest of the
 # second that an await may take longer.
 _SPARE_SECS = 0.2
@@ -67,6 +61,7 @@ class Agent:
         self.closed = False
         self._name = name
         self._about = f"signal {name!r} of {describe(beside.prefix)}"
+        self._register = Register(self._barrier, name, self._about)
         self._pid = os.getpid()
         _agents.add(self)
         self._portal = Portal(lambda: self._about, self._leave)
@@ -80,7 +75,6 @@ class Agent:
         self._waiter: Waiter
         self._round: Round | None = None
         self._rounds = 0
-        self._turn = ("", 0)
         self._connecting: anyio.CancelScope | None = None
 
     # -- in any thread -------------------------------------------------------------------
@@ -103,7 +97,7 @@ class Agent:
     def send(self, reason: str) -> None:
         """As `StepSignal.send`: nothing here takes a lock."""
         if os.getpid() != self._pid:
-            raise self._foreign()
+            raise of_another_process(self._about, self._pid)
         self._sent.append((self._taken, reason))
         loop = self._loop
         if loop is not None:
@@ -131,13 +125,7 @@ class Agent:
 
     def forsake(self) -> None:
         """In a forked child: its thread is the parent's, and every call says so."""
-        self._end(self._foreign())
-
-    def _foreign(self) -> BarrierError:
-        return BarrierError(
-            f"{self._about} was built in process {self._pid} and belongs to it; this is process "
-            f"{os.getpid()}, forked from there: build it in the process that uses it"
-        )
+        self._end(of_another_process(self._about, self._pid))
 
     def _has_ended(self, serving: Future[None]) -> None:
         """No call may wait for a thread that is gone."""
@@ -199,41 +187,28 @@ class Agent:
 
     async def _look(self, loop: Loop) -> float:
         """See whether a rank has sent; return for how long there is nothing to do."""
-        before = self._turn
+        before = self._register.turn
         left: BrokenBarrierError | None = None
         try:
             with anyio.CancelScope() as self._connecting:
                 if not self._sent:
-                    await self._join()
+                    await self._register.join()
         except BrokenBarrierError as exc:
             left = exc
         finally:
             self._connecting = None
         if self._sent:
             return 0.0
-        (value,) = await self._ask(loop, Read(self._barrier._session.keys.signal))
-        said = decoded(value)
+        said = await self._register.read(loop)
         if said is None:
             return math.inf
-        if said.of(self._turn):
+        if said.of(self._register.turn):
             await self._agree(loop, said)
             return 0.0
-        if before != self._turn and said.of(before):
+        if before != self._register.turn and said.of(before):
             # It was sent, and that generation ended before this rank learned of it.
-            self._fail(self._over(before[1]))
+            self._fail(self._register.over(before[1]))
         return _RETRY_SECS if left is not None and not self._barrier._session.turns else math.inf
-
-    async def _join(self, within_secs: float | None = None) -> None:
-        """Be a member of the present generation.
-
-        :param within_secs: None for as long as connecting may take
-        """
-        session = self._barrier._session
-        if not session.stands:
-            await Crossing(session, self._name, None, within_secs, self._barrier._watch).ready()
-        membership = session.membership
-        if membership is not None and membership.state.identity != self._turn[0]:
-            self._turn = (membership.state.identity, 0)
 
     async def _agree(self, loop: Loop, said: Sent | str) -> None:
         """Stop this rank's steps, and agree with the others on the first one that none has passed.
@@ -244,26 +219,24 @@ class Agent:
         # This rank knows of the signal; it tells the others the last step that passed before.
         self.gate.stop(stopped)
         began, timeout_secs = loop.now(), self._barrier._timeout_secs
-        turn = self._turn
+        turn = self._register.turn
         try:
             if isinstance(said, str):
                 deadline = math.inf if timeout_secs is None else began + timeout_secs
                 try:
-                    await self._join(timeout_secs)
+                    await self._register.join(timeout_secs)
                 except BrokenBarrierError:
                     # A rank has left and is not back: all others learn it as they look around.
-                    if self._generation == turn[0]:
+                    if self._register.is_of(turn):
                         with suppress(BarrierError):
                             await self._publish(loop, said, deadline)
                     raise
-                turn = self._turn
+                turn = self._register.turn
                 said = await self._publish(loop, said, deadline)
                 if timeout_secs is not None and loop.now() - began > _SPARE_SECS:
                     timeout_secs = max(0.0, deadline - loop.now())
-            session = self._barrier._session
-            # In a later generation no rank would come.
-            if not session.stands or self._turn != turn or self._generation != turn[0]:
-                raise self._over(turn[1])
+            if not self._register.stands_at(turn):
+                raise self._register.over(turn[1])
             left = self._beside.closed_by
             if left is not None and self._beside.turns is not None:
                 # Posted, so that the others learn it with the phase that begins now.
@@ -282,11 +255,14 @@ class Agent:
             stopped.settle(error=BarrierClosedError(self._about))
             raise
 
+    async def _publish(self, loop: Loop, reason: str, deadline: float) -> Sent:
+        return await self._register.write(loop, reason, deadline, self._waiter, lambda: self.closed)
+
     def _end_round(self, turn: tuple[str, int]) -> None:
         # Before a waiting call goes on, and sends again.
         self._rounds += 1
-        if self._turn == turn:
-            self._turn = (turn[0], turn[1] + 1)
+        if self._register.turn == turn:
+            self._register.turn = (turn[0], turn[1] + 1)
 
     def _fail(self, exc: BarrierError) -> None:
         """Have the caller's next step raise it."""
@@ -294,53 +270,6 @@ class Agent:
         self.gate.stop(stopped)
         self._rounds += 1
         stopped.settle(error=exc)
-
-    async def _publish(self, loop: Loop, reason: str, deadline: float) -> Sent:
-        """Tell all ranks that this one sends; return the first sender, maybe another rank."""
-        session = self._barrier._session
-        membership, turn = session.membership, self._turn
-        if membership is None:
-            raise self._over(turn[1])
-        mine = Sent(*turn, session.rank, in_one_line(reason))
-        deadline = min(deadline, loop.now() + session.init_secs)
-        held = b""
-        while True:
-            requests = sending(session.keys, membership, held, mine)
-            try:
-                (now,) = await self._ask(loop, *requests, deadline=deadline)
-            except BarrierConnectionError:
-                # The message may have come all the same; to repeat it then changes nothing.
-                if self.closed or loop.now() >= deadline:
-                    raise
-                await self._waiter.wait(min(deadline, loop.now() + _AGAIN_SECS))
-                continue
-            said = decoded(now)
-            if said is not None and said.of(turn):
-                return said
-            # An absent key answers so.
-            held = b"" if now == held else now
-
-    async def _ask(self, loop: Loop, *requests: Request, deadline: float = math.inf) -> list[Any]:
-        session = self._barrier._session
-        asking = session.start(session.ask(*requests))
-        if not await settled(loop, asking, min(loop.now() + _ANSWER_SECS, deadline)):
-            raise BarrierConnectionError(f"{self._about}: the store did not answer in time")
-        answers: list[Any] = asking.result()
-        return answers
-
-    @property
-    def _generation(self) -> str:
-        membership = self._barrier._session.membership
-        return "" if membership is None else membership.state.identity
-
-    def _over(self, number: int) -> BrokenBarrierError:
-        session = self._barrier._session
-        by = None if session.membership is None else session.membership.state.by
-        who = "a rank" if by is None else f"rank {by}"
-        reason = f"{who} joined again: it was restarted, or its barrier was built again"
-        if (closed := session.closed_by) is not None:
-            by, reason = closed.rank, closed.reason
-        return BrokenBarrierError(self._name, number, by, reason, prefix=session.prefix)
 
 
 _agents: weakref.WeakSet[Agent] = weakref.WeakSet()
