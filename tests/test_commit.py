@@ -6,13 +6,14 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
+import trio
 from direct import DirectStore, run
 from stores import LISTS_KEYS, Data, PlainStore, keys_of
 from worlds import AnyBarrier, Outcome, Tasks, World, crash, gather, until
@@ -569,6 +570,41 @@ async def test_cancelling_the_leader_cancels_publish(memory: World) -> None:
         await are_told(outcomes, 0, "publish failed: its task was cancelled")
     await commits_again(ranks)
     await nothing_is_left(memory)
+
+
+@pytest.mark.parametrize("where", ["publish", "body", "barrier"])
+async def test_a_cancellation_is_told_as_one(
+    memory: World, where: str, anyio_backend_name: str
+) -> None:
+    """Also where tasks of the user's end in it, which trio raises as a group of cancellations."""
+    ranks = await memory.barriers(2)
+    working = anyio.Event()
+
+    async def works(payloads: object = None) -> bytes:
+        on_trio = anyio_backend_name == "trio"
+        async with trio.open_nursery() if on_trio else anyio.create_task_group() as workers:
+            for _ in range(2):
+                workers.start_soon(anyio.sleep, 20)
+            working.set()
+        return b"done"
+
+    async def leads() -> None:
+        async with AsyncExitStack() as stack:
+            if where == "barrier":
+                await stack.enter_async_context(ranks[0])
+            elif where == "body":
+                await stack.enter_async_context(ranks[0].committing(works, name="x"))
+            await (ranks[0].commit(works, name="x") if where == "publish" else works())
+
+    async with Tasks() as tasks:
+        leading = tasks.start(leads)
+        following = tasks.start(partial(ranks[1].commit, works, name="x"))
+        await working.wait()
+        await memory.entered(1, name="x")
+        leading.scope.cancel()
+        error = await following.raised(BrokenBarrierError)
+    said = {"publish": "publish failed: ", "body": "", "barrier": "it closed its barrier: "}
+    assert error.reason == said[where] + "its task was cancelled"
 
 
 @pytest.mark.parametrize("timeout_secs", [None, 20.0], ids=["no deadline", "in time"])

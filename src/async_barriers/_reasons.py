@@ -12,8 +12,15 @@ def reason_of(exc: BaseException) -> str:
     # When a coroutine is thrown away, its event loop may be gone.
     if isinstance(exc, GeneratorExit):
         return "its coroutine or generator was thrown away (GeneratorExit)"
+    return "its task was cancelled" if was_cancelled(exc) else f"it raised {told_by(exc)}"
+
+
+def was_cancelled(exc: BaseException) -> bool:
+    """Whether it is a cancellation, or a group of nothing else, as trio's nurseries raise."""
+    leaves = getattr(exc, "exceptions", None)
+    if isinstance(leaves, tuple) and leaves:
+        return all(map(was_cancelled, leaves))
     try:
-        cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
-    except Exception:
-        cancelled = False
-    return "its task was cancelled" if cancelled else f"it raised {told_by(exc)}"
+        return isinstance(exc, anyio.get_cancelled_exc_class())
+    except Exception:  # No loop runs here.
+        return False

@@ -22,14 +22,13 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, TypeVar
 
-import anyio
-
 from ._barrier import Barrier, Publish
 from ._bodies import Body
 from ._checks import CONFIGURED, Timeout, check_publish, given
 from ._client.barrier import CrossingBarrier
 from ._errors import BarrierError, told_by
 from ._publish import is_async
+from ._reasons import was_cancelled
 from ._traces import DrawnBody, Event, read_events, write_events
 from ._values import BarrierResult, BarrierStatistics, CommitRecord
 
@@ -147,7 +146,7 @@ def merge_traces(paths: Iterable[str | os.PathLike[str]], into: str | os.PathLik
 def _facts_of(exc: BaseException) -> Event:
     if isinstance(exc, GeneratorExit):
         return {"verdict": "thrown away"}  # Its loop may be gone.
-    if isinstance(exc, anyio.get_cancelled_exc_class()):
+    if was_cancelled(exc):
         return {"verdict": "cancelled"}
     verdict = "broken"
     if getattr(exc, "in_doubt", False):
