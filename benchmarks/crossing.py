@@ -20,7 +20,7 @@ import results
 from fleet import Fleet
 from proxy import Server
 from results import shown, spread, table
-from variants import LOOPS, STORES, USES, Burst, Crossers, Variant
+from variants import LOOPS, STORES, USES, Burst, Crossers, Variant, is_commit
 
 # The goal, as a share of the best alternative's time: (of a barrier, of a commit).
 GOALS = {"asyncio": (0.8, 0.7), "uvloop": (0.85, 0.75), "trio": (0.95, 0.85)}
@@ -56,7 +56,7 @@ class Ratio:
 
     @property
     def goal(self) -> float:
-        return GOALS[self.ours.loop][self.ours.use == "commit"]
+        return GOALS[self.ours.loop][is_commit(self.ours.use)]
 
     @property
     def missed(self) -> bool:
@@ -92,7 +92,7 @@ def main() -> None:
 def chosen(args: argparse.Namespace) -> list[list[Variant]]:
     """The variants to measure, in groups to compare."""
     groups = [REFERENCES]
-    kinds = {"commit" if use == "commit" else "barrier" for use in args.only}
+    kinds = {"commit" if is_commit(use) else "barrier" for use in args.only}
     for store in args.stores:
         for loop in args.loops:
             group = [Variant("ours", use, store, loop) for use in args.only]
@@ -150,7 +150,7 @@ def is_alternative(other: Variant, ours: Variant) -> bool:
     return (
         (ours.who == "ours" != other.who)
         and (other.store, other.loop) == (ours.store, ours.loop)
-        and (other.use == "commit") == (ours.use == "commit")
+        and is_commit(other.use) == is_commit(ours.use)
     )
 
 

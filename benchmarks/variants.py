@@ -52,12 +52,21 @@ USES: dict[str, Callable[[Barrier, int], Awaitable[object]]] = {
     "new name": lambda barrier, number: barrier.execute_barrier(f"step-{number}"),
     "two names": lambda barrier, number: barrier.execute_barrier(("model", "state")[number % 2]),
     "phase": _phase,
+    "step": lambda barrier, number: barrier.execute_barrier("step", step=number),
     "commit": lambda barrier, number: barrier.commit(
         _publish, payload=PAYLOAD, name=f"commit-{number}"
+    ),
+    "commit step": lambda barrier, number: barrier.commit(
+        _publish, payload=PAYLOAD, name="commit", step=number
     ),
 }
 LOOPS = ["asyncio", "uvloop", "trio"]
 STORES = ["bare", "prefix"]
+
+
+def is_commit(use: str) -> bool:
+    """Whether it publishes, and is compared with what publishes."""
+    return use.startswith("commit")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_crossings_are_measured_side_by_side() -> None:
     """Every use over every store on every loop has its row, next to what is set against it."""
     said = run("crossing.py", "--sizes", "2", "--rounds", "2", "--crossings", "8")
     for store in ("bare", "prefix"):
-        for use in ("same name", "new name", "two names", "phase", "commit"):
+        for use in ("same name", "new name", "two names", "phase", "step", "commit", "commit step"):
             assert f"\n{use}, {store} " in said
             for loop in ("asyncio", "uvloop", "trio"):
                 assert f"\n{use}, {store}, {loop} " in said
