@@ -92,8 +92,9 @@ def interrupted(when: Callable[[], bool], exception: type[BaseException]) -> Ite
 
 
 def threads() -> set[str]:
-    """Of the library."""
-    return {thread.name for thread in threading.enumerate() if "async_barriers" in thread.name}
+    """Of the library, but not those that `threading` lists and never started."""
+    alive = [thread for thread in threading.enumerate() if thread.is_alive()]
+    return {thread.name for thread in alive if "async_barriers" in thread.name}
 
 
 def broken(future: Future[Any], rank: int, reason: str) -> BrokenBarrierError:

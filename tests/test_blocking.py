@@ -215,7 +215,7 @@ def test_an_interrupt_that_is_interrupted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as undo:
-        undo.setattr(Portal, "_cancel", interrupt)
+        undo.setattr(Portal, "cancel", interrupt)
         with (
             pytest.raises(KeyboardInterrupt),
             interrupted(lambda: bool(entered(world.ranks[0])), LookupError),

@@ -28,7 +28,9 @@ from processes import GRACE_SECS, until
 
 import async_barriers
 from async_barriers import Barrier, BarrierError, BrokenBarrierError
+from async_barriers._store.worker import Promise, Worker
 from async_barriers.blocking import BlockingBarrier
+from async_barriers.saving import BlockingSaver, Part
 
 OURS = str(Path(async_barriers.__file__).parent)
 # A thread that was started but not noted yet is the worker's to mend.
@@ -301,6 +303,55 @@ def test_struck_with_a_future(pair: Pair, cancels: bool) -> None:
         assert not future.done() or future.cancelled()
         assert future.cancel()
         pair.meet()
+
+    sweep(trial, OURS, PYTHONS)
+
+
+def test_struck_in_starting_a_save(pair: Pair, tmp_path: Path) -> None:
+    """While it waits until the state is copied: no lock is left that the loop would wait for."""
+
+    async def upload(state: object, part: Part) -> None: ...
+
+    def trial(strike: Strike) -> None:
+        # What was struck as it returned goes on, and this saver would wait for it.
+        saver = BlockingSaver(pair.struck, tmp_path, upload, rank=0)
+        future = call(strike, lambda: saver.start(strike.at, {}))
+        pair.meet()
+        if future is not None:
+            assert isinstance(future, Future)
+            assert future.cancel()
+
+    sweep(trial, OURS, PYTHONS)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
+def test_struck_in_handing_a_call_to_a_thread(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    """Before or after its thread has started, or while that begins: the next call is made."""
+    if slow:
+        if not hasattr(threading.Thread, "_set_tstate_lock"):
+            pytest.skip("this Python begins its threads in another way")
+        note = threading.Thread._set_tstate_lock
+
+        def noted(thread: threading.Thread) -> None:
+            if thread.name.startswith("async_barriers"):
+                began.settle()
+                struck.wait(0.02)
+            note(thread)
+
+        monkeypatch.setattr(threading.Thread, "_set_tstate_lock", noted)
+    began: Promise[None] = Promise()
+    struck: Promise[None] = Promise()
+
+    def trial(strike: Strike) -> None:
+        nonlocal began, struck
+        began, struck, worker = Promise(), Promise(), Worker()
+        call(strike, lambda: worker.submit(lambda: 1))
+        if slow:
+            began.wait(0.02)
+        struck.settle()
+        assert worker.submit(lambda: 2).result(SECOND_SECS) == 2
+        worker.retire()
+        assert worker.ended.wait(SECOND_SECS)
 
     sweep(trial, OURS, PYTHONS)
 

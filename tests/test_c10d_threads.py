@@ -276,7 +276,7 @@ def test_a_thread_that_hangs_and_may_return(loop: PrivateLoop) -> None:
     on.until(hangs.is_set)
     connection.close(reset=True)
     connection.end(time.monotonic())
-    assert connection._caller._thread in worker._threads.latest_first()
+    assert connection._caller._running[0] in worker._threads.latest_first()
     goes_on.set()
     on.until(connection._caller.ended.done)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import anyio
@@ -11,8 +12,21 @@ from ._publish import begun_in_thread, is_async
 from ._store.event_loop import Loop
 from ._store.loops import loop_here
 from ._store.waiting import told
+from ._store.worker import Promise
 
 T = TypeVar("T")
+
+
+# The calls in threads that write to a place, also those for which nobody waits any more.
+_writing: dict[str, list[Promise[Any]]] = {}
+
+
+def goes_on(place: str) -> bool:
+    """Whether a call still writes there in this process, for any saver."""
+    calls = [call for call in _writing.pop(place, ()) if not call.done()]
+    if calls:
+        _writing[place] = calls
+    return bool(calls)
 
 
 class Background:
@@ -22,23 +36,46 @@ class Background:
     """
 
     def __init__(self, threads: int = 8) -> None:
-        self._free = anyio.Semaphore(threads)
+        self._threads = threads
         self._loop: Loop | None = None
 
-    async def run(self, call: Callable[..., T], *args: Any) -> T:
+    @cached_property
+    def _free(self) -> anyio.Semaphore:
+        # With the first call: it belongs to the kind of event loop on which it is made.
+        return anyio.Semaphore(self._threads)
+
+    async def run(self, call: Callable[..., T], *args: Any, place: str = "") -> T:
         """Call it in a thread.
+
+        :param place: it writes there; see `goes_on`
 
         **Cancellation:** returns at once; the thread goes on, and its result is dropped.
         """
         async with self._free:
-            self._loop = loop_here(self._loop)
-            called = begun_in_thread("saver", call, *args)
-            await told(self._loop, called)
-            return called.result()
+            called = self.begin(call, *args)
+            if place:
+                _writing.setdefault(place, []).append(called)
+            try:
+                await self.end_of(called)
+                return called.result()
+            finally:
+                goes_on(place)
 
-    async def run_any(self, call: Callable[..., Any], *args: Any) -> Any:
+    def begin(self, call: Callable[..., T], *args: Any) -> Promise[T]:
+        """Call it in a thread, and return at once."""
+        return begun_in_thread("saver", call, *args)
+
+    async def end_of(self, called: Promise[Any]) -> None:
+        """Wait for what was begun.
+
+        **Cancellation:** returns at once; the thread goes on.
+        """
+        self._loop = loop_here(self._loop)
+        await told(self._loop, called)
+
+    async def run_any(self, call: Callable[..., Any], *args: Any, place: str) -> Any:
         """Await a coroutine function here, or call a plain function in a thread."""
-        return await (call(*args) if is_async(call) else self.run(call, *args))
+        return await (call(*args) if is_async(call) else self.run(call, *args, place=place))
 
     async def run_to_the_end(self, call: Callable[..., object], *args: Any) -> list[BaseException]:
         """Call it in a thread, and wait for its end, also if this task is cancelled.

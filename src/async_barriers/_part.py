@@ -26,8 +26,10 @@ class Part:
 
         :raises ValueError: ``name`` leads out of the directory for this rank's files
 
-        **Cancellation:** returns at once; the thread goes on, in a directory that no reader uses.
+        **Cancellation:** returns at once; the thread goes on. As long as it does, this process
+        saves this step no more.
         """
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise ValueError(f"{name!r} is no name of a file of this rank's")
-        await self._background.run(self._storage.write, f"{self.path}/{name}", data)
+        write = self._storage.write
+        await self._background.run(write, f"{self.path}/{name}", data, place=self.path)

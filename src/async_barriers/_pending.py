@@ -6,11 +6,8 @@ import inspect
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
-from functools import partial
 from operator import attrgetter
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import anyio
 
@@ -20,14 +17,6 @@ T = TypeVar("T")
 
 # A cancelled call gives up its phase, which takes UNDO_SECS at most, and then ends.
 CANCELLED_SECS = 0.9
-
-
-def wait_for(promise: Promise[Any], within_secs: float | None) -> None:
-    """Block until it is settled, or for so long. `_portal` says why not by Python's own Event."""
-    told: SimpleQueue[None] = SimpleQueue()
-    promise.when_settled(partial(told.put, None))
-    with suppress(Empty):
-        told.get(timeout=None if within_secs is None else max(0.0, within_secs))
 
 
 class Call(Generic[T]):
@@ -93,7 +82,7 @@ class Pending(Future[T]):
         if not self.done():
             self._stop()
             if self._thread() != threading.get_ident():
-                wait_for(self._promise, CANCELLED_SECS)
+                self._promise.wait(CANCELLED_SECS)
         return super().cancel()
 
     def _take(self) -> None:

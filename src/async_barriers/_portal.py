@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from ._errors import (
     out_of_threads,
     told_by,
 )
-from ._pending import CANCELLED_SECS, Call, Pending, wait_for
+from ._pending import CANCELLED_SECS, Call, Pending
 from ._store.event_loop import Loop, Waiter
 from ._store.loops import loop_here
 from ._store.worker import Promise, end_at_exit, in_own_thread
@@ -86,30 +86,30 @@ class Portal:
         ticket = _Ticket(self, call)
         try:
             self._submit(call)
-            wait_for(call.promise, None)
+            call.promise.wait(None)
             return call.promise.result()
         except BaseException:
             if not call.promise.done():
-                self._cancel(call)
-                wait_for(call.promise, CANCELLED_SECS)
+                self.cancel(call)
+                call.promise.wait(CANCELLED_SECS)
             raise
         finally:
             # Its error has a traceback that leads here.
             del call, ticket
 
-    def start(self, function: Callable[[], Awaitable[T]]) -> Future[T]:
-        """Make a call without waiting for it.
+    def start(self, function: Callable[[], Awaitable[T]]) -> Pending[T]:
+        """Make a call without waiting for it; raises what `call` raises."""
+        return self.begin(Call(function))
 
-        :raises: as `call`
-        """
+    def begin(self, call: Call[T]) -> Pending[T]:
+        """As `start`; the caller may `cancel` the call, also if this was interrupted."""
         self._check_process()
-        call = Call(function)
-        future = Pending(partial(self._cancel, call), call.promise, lambda: self._thread)
+        future = Pending(partial(self.cancel, call), call.promise, lambda: self._thread)
         try:
             self._submit(call)
             return future
         except BaseException:
-            self._cancel(call)
+            self.cancel(call)
             raise
 
     def close(self, last: Callable[[], Awaitable[object]] | None = None) -> None:
@@ -125,7 +125,7 @@ class Portal:
                 self._closing = True
                 self._rouse()
                 if threading.get_ident() != self._thread:
-                    wait_for(self._ended, _CLOSED_SECS)
+                    self._ended.wait(_CLOSED_SECS)
                     if self._ended.done():
                         self._ended.result()
         finally:
@@ -150,7 +150,7 @@ class Portal:
         self._patience_secs = max(0.0, deadline - time.monotonic()) / 2
         self.retire()
         if self._threads and not self._foreign:
-            wait_for(self._ended, deadline - time.monotonic())
+            self._ended.wait(deadline - time.monotonic())
 
     @property
     def _foreign(self) -> bool:
@@ -188,7 +188,7 @@ class Portal:
                 f"no thread can be started for {self._name()} {out_of_threads(exc)}"
             ) from exc
 
-    def _cancel(self, call: Call[Any]) -> None:
+    def cancel(self, call: Call[Any]) -> None:
         """Cancel the call, or prevent it if it has not begun; then it is settled."""
         try:
             self._inbox.remove(call)
@@ -290,7 +290,7 @@ class _Ticket:
 
     def __del__(self) -> None:
         if not self._call.promise.done():
-            self._portal._cancel(self._call)
+            self._portal.cancel(self._call)
 
 
 def _probe_loop() -> None:

@@ -228,7 +228,12 @@ class FsspecStorage(Storage):
 
     def complete(self, step: int) -> None:
         # Not written in place: some file systems show a file before all of it is there.
-        self._fs.mv(f"{self.path(step)}/.{MANIFEST}", f"{self.path(step)}/{MANIFEST}")
+        try:
+            self._fs.mv(f"{self.path(step)}/.{MANIFEST}", f"{self.path(step)}/{MANIFEST}")
+        except Exception:
+            # Most copy it, and delete the original, which may be refused. Readers see the copy.
+            if not self._is_complete(step):
+                raise
 
     def point(self, step: int) -> None:
         self.write(f"{self._root}/.{LATEST}", f"step-{step}".encode())
@@ -250,6 +255,12 @@ class FsspecStorage(Storage):
     def remove(self, step: int) -> None:
         self._fs.rm_file(f"{self.path(step)}/{MANIFEST}")
         self._fs.rm(self.path(step), recursive=True)
+
+    def _is_complete(self, step: int) -> bool:
+        with contextlib.suppress(Exception):
+            self._fs.invalidate_cache()
+            return bool(json.loads(self.manifest(step)))
+        return False
 
     def _names_in(self, place: str) -> list[str]:
         try:

@@ -10,7 +10,6 @@ from ._barrier import Barrier
 from ._checks import check_step
 from ._client.barrier import CrossingBarrier
 from ._errors import BarrierError
-from ._pending import wait_for
 from ._signal.agreeing import Agent
 from ._signal.gate import Round
 from ._store.loops import loop_here
@@ -177,5 +176,5 @@ class BlockingStepSignal(_Signal):
         if stopped is None:
             self._last = step
             return False
-        wait_for(stopped.agreed, None)
+        stopped.agreed.wait(None)
         return self._answer(stopped, step)

@@ -183,6 +183,8 @@ class Breaking(Hearing):
         if phase.decided:
             if phase.connection is not None:
                 self._salvage(phase.connection)
+            # A signal handler may have raised after it was decided, and before it was woken.
+            phase.wake()
             return
         phase.lost = error
         if not phase.giving_up:

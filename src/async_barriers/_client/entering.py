@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, told_by
 from .._protocol import breaking as breaks
 from .._protocol import phase as phases
 from .._protocol.count import COMMIT, EXECUTE
@@ -109,13 +109,17 @@ class Entering(Departing):
         loop = self.running
         try:
             connection = await self._open(loop, self._now() + self.init_secs)
-        except BarrierConnectionError as exc:
+        except BaseException as exc:
+            # Else a signal handler raised it.
+            error = exc if isinstance(exc, BarrierConnectionError) else None
             if not phase.decided:
-                phase.lost = exc
+                phase.lost = error or BarrierConnectionError(told_by(exc))
                 self._begin_giving_up(
                     phase, Broken(self.rank, "it could not reach the store"), False
                 )
                 phase.wake()
+            if error is None:
+                raise
             return
         if phase.decided or phase.giving_up:
             self._put_back(connection)

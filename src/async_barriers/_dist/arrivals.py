@@ -7,7 +7,6 @@ that. No note ever releases a rank.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -47,7 +46,7 @@ class ArrivalLog:
         self._worker = Worker("arrivals")
         self.ended = self._worker.ended
         self._store: BlockingStore | None = None
-        self._given_up = threading.Event()
+        self._given_up: Promise[None] = Promise()
         self._lost = ""
         self._noting = False
         # The oldest log that rank 0 has not deleted.
@@ -156,7 +155,7 @@ class ArrivalLog:
         :param at_exit: the interpreter ends, so a call that hangs there must not return any more
         """
         self._lost = self._lost or "the group's store did not answer"
-        self._given_up.set()
+        self._given_up.settle()
         if (store := self._store) is None:
             return
         if at_exit and store.never_return():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from .._errors import BarrierConnectionError, told_by
+from .._store.worker import Promise
 from .arrivals import ArrivalLog
 from .departures import Gone, Lookout
 from .gloo import make_group
@@ -45,7 +45,7 @@ class Backend:
         self._backend: Any = given
         # Made only once: a group that was lost is not made again.
         self._made = given is not None
-        self._given_up = threading.Event()
+        self._given_up: Promise[None] = Promise()
         self._stuck = False
 
     def connect(self) -> None:
@@ -57,7 +57,7 @@ class Backend:
 
     def give_up(self) -> None:
         """From any thread: stop waiting for peers that may never come."""
-        self._given_up.set()
+        self._given_up.settle()
 
     def let_go(self) -> None:
         """End the use of the group."""
@@ -128,14 +128,14 @@ class Backend:
                 self._wait_for(collective(self._backend), lookout)
         except BarrierConnectionError:
             # A rank that leaves closes its connections, as one that dies does.
-            if not self._given_up.is_set():
+            if not self._given_up.done():
                 lookout.look_now()
             raise
 
     def _wait_for(self, work: dist.Work, lookout: Lookout) -> None:
         self._stuck = True
         while not _has_ended(work):
-            if self._given_up.is_set():
+            if self._given_up.done():
                 raise BarrierConnectionError("the collective was stopped")
             lookout.look()
         self._stuck = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -27,7 +26,7 @@ _LOOK_UP_SECS = 0.25
 _ASK_SECS, _SLOWER, _ASK_SECS_AT_MOST = 0.003, 1.3, 1.0
 
 
-def make_group(group: Group, log: ArrivalLog, given_up: threading.Event) -> dist.ProcessGroupGloo:
+def make_group(group: Group, log: ArrivalLog, given_up: Promise[None]) -> dist.ProcessGroupGloo:
     """Block until every rank makes it.
 
     It is gloo, whatever the default group is: it must never touch a GPU, nor stand between the
@@ -56,16 +55,16 @@ def make_group(group: Group, log: ArrivalLog, given_up: threading.Event) -> dist
 class _Asking:
     """Waits, in another thread, for answers of the arrival log's thread."""
 
-    def __init__(self, log: ArrivalLog, given_up: threading.Event) -> None:
+    def __init__(self, log: ArrivalLog, given_up: Promise[None]) -> None:
         self._given_up = given_up
         # A rank that has given up before the first call will not be in it.
         self._lookout = Lookout(log.gone, lambda gone: gone.entered <= 0)
 
     def answer(self, promise: Promise[T]) -> T:
         """The answer of the promise."""
-        while not promise.wait(_LOOK_UP_SECS) and not self._given_up.is_set():
+        while not promise.wait(_LOOK_UP_SECS) and not self._given_up.done():
             pass
-        if self._given_up.is_set():
+        if self._given_up.done():
             raise BarrierConnectionError("connecting was stopped")
         self._lookout.look()
         return promise.result()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Iterator
 
@@ -18,6 +17,7 @@ from .._store.connecting import NotUnderstood, connect
 from .._store.copies import copy_of
 from .._store.future import Effort
 from .._store.private_loop import PrivateLoop
+from .._store.worker import Promise
 
 # How often to look whether connecting was stopped.
 _LOOK_UP_SECS = 0.1
@@ -71,7 +71,7 @@ class Group:
         error.global_rank = global_rank(rank, self.global_ranks)
         return error
 
-    def open_store(self, secs: float, given_up: threading.Event) -> BlockingStore:
+    def open_store(self, secs: float, given_up: Promise[None]) -> BlockingStore:
         """A connection of our own to the group's store. Blocks, unless it is ``given_up``.
 
         :raises BarrierConnectionError: it does not answer within ``secs``, or there is none
@@ -106,12 +106,12 @@ class Group:
         return group
 
 
-def _await_answer(host: str, port: int, secs: float, given_up: threading.Event) -> None:
+def _await_answer(host: str, port: int, secs: float, given_up: Promise[None]) -> None:
     """Block until a store answers there."""
     loop = PrivateLoop()
     greeting = Effort(connect(loop, host, port, loop.now() + secs))
     try:
-        while not greeting.done and not given_up.is_set():
+        while not greeting.done and not given_up.done():
             loop.run(lambda: greeting.done, loop.now() + _LOOK_UP_SECS)
         greeting.stop(BarrierConnectionError("connecting was stopped"))
         greeting.result().close()

@@ -97,7 +97,8 @@ async def _join(
         )
         if not found or number(found) is not None:
             # No rank is there. If all have left, as `clear` says, this is a restart.
-            first = number(found) or 0
+            # If this rank was a member in another store, its peers may have been, too.
+            first = number(found) or (0 if before is None else before.state.number + 1)
             by = rank if first else None
             state = State(first, _identity(first), world_size, life.run_id, by, life)
             if await _replaced(store, keys, found, state) is None:

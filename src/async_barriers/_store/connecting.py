@@ -148,9 +148,10 @@ async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket
             failed.append(exc)
             if len(failed) == len(addresses):
                 opened.fail(failed[0])
-        except BaseException:
+        except BaseException as exc:
             loop.unwatch(sock)
             sock.close()
+            opened.fail(exc)
             raise
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from datetime import timedelta
 from typing import Any
@@ -20,8 +21,12 @@ def copy_of(store: Store) -> Store:
     held: Any = store
     base: Any = innermost(store)
     if isinstance(base, FileStore):
+        path: str = base.path  # type: ignore[attr-defined]
+        # c10d's constructor would try again and again, and hold the GIL meanwhile.
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise BarrierConnectionError(f"the directory of the FileStore {path!r} is gone")
         # A clone would count as a user, and the file is deleted only when all users are gone.
-        return FileStore(base.path)  # type: ignore[attr-defined]
+        return FileStore(path)
     if store is not base and not isinstance(base, TCPStore | HashStore):
         # torch loses what is written in Python of a store that it clones within another one.
         return store

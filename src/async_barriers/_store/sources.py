@@ -206,6 +206,7 @@ class StoreAt:
                     ends = began + _CLOSING_SECS if ours and self._shared else deadline
                     if loop.now() < min(ends, deadline):
                         # An earlier process of this job may still hold the port for a moment.
+                        self.failures[:] = [OSError(exc.errno, f"{exc.strerror}, by {holder}")]
                         await sleep(loop, min(_RETRY_SECS, max(0.0, deadline - loop.now())))
                         continue
                     advice = f"; the port is held by {holder}"

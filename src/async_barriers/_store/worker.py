@@ -15,9 +15,10 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from multiprocessing import util as multiprocessing_util
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -73,9 +74,14 @@ class Promise(Generic[T]):
     def wait(self, timeout_secs: float | None) -> bool:
         """Block this thread until it is settled, or for ``timeout_secs``; return whether it is."""
         if not self._told:
-            told = threading.Event()
-            self.when_settled(told.set)
-            told.wait(None if timeout_secs is None else max(0.0, timeout_secs))
+            # Written in C. Python's own Event keeps its lock if a signal handler raises in it.
+            told: SimpleQueue[None] = SimpleQueue()
+            wake = partial(told.put, None)
+            self.when_settled(wake)
+            with contextlib.suppress(Empty):
+                told.get(timeout=None if timeout_secs is None else max(0.0, timeout_secs))
+            with contextlib.suppress(ValueError):
+                self._wakes.remove(wake)
         return self.done()
 
     def _wake(self) -> None:
@@ -88,8 +94,9 @@ class Promise(Generic[T]):
             wake()
 
 
-# The calls of a thread, each with its promise; None ends it.
-_Calls = deque[tuple[Callable[[], object], Promise[Any]] | None]
+# The calls of a thread, each with its promise; None ends it. Its methods are written in C, and none
+# is left half-way by a signal handler that raises.
+_Calls = SimpleQueue[tuple[Callable[[], object], Promise[Any]] | None]
 
 
 class Worker:
@@ -101,10 +108,11 @@ class Worker:
     def __init__(self, name: str = "worker") -> None:
         self.ended: Promise[None] = Promise()
         self._name = _name(name)
-        self._calls: _Calls = deque()
-        self._arrived = threading.Semaphore(0)
-        self._thread: threading.Thread | None = None
-        self._retired = False
+        self._calls: _Calls = SimpleQueue()
+        # The threads that have begun. If a signal handler raises as one is started, Python may let
+        # it run, or not. So another one is started then; the first here works, the others end.
+        self._running: list[threading.Thread] = []
+        self._started = self._retired = False
         # One thread starts, and nothing is queued after the last call, also with several callers at
         # once, or a signal handler in between.
         self._queueing = threading.RLock()
@@ -119,9 +127,10 @@ class Worker:
         with self._queueing:
             if self._retired:
                 raise RuntimeError("this thread is retired")
-            self._start()
-            self._calls.append((call, told))
-        self._arrived.release()
+            if not (self._started or self._running):
+                _start(self._name, self._calls, self._running, self.ended)
+                self._started = True
+            self._calls.put((call, told))
         return told
 
     def retire(self, last: Callable[[], object] | None = None) -> None:
@@ -130,35 +139,23 @@ class Worker:
             if self._retired:
                 return
             self._retired = True
-            if self._started:
-                if last is not None:
-                    self._calls.append((last, Promise()))
-                self._calls.append(None)
-        if not self._started:
+            started = self._started or self._running
+            if started and last is not None:
+                self._calls.put((last, Promise()))
+            self._calls.put(None)
+        if not started:
             self.ended.settle()
-        self._arrived.release(2)
 
     def join(self, timeout_secs: float) -> None:
         """Block until the thread is gone, which it is microseconds after `ended`."""
-        if self._thread is not None and self._started:
-            self._thread.join(max(0.0, timeout_secs))
+        for thread in self._running[:1]:
+            thread.join(max(0.0, timeout_secs))
 
     def forget(self) -> None:
         """Hardly wait for its thread before the interpreter ends, since it hangs."""
-        if self._thread is not None:
-            _threads.discard(self._thread)
-            _hanging.add(self._thread)
-
-    @property
-    def _started(self) -> bool:
-        return self._thread is not None and self._thread.ident is not None
-
-    def _start(self) -> None:
-        if not self._started:
-            # Noted before it runs: a signal handler may raise before `start` returns. A running
-            # thread keeps itself alive; nothing else does once its owner is dropped.
-            self._thread = _thread(self._name, self._calls, self._arrived, self.ended)
-            self._thread.start()
+        for thread in self._running[:1]:
+            _threads.discard(thread)
+            _hanging.add(thread)
 
 
 def in_own_thread(name: str, call: Callable[[], T]) -> Promise[T]:
@@ -167,8 +164,10 @@ def in_own_thread(name: str, call: Callable[[], T]) -> Promise[T]:
     :raises RuntimeError: the thread cannot be started
     """
     told: Promise[T] = Promise()
-    calls: _Calls = deque([(call, told), None])
-    _thread(_name(name), calls, threading.Semaphore(2), Promise()).start()
+    calls: _Calls = SimpleQueue()
+    calls.put((call, told))
+    calls.put(None)
+    _start(_name(name), calls, [], Promise())
     return told
 
 
@@ -176,22 +175,18 @@ def _name(what: str) -> str:
     return f"async_barriers-{what}-{next(_numbers)}"
 
 
-def _thread(
-    name: str, calls: _Calls, arrived: threading.Semaphore, ended: Promise[None]
-) -> threading.Thread:
-    """A thread that makes ``calls``, and has not been started."""
-    return threading.Thread(target=_work, args=(calls, arrived, ended), name=name, daemon=True)
+def _start(name: str, calls: _Calls, running: list[threading.Thread], ended: Promise[None]) -> None:
+    """Start a thread that makes ``calls``; it notes itself in ``running``."""
+    threading.Thread(target=_work, args=(calls, running, ended), name=name, daemon=True).start()
 
 
-def _work(calls: _Calls, arrived: threading.Semaphore, ended: Promise[None]) -> None:
-    _threads.add(threading.current_thread())
-    while True:
-        arrived.acquire()
-        if not calls:
-            continue
-        queued = calls.popleft()
-        if queued is None:
-            break
+def _work(calls: _Calls, running: list[threading.Thread], ended: Promise[None]) -> None:
+    thread = threading.current_thread()
+    running.append(thread)
+    if running[0] is not thread:
+        return
+    _threads.add(thread)
+    while (queued := calls.get()) is not None:
         call, promise = queued
         try:
             promise.settle(call())
