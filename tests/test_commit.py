@@ -255,9 +255,9 @@ async def test_a_bad_call_uses_up_no_turn(memory: World) -> None:
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"payload": "text"}, TypeError, "payload must be bytes, not str"),
         ({"payload": None}, TypeError, "payload must be bytes, not NoneType"),
-        ({"leader": 2}, ValueError, "rank 2 is outside the world; with 2 ranks"),
-        ({"leader": -1}, ValueError, "rank -1 is outside the world"),
-        ({"leader": True}, TypeError, "rank must be an integer, not True"),
+        ({"leader": 2}, ValueError, "leader 2 is outside the world; with 2 ranks"),
+        ({"leader": -1}, ValueError, "leader -1 is outside the world"),
+        ({"leader": True}, TypeError, "leader must be an integer, not True"),
         ({"name": 3}, TypeError, "name must be a string, not 3"),
         ({"timeout_secs": -1}, ValueError, "timeout_secs is -1"),
         ({"step": -1}, ValueError, "step is -1; it must be 0 or more"),
@@ -605,6 +605,26 @@ async def test_a_cancellation_is_told_as_one(
         error = await following.raised(BrokenBarrierError)
     said = {"publish": "publish failed: ", "body": "", "barrier": "it closed its barrier: "}
     assert error.reason == said[where] + "its task was cancelled"
+
+
+async def test_the_leader_leaves_its_block_as_it_publishes(memory: World) -> None:
+    """Its peers learn the exception that ended its program (law 3)."""
+    ranks = await memory.barriers(2)
+    publish = Publisher(parks=True)
+    async with Tasks() as tasks:
+
+        async def leads() -> None:
+            async with ranks[0]:
+                tasks.start(partial(ranks[0].commit, publish, name="x"))
+                await publish.started.wait()
+                raise ValueError("loss is nan")
+
+        following = tasks.start(partial(ranks[1].commit, publish, name="x"))
+        with pytest.raises(ValueError, match="loss is nan"):
+            await leads()
+        error = await following.raised(BrokenBarrierError)
+    assert (error.rank, error.in_doubt) == (0, False)
+    assert error.reason == "it closed its barrier: it raised ValueError: loss is nan"
 
 
 @pytest.mark.parametrize("timeout_secs", [None, 20.0], ids=["no deadline", "in time"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +167,35 @@ def test_closing_while_it_waits(on: OnALoop, pair: tuple[Connection, Connection]
     if isinstance(one, ThreadedConnection):
         on.until(lambda: all(ended.done() for ended in one.ended))
     assert on.answer(two.call(Read("bell"))) == [None]
+
+
+GONE = """
+import shutil, sys, tempfile, anyio
+from torch.distributed import FileStore
+from async_barriers import BarrierConnectionError, StoreBarrier
+
+place = tempfile.mkdtemp()
+store = FileStore(place + "/store", 1)
+
+async def main():
+    barrier = StoreBarrier(store, rank=0, world_size=2, timeout_barrier_init_secs=1)
+    shutil.rmtree(place)
+    try:
+        await barrier.connect()
+    except BarrierConnectionError as exc:
+        assert "is gone" in str(exc), exc
+    else:
+        raise AssertionError("it connected")
+    await barrier.aclose()
+
+anyio.run(main, backend=sys.argv[1])
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_file_store_whose_directory_is_gone(backend: str) -> None:
+    """c10d's constructor would hold the GIL and try on: nothing of the process would run."""
+    command = [sys.executable, "-c", GONE, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ from async_barriers import (
     TCPStoreBarrier,
 )
 from async_barriers._client import process
+from async_barriers._client.phases import Turns
 from async_barriers._protocol import claiming, leaving
 from async_barriers._protocol import membership as members
 from async_barriers._protocol.keys import Keys
@@ -161,6 +162,20 @@ def test_one_generation_never_holds_two_lives_of_a_rank() -> None:
     assert (again.state, again.complete) == (second.state, True)
     # Its own former claim is no other life's.
     assert place.join(1, before=again).state.number == 2
+
+
+def test_a_store_built_anew_begins_no_first_generation() -> None:
+    """Of the ranks that were members before, one comes first and may try alone: what it tries
+    before all have joined leaves nobody out of step (law 11). A rank that is new counts at once."""
+    place = Joining()
+    before = [place.join(rank) for rank in range(2)]
+    assert [Turns(each).complete for each in before] == [True, True]
+    anew = Joining()
+    first = anew.join(1, before=before[1])
+    assert (first.state.number, Turns(first).complete) == (1, False)
+    second = anew.join(0, before=before[0])
+    assert second.state == first.state
+    assert Turns(second).complete
 
 
 @pytest.mark.parametrize("size", [3, 300])

@@ -21,10 +21,12 @@ import pytest
 from anyio.to_thread import run_sync as in_thread
 from blocking_world import World as BlockingWorld
 from processes import PATIENCE_SECS, StartJob, until
+from torch.distributed import HashStore
 from worlds import Tasks, gather
 from worlds import until as reached
 
-from async_barriers import BrokenBarrierError
+from async_barriers import BrokenBarrierError, StoreBarrier
+from async_barriers.blocking import BlockingBarrier
 from async_barriers.saving import (
     BlockingSaver,
     Checkpoint,
@@ -207,6 +209,168 @@ async def test_a_save_that_overlaps_is_refused_for_all_ranks(tmp_path: Path) -> 
         assert "step 2 is refused" in (await second.raised(BrokenBarrierError)).reason
         await save([refusing, queueing], 3)
     assert await in_thread(Directory(tmp_path).steps) == [1, 3]
+
+
+@pytest.mark.anyio
+async def test_two_savers_that_share_a_directory(tmp_path: Path) -> None:
+    """One may clear away what the other has not completed: that one fails, and is not complete."""
+    hold = anyio.Event()
+
+    async def slowly(state: Any, part: Part) -> None:
+        await part.write("state", b"x")
+        if "rank-1" in part.path:
+            await hold.wait()
+            await part.write("state", b"x")
+
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        slow, quick = savers(barriers, tmp_path, slowly), savers(barriers, tmp_path, name="other")
+        first = [tasks.start(partial(saver.save, 5, [5])) for saver in slow]
+        await reached(partial(in_thread, (tmp_path / ".step-5.partial/rank-1/state").exists))
+        await save(quick, 6)
+        hold.set()
+        for each in first:
+            await each.raised(Exception)
+    assert await in_thread(Directory(tmp_path).steps) == [6]
+
+
+def test_saves_on_a_loop_that_ended_hold_up_none_on_the_next(tmp_path: Path) -> None:
+    """Nobody may wait for their turn for ever."""
+    barrier = StoreBarrier(HashStore(), rank=0, world_size=1)
+    saver = Saver(barrier, tmp_path, upload, rank=0, queue=True)
+    forever = Saver(barrier, tmp_path, lambda state, part: hold.wait(PATIENCE_SECS), rank=0)
+    saver._upload, hold = forever._upload, threading.Event()
+    loop = asyncio.new_event_loop()
+    held = loop.create_task(saver.save(1, [1]))
+    loop.run_until_complete(asyncio.sleep(0.2))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+    saver._upload = upload
+
+    async def again() -> Checkpoint:
+        with anyio.fail_after(10):
+            checkpoint = await saver.save(2, [2])
+        await barrier.aclose()
+        return checkpoint
+
+    try:
+        assert asyncio.run(again()).step == 2
+    finally:
+        hold.set()
+        held.get_coro().close()
+
+
+@pytest.mark.anyio
+async def test_what_cannot_be_removed_does_not_keep_the_rest(tmp_path: Path) -> None:
+    """Else a disk fills up."""
+
+    class Stuck(Directory):
+        def remove(self, step: int) -> None:
+            if step == 1:
+                raise OSError("busy")
+            super().remove(step)
+
+    stuck = Stuck(tmp_path)
+    async with local_barriers(2, timeout_secs=10) as barriers:
+        both = savers(barriers, stuck, keep=1)
+        for step in (1, 2, 3):
+            await save(both, step)
+    assert await in_thread(stuck.steps) == [1, 3]
+
+
+class Held(Directory):
+    """A directory in which old checkpoints are removed when the test says so."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.removing, self.go_on = threading.Event(), threading.Event()
+
+    def remove(self, step: int) -> None:
+        self.removing.set()
+        assert self.go_on.wait(PATIENCE_SECS)
+        super().remove(step)
+
+
+@pytest.mark.anyio
+async def test_a_slow_clean_up_delays_neither_the_next_save_nor_a_cancellation(
+    tmp_path: Path,
+) -> None:
+    """The checkpoint is complete by then. ``latest`` never moves back."""
+    held = Held(tmp_path)
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        both = savers(barriers, held, keep=1)
+        await save(both, 1)
+        leading = tasks.start(partial(both[0].save, 2, [2]))
+        await both[1].save(2, [2])
+        await in_thread(held.removing.wait, PATIENCE_SECS)
+        third = [tasks.start(partial(saver.save, 3, [3])) for saver in both]
+        assert (await third[1].returned()).step == 3
+        leading.scope.cancel()
+        with anyio.fail_after(1):
+            await leading.ended.wait()
+        held.go_on.set()
+        assert (await third[0].returned()).step == 3
+    assert latest(held) == "step-3"
+    assert await in_thread(held.steps) == [3]
+
+
+@pytest.mark.anyio
+async def test_a_step_is_not_saved_again_while_an_earlier_attempt_writes(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that hangs outlives its cancellation, and would write into a later attempt."""
+    write, writing, go_on = storage.write, threading.Event(), threading.Event()
+
+    def hangs(path: str, data: bytes) -> None:
+        writing.set()
+        assert go_on.wait(PATIENCE_SECS)
+        write(path, data)
+
+    async with local_barriers(1, timeout_secs=10) as barriers, Tasks() as tasks:
+        (saver,) = savers(barriers, storage)
+        monkeypatch.setattr(storage, "write", hangs)
+        first = tasks.start(partial(saver.save, 1, [1]))
+        await in_thread(writing.wait, PATIENCE_SECS)
+        first.scope.cancel()
+        await first.ended.wait()
+        monkeypatch.undo()
+    try:
+        async with local_barriers(1, timeout_secs=10) as barriers:
+            (again,) = savers(barriers, storage)
+            with pytest.raises(RuntimeError, match="an earlier attempt still writes to"):
+                await again.save(1, [1])
+            await again.save(2, [2])
+    finally:
+        go_on.set()
+    assert await in_thread(storage.steps) == [2]
+
+
+@pytest.mark.anyio
+async def test_a_store_of_objects_that_refuses_to_delete() -> None:
+    """A checkpoint that readers see is complete for all ranks."""
+    pytest.importorskip("fsspec", reason="needs the extra fsspec")
+    storage = FsspecStorage(f"memory://{uuid.uuid4().hex}")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError("AccessDenied: DeleteObject")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rm", "rm_file", "_rm"):
+            patch.setattr(storage.fs, name, refused, raising=False)
+        async with local_barriers(2, timeout_secs=10) as barriers:
+            await save(savers(barriers, storage), 1)
+    assert await in_thread(storage.steps) == [1]
+
+
+@pytest.mark.anyio
+async def test_a_blocking_saver_that_is_built_on_an_event_loop(tmp_path: Path) -> None:
+    """Whichever it is: the saver works on that of its barrier."""
+    barrier = StoreBarrier(HashStore(), rank=0, world_size=1)
+    blocking = BlockingBarrier(barrier)
+    saver = BlockingSaver(blocking, tmp_path, upload, rank=0)
+    try:
+        assert (await in_thread(saver.save, 1, [1])).step == 1
+    finally:
+        await in_thread(blocking.close)
 
 
 @pytest.mark.anyio

@@ -33,8 +33,10 @@ from worlds import Tasks, gather, library_threads
 
 import async_barriers
 from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
-from async_barriers._client.phases import Turns
+from async_barriers._client.phases import Phase, Turns
 from async_barriers._protocol import breaking as breaks
+from async_barriers._store.asyncio_loop import AsyncioLoop
+from async_barriers._store.connection import SocketConnection
 
 OURS = str(Path(async_barriers.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
@@ -307,6 +309,52 @@ async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
         if not isinstance(mine, BarrierError):
             return True
     return False
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("where", ["told", "opening", "connecting"])
+async def test_struck_where_nothing_else_wakes_it(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """As a rank is told its verdict, or opens a further connection for its call: without any
+    deadline the call is released all the same, or breaks for both at once (laws 4 and 5)."""
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    struck: tuple[type, str] = {
+        "told": (Phase, "wake"),
+        "opening": (SocketConnection, "say_hello"),
+        "connecting": (AsyncioLoop, "unwatch"),
+    }[where]
+    call = getattr(*struck)
+
+    def strike(self: Any, *args: Any, **options: Any) -> Any:
+        if where == "told" and self.entry.rank != 0:
+            return call(self, *args, **options)
+        monkeypatch.undo()
+        raise Struck
+
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        await gather(rank.execute_barrier for rank in ranks)
+        cross = partial(ranks[0].execute_barrier, "x", timeout_secs=None)
+        if where == "told":
+            crossing = tasks.start(cross)
+            while not ranks[0]._session.open:
+                await anyio.sleep(0)
+            monkeypatch.setattr(*struck, strike)
+        else:
+            tasks.start(partial(ranks[0].execute_barrier, "other", timeout_secs=None))
+            while not ranks[0]._session.open:
+                await anyio.sleep(0)
+            monkeypatch.setattr(*struck, strike)
+            crossing = tasks.start(cross)
+        peer = tasks.start(partial(ranks[1].execute_barrier, "x", timeout_secs=None))
+        with anyio.fail_after(HANGS_SECS):
+            if where == "told":
+                assert (await crossing.returned()).sequence == 0
+                assert (await peer.returned()).sequence == 0
+            else:
+                errors = [await each.raised(BrokenBarrierError) for each in (crossing, peer)]
+                assert {error.rank for error in errors} == {0}
 
 
 @pytest.mark.anyio

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -347,7 +348,13 @@ async def enter_a_phase(barrier: StoreBarrier, step: Any) -> None:
 CALLS["phase"] = enter_a_phase
 
 
-@pytest.mark.parametrize("step", [-1, True, 1.5, "3"])
+class Mark(int, Enum):
+    """Its text is no number."""
+
+    A = 7
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.5, "3", Mark.A, 1 << 63], ids=repr)
 @pytest.mark.parametrize("call", CALLS)
 async def test_what_is_no_step(call: str, step: object) -> None:
     """It is refused before anything is entered or broken."""

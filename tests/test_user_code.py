@@ -81,6 +81,30 @@ class Interrupts(Exception):
         raise KeyboardInterrupt
 
 
+class NoGroup(Exception):
+    """Has what a group has, and cannot be looked at."""
+
+    @property
+    def exceptions(self) -> Any:
+        raise RuntimeError("no parts")
+
+
+class Circle(Exception):
+    """A group of itself."""
+
+    @property
+    def exceptions(self) -> Any:
+        return (self,)
+
+
+async def raises_no_group() -> None:
+    raise NoGroup("the disk is full")
+
+
+async def raises_a_circle() -> None:
+    raise Circle("round")
+
+
 async def raises_what_cannot_be_described() -> None:
     raise Wicked
 
@@ -125,6 +149,8 @@ def fails(body: Callable[[], Awaitable[None]], said: str, *loops: str) -> list[A
         *fails(raises_what_cannot_be_described, "Wicked"),
         *fails(raises_what_exits, "Exits: (it cannot be described"),
         *fails(raises_what_interrupts, "Interrupts: (it cannot be described"),
+        *fails(raises_no_group, "NoGroup: the disk is full"),
+        *fails(raises_a_circle, "Circle: round"),
         *fails(raises_a_novel, "ValueError: line one"),
         *fails(raises_a_chain, "the save failed"),
     ],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, TypeVar
 
 import anyio
@@ -38,11 +38,15 @@ class Background:
     def __init__(self, threads: int = 8) -> None:
         self._threads = threads
         self._loop: Loop | None = None
+        self._free: anyio.Semaphore
 
-    @cached_property
-    def _free(self) -> anyio.Semaphore:
-        # With the first call: it belongs to the kind of event loop on which it is made.
-        return anyio.Semaphore(self._threads)
+    def use(self) -> Loop:
+        """The event loop that runs here, which it uses from now on."""
+        loop = loop_here(self._loop)
+        if loop is not self._loop:
+            # What waited on the loop before waits no more.
+            self._loop, self._free = loop, anyio.Semaphore(self._threads)
+        return loop
 
     async def run(self, call: Callable[..., T], *args: Any, place: str = "") -> T:
         """Call it in a thread.
@@ -51,6 +55,7 @@ class Background:
 
         **Cancellation:** returns at once; the thread goes on, and its result is dropped.
         """
+        self.use()
         async with self._free:
             called = self.begin(call, *args)
             if place:
@@ -70,12 +75,15 @@ class Background:
 
         **Cancellation:** returns at once; the thread goes on.
         """
-        self._loop = loop_here(self._loop)
-        await told(self._loop, called)
+        await told(self.use(), called)
 
     async def run_any(self, call: Callable[..., Any], *args: Any, place: str) -> Any:
         """Await a coroutine function here, or call a plain function in a thread."""
-        return await (call(*args) if is_async(call) else self.run(call, *args, place=place))
+        if is_async(call):
+            return await call(*args)
+        result = await self.run(call, *args, place=place)
+        # A plain function may return what a coroutine function gives.
+        return await result if inspect.isawaitable(result) else result
 
     async def run_to_the_end(self, call: Callable[..., object], *args: Any) -> list[BaseException]:
         """Call it in a thread, and wait for its end, also if this task is cancelled.

@@ -10,6 +10,7 @@ from typing import Any, Final
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
 
 MAX_RUN_ID = 1024
+MAX_STEP = (1 << 63) - 1
 
 
 class Configured(Enum):
@@ -55,14 +56,14 @@ def check_call_timeout(value: float | None) -> float | None:
     return check_timeout("timeout_secs", value)
 
 
-def check_step(step: int | None) -> int | None:
+def check_step(step: int | None, what: str = "step") -> int | None:
     """Refuse all but a step."""
     if step is None:
         return None
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an integer or None, not {step!r}")
-    if not 0 <= step < 1 << 63:
-        raise ValueError(f"step is {step}; it must be 0 or more, and less than 2**63")
+    if type(step) is not int:  # The text of an enumeration's member is no number.
+        raise TypeError(f"{what} must be an integer or None, not {step!r}")
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"{what} is {step}; it must be 0 or more, and less than 2**63")
     return step
 
 
@@ -81,7 +82,7 @@ def check_callable(what: str, function: object) -> None:
 
 def check_number(what: str, value: int, least: int = 0) -> int:
     """Refuse all but an integer that is ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if type(value) is not int:
         raise TypeError(f"{what} must be an integer, not {value!r}")
     if value < least:
         raise ValueError(f"{what} is {value}; it must be {least} or more")
@@ -121,18 +122,18 @@ def check_run_id(run_id: str | None) -> str | None:
     return run_id
 
 
-def check_world(rank: int, world_size: int) -> None:
+def check_world(rank: int, world_size: int, what: str = "rank") -> None:
     """Refuse a rank outside its world."""
     if type(rank) is type(world_size) is int and 0 <= rank < world_size:
         return  # Most often.
-    for what, value in (("rank", rank), ("world size", world_size)):
+    for each, value in ((what, rank), ("world size", world_size)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{what} must be an integer, not {value!r}")
+            raise TypeError(f"{each} must be an integer, not {value!r}")
     if world_size < 1:
         raise ValueError(f"world size is {world_size}; it must be at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"rank {rank} is outside the world; with {world_size} ranks it must be "
+            f"{what} {rank} is outside the world; with {world_size} ranks it must be "
             f"0 to {world_size - 1}"
         )
 

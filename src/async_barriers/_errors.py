@@ -33,14 +33,34 @@ def causes(exc: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
+def leaves_of(exc: BaseException) -> list[BaseException]:
+    """The single exceptions of a group, and of the groups in it; of any other, itself."""
+    leaves: list[BaseException] = []
+    todo, seen = [exc], {id(exc)}
+    while todo:
+        each = todo.pop(0)
+        try:
+            # Recognised by its attribute, since Python 3.10 has no groups of its own.
+            parts = getattr(each, "exceptions", None)
+        except Exception:
+            parts = None
+        if not (isinstance(parts, tuple) and parts):
+            leaves.append(each)
+            continue
+        # A program can make a circle of them.
+        new = [one for one in parts if isinstance(one, BaseException) and id(one) not in seen]
+        seen.update(map(id, new))
+        todo += new
+    return leaves or [exc]
+
+
 def told_by(exc: BaseException) -> str:
     """The message of an exception, in one line; describing it never fails.
 
     Of a group it names the single exceptions, since the group itself only counts them.
     """
-    # Recognised by its attribute, since Python 3.10 has no groups of its own.
-    leaves = getattr(exc, "exceptions", None)
-    if isinstance(leaves, tuple) and leaves:
+    leaves = leaves_of(exc)
+    if leaves[0] is not exc:
         told = list(dict.fromkeys(told_by(leaf) for leaf in leaves[:5]))
         more = f" and {len(leaves) - 5} more" if len(leaves) > 5 else ""
         return in_one_line("; ".join(told) + more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 
-from ._errors import told_by
+from ._errors import leaves_of, told_by
 
 
 def reason_of(exc: BaseException) -> str:
@@ -17,10 +17,8 @@ def reason_of(exc: BaseException) -> str:
 
 def was_cancelled(exc: BaseException) -> bool:
     """Whether it is a cancellation, or a group of nothing else, as trio's nurseries raise."""
-    leaves = getattr(exc, "exceptions", None)
-    if isinstance(leaves, tuple) and leaves:
-        return all(map(was_cancelled, leaves))
     try:
-        return isinstance(exc, anyio.get_cancelled_exc_class())
+        cancelled = anyio.get_cancelled_exc_class()
     except Exception:  # No loop runs here.
         return False
+    return all(isinstance(each, cancelled) for each in leaves_of(exc))

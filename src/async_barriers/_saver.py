@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 import anyio
@@ -23,8 +22,10 @@ from ._barrier import Barrier
 from ._checks import check_callable, check_number
 from ._errors import BarrierError
 from ._part import Part
+from ._publish import is_async
 from ._reasons import reason_of
 from ._storage import Checkpoint, Directory, Storage
+from ._store.event_loop import Loop
 from ._store.worker import Promise
 
 _logger = logging.getLogger("async_barriers.saving")
@@ -71,6 +72,8 @@ class Saver:
     ) -> None:
         check_callable("upload", upload)
         check_callable("stage", stage)
+        if is_async(stage):
+            raise TypeError(f"stage is called in a thread: {stage!r} is a coroutine function")
         if keep is not None:
             check_number("keep", keep, 1)
         self._barrier = barrier
@@ -85,19 +88,13 @@ class Saver:
         # The steps that are not decided yet, in order, with the reason of each that is given up. A
         # step is broken in its turn: to break it earlier would break the save before it, too.
         self._pending: dict[int, str] = {}
+        self._loop: Loop | None = None
+        self._turn: anyio.Lock
+        self._staging: anyio.Lock
         self._background = Background()
         # Clean-up outlives its save. ``latest`` never moves back.
         self._cleaning = threading.Lock()
         self._latest = -1
-
-    # With the first save: a lock belongs to the kind of event loop on which it is made.
-    @cached_property
-    def _turn(self) -> anyio.Lock:
-        return anyio.Lock()
-
-    @cached_property
-    def _staging(self) -> anyio.Lock:
-        return anyio.Lock()
 
     async def save(
         self, step: int, state: Any, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
@@ -117,6 +114,10 @@ class Saver:
         in the background.
         """
         check_number("step", step)
+        if (loop := self._background.use()) is not self._loop:
+            # The saves of a loop that ended under them are given up.
+            self._loop = loop
+            self._turn, self._staging, self._pending = anyio.Lock(), anyio.Lock(), {}
         if any(step <= other for other in self._pending):
             raise ValueError(f"step {step} does not come after step {max(self._pending)}")
         refused = None if self._queues else next(iter(self._pending), None)
@@ -139,12 +140,12 @@ class Saver:
             raise
         try:
             checkpoint, cleaned = await self._save(step, staged)
-        finally:
-            del self._pending[step]
-            try:
-                await self._break_given_up()
-            finally:
-                self._turn.release()
+        except GeneratorExit:
+            raise  # As above; its loop has ended, and the next one begins anew.
+        except BaseException:
+            await self._decided(step)
+            raise
+        await self._decided(step)
         # The next save need not wait for this.
         if cleaned is not None:
             await self._background.end_of(cleaned)
@@ -224,16 +225,30 @@ class Saver:
         try:
             with self._cleaning:
                 if step > self._latest:
-                    storage.point(step)
+                    self._clean(step, storage.point)
                     self._latest = step
-                storage.clear(step)
+                self._clean(step, storage.clear)
                 older = [other for other in storage.steps() if other < step]
                 # With this one, `keep` are left.
                 for other in older[: max(0, len(older) + 1 - self._keep)] if self._keep else ():
-                    storage.remove(other)
+                    self._clean(other, storage.remove)
         except Exception:
-            # The checkpoint is complete all the same, and the next save does this again.
             _logger.warning("step %d is saved, but its clean-up failed", step, exc_info=True)
+
+    def _clean(self, step: int, call: Callable[[int], object]) -> None:
+        """What fails does not keep the rest from being done; the next save does this again."""
+        try:
+            call(step)
+        except Exception:
+            what = getattr(call, "__name__", "clean-up")
+            _logger.warning("%s of step %d failed; the save is complete", what, step, exc_info=True)
+
+    async def _decided(self, step: int) -> None:
+        del self._pending[step]
+        try:
+            await self._break_given_up()
+        finally:
+            self._turn.release()
 
     async def _break_given_up(self) -> None:
         while (step := next(iter(self._pending), None)) is not None and self._pending[step]:

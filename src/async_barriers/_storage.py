@@ -122,6 +122,8 @@ class Directory(Storage):
             file.write(data)
 
     def seal(self, path: str) -> None:
+        if not os.path.isdir(path):
+            raise FileNotFoundError(f"{path} is gone; do two savers share the directory?")
         for directory, _, files in os.walk(path):
             for file in (os.path.join(directory, name) for name in files):
                 # To open a pipe blocks, and a link may lead nowhere.
@@ -131,7 +133,13 @@ class Directory(Storage):
 
     def prepare(self, step: int, manifest: bytes) -> None:
         partial = self._partial(step)
-        for name in _left_over(os.listdir(partial), manifest):
+        found = os.listdir(partial)
+        ranks = range(len(json.loads(manifest)["entries"]))
+        if lacking := {f"rank-{rank}" for rank in ranks} - {*found}:
+            raise FileNotFoundError(
+                f"{partial} lacks {', '.join(sorted(lacking))}; do two savers share the directory?"
+            )
+        for name in _left_over(found, manifest):
             shutil.rmtree(partial / name)
         _write_durably(partial / MANIFEST, manifest)
         _sync(partial)

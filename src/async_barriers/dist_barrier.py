@@ -133,7 +133,7 @@ class DistBarrier(Barrier):
         timeout = self._checked_timeout(timeout_secs, stalled_after_secs)
         check_publish(publish)
         calls.check(name, step)
-        check_world(leader, calls.group.size)
+        check_world(leader, calls.group.size, "leader")
         brought = await checked(self, payload, name, step, ValueError)
         if calls.group.rank == leader:
             publication = Publication(calls, name, step, timeout)
@@ -250,7 +250,7 @@ class DistBarrier(Barrier):
         self._calls.check_open(name, step)
         self._checked_timeout(timeout_secs, stalled_after_secs)
         # The number of ranks is known when they have connected.
-        check_world(leader, MAX_RANKS)
+        check_world(leader, MAX_RANKS, "leader")
 
     def _checked_timeout(self, timeout_secs: Timeout, stalled_after_secs: Timeout) -> float | None:
         if stalled_after_secs is not CONFIGURED and stalled_after_secs is not None:

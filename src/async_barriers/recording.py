@@ -254,7 +254,8 @@ class _Watched(Barrier):
 
     async def abort(self, reason: str, name: str = "", *, step: int | None = None) -> bool:
         with self._recorder._call(self._rank, "abort", name) as facts:
-            facts["reason"] = reason
+            # What is no string is refused below, and must not be kept.
+            facts["reason"] = reason if isinstance(reason, str) else type(reason).__name__
             return await self._barrier.abort(reason, name, **given(step))
 
     def report(self, doing: str) -> None:

@@ -7,7 +7,7 @@ import math
 import weakref
 
 from ._barrier import Barrier
-from ._checks import check_step
+from ._checks import MAX_STEP, check_step
 from ._client.barrier import CrossingBarrier
 from ._errors import BarrierError
 from ._signal.agreeing import Agent
@@ -150,7 +150,7 @@ class StepSignal(_Signal):
         the peers: this rank still takes part, in its thread. The step has not been passed. Call
         again with the same step.
         """
-        if step.__class__ is not int or step <= self._last:
+        if step.__class__ is not int or not self._last < step <= MAX_STEP:
             self._begin(step)
         stopped = self._pass(step)
         if stopped is None:
@@ -170,7 +170,7 @@ class BlockingStepSignal(_Signal):
 
         **Interruption**, as by Ctrl-C: as the cancellation of `StepSignal.reached`.
         """
-        if step.__class__ is not int or step <= self._last:
+        if step.__class__ is not int or not self._last < step <= MAX_STEP:
             self._begin(step)
         stopped = self._pass(step)
         if stopped is None:

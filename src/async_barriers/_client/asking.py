@@ -20,7 +20,7 @@ _SAYS_WHY_SECS = 0.3
 
 async def became(session: Session, name: str, sequence: int) -> CommitRecord | None:
     """As `Barrier.outcome`."""
-    if check_step(sequence) is None:
+    if check_step(sequence, "sequence") is None:
         raise TypeError("sequence must be an integer, not None")
     loop = session.use()
     deadline = loop.now() + session.init_secs
@@ -48,7 +48,14 @@ async def _ask(
         try:
             # A connection of its own: a call that hangs on one of the session's does not delay it.
             connection = await session._open(loop, deadline)
-            return await _look(session, connection, name, sequence)
+            keys = Keys(session.prefix, session.namespace)
+            (value,) = await connection.call(Read(keys.commits))
+            log = records.decode(value)
+            record = session.outcomes.find(log, name, sequence)
+            found = None if record is None else await records.public(connection, keys, record)
+            if found is None:
+                session.outcomes.explain(log, session.prefix, name, sequence)
+            return found
         except BarrierConnectionError:
             if loop.now() >= deadline or session.closing:
                 raise
@@ -56,16 +63,3 @@ async def _ask(
             if connection is not None:
                 connection.close(reset=connection.unsaid)
         await sleep(loop, _RETRY_SECS)
-
-
-async def _look(
-    session: Session, connection: Connection, name: str, sequence: int
-) -> CommitRecord | None:
-    keys = Keys(session.prefix, session.namespace)
-    (value,) = await connection.call(Read(keys.commits))
-    log = records.decode(value)
-    record = session.outcomes.find(log, name, sequence)
-    found = None if record is None else await records.public(connection, keys, record)
-    if found is None:
-        session.outcomes.explain(log, session.prefix, name, sequence)
-    return found

@@ -94,7 +94,7 @@ class CrossingBarrier(RankBarrier):
         timeout = self._check_call(name, step, timeout_secs)
         watch = self._watch_of(stalled_after_secs)
         check_publish(publish)
-        check_world(leader, self._session.world_size)
+        check_world(leader, self._session.world_size, "leader")
         brought = await checked(self, payload, name, step, ValueError)
         crossing = Crossing(self._session, name, step, timeout, watch, COMMIT, leader)
         try:
@@ -158,7 +158,7 @@ class CrossingBarrier(RankBarrier):
         return broke
 
     async def outcome(self, name: str, sequence: int) -> CommitRecord | None:
-        self._check_call(name, sequence, CONFIGURED)
+        self._check_call(name, None, CONFIGURED)
         return await became(self._session, name, sequence)
 
     def beside(self, what: str) -> CrossingBarrier:
@@ -233,7 +233,7 @@ class CrossingBarrier(RankBarrier):
     ) -> None:
         self._check_call(name, step, timeout_secs)
         self._watch_of(stalled_after_secs)
-        check_world(leader, self._session.world_size)
+        check_world(leader, self._session.world_size, "leader")
 
     def _watch_of(self, stalled_after_secs: Timeout) -> Watch:
         if isinstance(stalled_after_secs, Configured):

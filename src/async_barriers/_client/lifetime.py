@@ -121,7 +121,7 @@ class RankBarrier(Barrier):
         loop = session.use()
         began = loop.now()
         try:
-            await self._stop_publishing()
+            await self._stop_publishing(reason)
             leaving = session.leave(reason, loop.now() - began)
             # A host gives its peers a moment to hear their verdicts; the rest is short.
             await settled(loop, leaving, loop.now() + PEERS_SECS + UNDO_SECS)
@@ -143,11 +143,11 @@ class RankBarrier(Barrier):
                 loop = loop_here(None)
                 await told(loop, ended, loop.now() + _COMPANION_SECS)
 
-    async def _stop_publishing(self) -> None:
+    async def _stop_publishing(self, reason: str) -> None:
         # A phase that was published must not be declared broken, so publish has to end first.
         publications = [p.publishing for p in self._session.open if p.publishing is not None]
         for publication in publications:
-            publication.stop(_CLOSED, closing=True)
+            publication.stop(reason, closing=True)
         # A publish that heeds its cancellation ends soon, so a cancelled caller waits for it, too.
         loop = self._session.running
         deadline = loop.now() + PEERS_SECS
