@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from signal import SIGCONT, SIGINT
 
@@ -97,3 +99,32 @@ def test_worker_threads_are_silent_as_the_host_leaves(start_job: StartJob, late:
         assert job.ranks[0].exit(told + 2 * EXIT_SECS) == 0, job.ranks[0].stderr
         assert not job.ranks[0].stderr
     job.ends()
+
+
+RETURNS = """
+import asyncio, sys
+from torch.distributed import HashStore
+from async_barriers import StoreBarrier
+from async_barriers.testing import FaultyStore
+
+async def main():
+    store = FaultyStore(HashStore())
+    barrier = StoreBarrier(store, rank=0, world_size=2, timeout_secs=None)
+    await barrier.connect()
+    for call in ("set", "add", "compare_set", "check"):
+        store.hang(call)
+    waiting = asyncio.create_task(barrier.execute_barrier("x"))
+    await asyncio.sleep(float(sys.argv[1]))
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("secs", [0.4, 0.5])
+def test_a_wait_that_ends_by_itself_as_the_interpreter_does(secs: float) -> None:
+    """A thread that returned from C++ just then would end the process with SIGABRT."""
+    command = [sys.executable, "-c", RETURNS, str(secs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -35,6 +35,7 @@ import async_barriers
 from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._protocol import breaking as breaks
+from async_barriers._protocol import phase as phases
 from async_barriers._store.asyncio_loop import AsyncioLoop
 from async_barriers._store.connection import SocketConnection
 
@@ -313,47 +314,52 @@ async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-@pytest.mark.parametrize("where", ["told", "opening", "connecting"])
+@pytest.mark.parametrize("where", ["told", "opening", "connecting", "entering"])
 async def test_struck_where_nothing_else_wakes_it(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """As a rank is told its verdict, or opens a further connection for its call: without any
     deadline the call is released all the same, or breaks for both at once (laws 4 and 5)."""
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    struck: tuple[type, str] = {
+    struck: tuple[Any, str] = {
         "told": (Phase, "wake"),
         "opening": (SocketConnection, "say_hello"),
         "connecting": (AsyncioLoop, "unwatch"),
+        "entering": (phases, "entering"),
     }[where]
     call = getattr(*struck)
 
-    def strike(self: Any, *args: Any, **options: Any) -> Any:
-        if where == "told" and self.entry.rank != 0:
-            return call(self, *args, **options)
+    def strike(first: Any, *args: Any, **options: Any) -> Any:
+        if where == "told" and first.entry.rank != 0:
+            return call(first, *args, **options)
         monkeypatch.undo()
         raise Struck
 
     async with job(serve(), 2) as ranks, Tasks() as tasks:
         await gather(rank.execute_barrier for rank in ranks)
         cross = partial(ranks[0].execute_barrier, "x", timeout_secs=None)
-        if where == "told":
-            crossing = tasks.start(cross)
-            while not ranks[0]._session.open:
-                await anyio.sleep(0)
-            monkeypatch.setattr(*struck, strike)
-        else:
+        if where in ("opening", "connecting"):
             tasks.start(partial(ranks[0].execute_barrier, "other", timeout_secs=None))
             while not ranks[0]._session.open:
                 await anyio.sleep(0)
+        if where != "told":
             monkeypatch.setattr(*struck, strike)
-            crossing = tasks.start(cross)
+        crossing = tasks.start(cross)
+        if where == "told":
+            while not ranks[0]._session.open:
+                await anyio.sleep(0)
+            monkeypatch.setattr(*struck, strike)
+        if where == "entering":
+            with pytest.raises(Struck):
+                raise await crossing.raised(Exception)
         peer = tasks.start(partial(ranks[1].execute_barrier, "x", timeout_secs=None))
         with anyio.fail_after(HANGS_SECS):
             if where == "told":
                 assert (await crossing.returned()).sequence == 0
                 assert (await peer.returned()).sequence == 0
             else:
-                errors = [await each.raised(BrokenBarrierError) for each in (crossing, peer)]
+                broken = [peer] if where == "entering" else [crossing, peer]
+                errors = [await each.raised(BrokenBarrierError) for each in broken]
                 assert {error.rank for error in errors} == {0}
 
 

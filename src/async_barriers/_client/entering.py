@@ -133,16 +133,20 @@ class Entering(Departing):
             self.look_after(connection)
         connection.on_lost = partial(self._phase_lost, phase)
         connection.on_wake = partial(self._woken, phase)
-        phase.entered = True
         phase.large = len(payload) > SMALL_BYTES
         entry = phase.entry
         if phase.step is not None:
             connection.outbox.append(
                 ([Read(phase.membership.own.latest(phase.name))], partial(self._seen, phase))
             )
-        said = connection.call(
-            *phases.entering(entry, payload), wait=entry.awaited if connection.waits else None
-        )
+        requests = phases.entering(entry, payload)
+        phase.entered = True
+        try:
+            said = connection.call(*requests, wait=entry.awaited if connection.waits else None)
+        except BaseException:
+            # A signal handler raised; if the connection stands, before anything was sent.
+            phase.entered = connection.lost is not None
+            raise
         said.when_done(partial(self._arrived, phase, entry, connection, said))
 
     def _arrived(

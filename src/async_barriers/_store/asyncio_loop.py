@@ -180,11 +180,16 @@ class AsyncioWaiter:
         self._woken = True
         if (resume := self._resume) is None:
             return
-        if self._tried:
-            self._loop.call_soon(self._again, resume, context=resume[1])
-        else:
-            self._tried = True
-            self._loop.call_soon(resume[0], self, context=resume[1])
+        try:
+            if self._tried:
+                self._loop.call_soon(self._again, resume, context=resume[1])
+            else:
+                self._tried = True
+                self._loop.call_soon(resume[0], self, context=resume[1])
+        except RuntimeError:
+            # A task that is left on a loop that has ended waits no more.
+            if not self._loop.is_closed():
+                raise
 
     def _again(self, resume: _Resume) -> None:
         # What was called before comes first: if that was noted, the task does not wait here now.

@@ -20,6 +20,7 @@ from .._errors import BarrierConnectionError, told_by
 from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
 from .._system import deafen
 from .wire import ABSENT
+from .worker import ends_by
 
 # c10d knows no endless timeout, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
@@ -93,6 +94,7 @@ class BlockingStore:
         self.asks = True
         try:
             self._look_before_call()
+            ends_by(began + timeout.total_seconds())
             self._store.wait([key], timeout)
         except Exception as exc:
             # A store written in Python may say it in other words than c10d.
@@ -100,6 +102,7 @@ class BlockingStore:
             if not (over or _timed_out(exc)):
                 raise lost(exc) from exc
         finally:
+            ends_by(None)
             self.asks = False
 
     def interrupt(self) -> None:

@@ -27,6 +27,7 @@ _numbers = itertools.count()
 EXIT_SECS = 1.0
 # Beyond that, for threads that are about to return, and for those that may be.
 _RETURNS_SECS, _HANGS_SECS = 0.3, 0.05
+_FINALISES_SECS = 0.4
 
 
 class Promise(Generic[T]):
@@ -197,6 +198,13 @@ def _work(calls: _Calls, running: list[threading.Thread], ended: Promise[None]) 
     ended.settle()
 
 
+def ends_by(at: float | None) -> None:
+    """Note that this thread makes a call that ends by then; None if it has ended."""
+    _ending.pop(threading.current_thread(), None)
+    if at is not None:
+        _ending[threading.current_thread()] = at
+
+
 def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
     """Block this thread until they are settled, or `time.monotonic` says ``deadline``."""
     for promise in promises:
@@ -238,6 +246,8 @@ class Living(Generic[T]):
 
 _to_end_first, _to_end_at_exit = Living[Any](), Living[Any]()
 _threads, _hanging = Living[threading.Thread](), Living[threading.Thread]()
+# Those in a call that ends at a known time, by `time.monotonic`, whatever happens.
+_ending: dict[threading.Thread, float] = {}
 
 
 def end_at_exit(owner: Any, *, first: bool = False) -> None:
@@ -272,6 +282,10 @@ def _at_exit() -> None:
         for thread in threads.latest_first():
             thread.join(max(0.0, until - time.monotonic()))
         threads.clear()  # This is called twice, and waits once for a thread that hangs.
+    for thread, at in list(_ending.items()):
+        # Later ones find no interpreter that finalises, but a process that has ended.
+        if (secs := at - time.monotonic()) < _FINALISES_SECS:
+            thread.join(max(0.0, secs) + _HANGS_SECS)
 
 
 def _in_child() -> None:
@@ -279,7 +293,7 @@ def _in_child() -> None:
     for owner in _to_end_at_exit.latest_first():
         with contextlib.suppress(Exception):
             owner.forsake()
-    for things in (_to_end_first, _to_end_at_exit, _threads, _hanging):
+    for things in (_to_end_first, _to_end_at_exit, _threads, _hanging, _ending):
         things.clear()
 
 
