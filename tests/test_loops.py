@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
+from types import BuiltinMethodType, SimpleNamespace
 from typing import Any
 
 import anyio
@@ -176,6 +176,23 @@ def test_waiting_until(run: Callable[[Test], Any]) -> None:
 
 class Struck(Exception):
     """What a signal handler throws."""
+
+
+def test_a_task_that_begins_to_wait_is_noted_in_c(run: Callable[[Test], Any]) -> None:
+    """No signal handler runs in between: asyncio would never run such a task again."""
+
+    async def wait() -> None:
+        loop = loop_here(None)
+        if not isinstance(loop, AsyncioLoop):
+            pytest.skip("trio notes its tasks itself")
+        waiter = loop.waiter()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(waiter.wait, loop.now() + 5)
+            await anyio.sleep(0)
+            assert isinstance(waiter.add_done_callback, BuiltinMethodType)
+            waiter.wake()
+
+    run(wait)
 
 
 @pytest.mark.parametrize("then", ["woken again", "cancelled", "late"])

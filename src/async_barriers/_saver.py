@@ -89,7 +89,8 @@ class Saver:
         # step is broken in its turn: to break it earlier would break the save before it, too.
         self._pending: dict[int, str] = {}
         self._loop: Loop | None = None
-        self._turn: anyio.Lock
+        # No lock, since a coroutine may be thrown away in another task than its own.
+        self._turn: anyio.Semaphore
         self._staging: anyio.Lock
         self._background = Background()
         # Clean-up outlives its save. ``latest`` never moves back.
@@ -117,11 +118,12 @@ class Saver:
         if (loop := self._background.use()) is not self._loop:
             # The saves of a loop that ended under them are given up.
             self._loop = loop
-            self._turn, self._staging, self._pending = anyio.Lock(), anyio.Lock(), {}
+            self._turn, self._staging, self._pending = anyio.Semaphore(1), anyio.Lock(), {}
         if any(step <= other for other in self._pending):
             raise ValueError(f"step {step} does not come after step {max(self._pending)}")
         refused = None if self._queues else next(iter(self._pending), None)
-        self._pending[step] = ""
+        pending, turn = self._pending, self._turn
+        pending[step] = ""
         try:
             if refused is not None:
                 raise RuntimeError(f"step {step} is refused: step {refused} is still being saved")
@@ -129,19 +131,22 @@ class Saver:
             async with self._staging:
                 staged = await self._background.run(self._stage, state)
             task_status.started()
-            await self._turn.acquire()
+            await turn.acquire()
         except GeneratorExit:
             # Nothing may be awaited here. The barrier tells the peers when its loop ends.
-            del self._pending[step]
+            del pending[step]
             raise
         except BaseException as exc:
-            self._pending[step] = reason_of(exc)
+            pending[step] = reason_of(exc)
             await self._break_given_up()
             raise
         try:
             checkpoint, cleaned = await self._save(step, staged)
         except GeneratorExit:
-            raise  # As above; its loop has ended, and the next one begins anew.
+            del pending[step]
+            with contextlib.suppress(RuntimeError):  # Its loop may have ended.
+                turn.release()
+            raise
         except BaseException:
             await self._decided(step)
             raise

@@ -11,16 +11,12 @@ import threading
 from asyncio.events import _get_running_loop
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextvars import Context
+from typing import Any
 
 from .event_loop import Callback, Timer
 
 # When a timer rings again.
 _AGAIN_SECS = 0.2
-
-
-# How a task is resumed, and in which context.
-_Resume = tuple[Callable[["AsyncioWaiter"], object], Context | None]
 
 
 class AsyncioLoop:
@@ -161,40 +157,43 @@ class AsyncioWaiter:
     """A task of asyncio's that waits, and what it awaits in place of one of asyncio's Futures.
 
     A Future forgets its callback if a signal handler raises as it is resolved. The task is never
-    resumed then, not even to be cancelled. This keeps it until the task runs.
+    resumed then, not even to be cancelled. This keeps it until the task runs: in a Future that is
+    never resolved, which notes it in C, where no signal handler runs.
     """
 
     __slots__ = (
-        "_asyncio_future_blocking", "_cancelled", "_loop", "_resume", "_times", "_tried", "_woken",
+        "_asyncio_future_blocking", "_cancelled", "_loop", "_noted", "_times", "_tried", "_woken",
+        "add_done_callback", "remove_done_callback",
     )  # fmt: skip
 
     def __init__(self, times: AsyncioLoop) -> None:
         self._times = times
         # By this name, asyncio asks for the loop of what a task awaits.
         self._loop = times.loop
-        self._resume: _Resume | None = None
+        self._noted: Any = None
         self._cancelled: asyncio.CancelledError | None = None
         self._woken = self._tried = self._asyncio_future_blocking = False
 
     def wake(self) -> None:
         self._woken = True
-        if (resume := self._resume) is None:
+        if (noted := self._noted) is None or not (callbacks := noted._callbacks):
             return
+        resume, context = callbacks[0]
         try:
             if self._tried:
-                self._loop.call_soon(self._again, resume, context=resume[1])
+                self._loop.call_soon(self._again, noted, resume, context=context)
             else:
                 self._tried = True
-                self._loop.call_soon(resume[0], self, context=resume[1])
+                self._loop.call_soon(resume, self, context=context)
         except RuntimeError:
             # A task that is left on a loop that has ended waits no more.
             if not self._loop.is_closed():
                 raise
 
-    def _again(self, resume: _Resume) -> None:
+    def _again(self, noted: object, resume: Callable[[AsyncioWaiter], object]) -> None:
         # What was called before comes first: if that was noted, the task does not wait here now.
-        if self._resume is resume:
-            resume[0](self)
+        if self._noted is noted:
+            resume(self)
 
     async def wait(self, until: float) -> None:
         if self._woken:
@@ -205,10 +204,14 @@ class AsyncioWaiter:
         try:
             if until < times.rings_at:
                 times.ring_at(until)
+            noted = self._noted = self._loop.create_future()
+            self.add_done_callback: Any = noted.add_done_callback
+            self.remove_done_callback: Any = noted.remove_done_callback
             await self
         finally:
             self._woken = self._tried = False
-            self._resume = self._cancelled = None
+            self._noted = self._cancelled = None
+            self.add_done_callback = self.remove_done_callback = None
             times.deadlines.pop(self, None)
 
     # -- as the task sees it -----------------------------------------------------------
@@ -217,21 +220,11 @@ class AsyncioWaiter:
         self._asyncio_future_blocking = True
         yield self
 
-    def add_done_callback(
-        self, resume: Callable[[AsyncioWaiter], object], *, context: Context | None = None
-    ) -> None:
-        self._resume = resume, context
-
-    def remove_done_callback(self, resume: object) -> int:
-        found = self._resume is not None and self._resume[0] == resume
-        self._resume = None if found else self._resume
-        return int(found)
-
     def done(self) -> bool:
         return self._woken
 
     def cancel(self, msg: object = None) -> bool:
-        if self._resume is None:
+        if self._noted is None:
             return False
         first = not self._woken
         if first:
