@@ -255,9 +255,9 @@ async def test_a_bad_call_uses_up_no_turn(memory: World) -> None:
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"payload": "text"}, TypeError, "payload must be bytes, not str"),
         ({"payload": None}, TypeError, "payload must be bytes, not NoneType"),
-        ({"leader": 2}, ValueError, "leader 2 is outside the world; with 2 ranks"),
-        ({"leader": -1}, ValueError, "leader -1 is outside the world"),
-        ({"leader": True}, TypeError, "leader must be an integer, not True"),
+        ({"leader": 2}, ValueError, "leader: rank 2 is outside the world; with 2 ranks"),
+        ({"leader": -1}, ValueError, "leader: rank -1 is outside the world"),
+        ({"leader": True}, TypeError, "leader: rank must be an integer, not True"),
         ({"name": 3}, TypeError, "name must be a string, not 3"),
         ({"timeout_secs": -1}, ValueError, "timeout_secs is -1"),
         ({"step": -1}, ValueError, "step is -1; it must be 0 or more"),

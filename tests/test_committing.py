@@ -147,7 +147,7 @@ async def test_what_is_wrong_with_the_call_is_said_before_the_body(memory: World
     recorded = Recorder().watch(ranks[0])
     wrong: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         (None, {}, TypeError, "publish must be a function"),
-        (Publisher(), {"leader": 2}, ValueError, "leader 2 is outside the world"),
+        (Publisher(), {"leader": 2}, ValueError, "leader: rank 2 is outside the world"),
         (Publisher(), {"step": -1}, ValueError, "step is -1"),
         (Publisher(), {"timeout_secs": -1}, ValueError, "timeout_secs is -1"),
     ]

@@ -122,18 +122,22 @@ def check_run_id(run_id: str | None) -> str | None:
     return run_id
 
 
-def check_world(rank: int, world_size: int, what: str = "rank") -> None:
-    """Refuse a rank outside its world."""
+def check_world(rank: int, world_size: int, what: str = "") -> None:
+    """Refuse a rank outside its world.
+
+    :param what: the argument that is this rank, if it is another one than ``rank``
+    """
     if type(rank) is type(world_size) is int and 0 <= rank < world_size:
         return  # Most often.
-    for each, value in ((what, rank), ("world size", world_size)):
+    about = f"{what}: " if what else ""
+    for each, value in (("rank", rank), ("world size", world_size)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{each} must be an integer, not {value!r}")
+            raise TypeError(f"{about}{each} must be an integer, not {value!r}")
     if world_size < 1:
         raise ValueError(f"world size is {world_size}; it must be at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"{what} {rank} is outside the world; with {world_size} ranks it must be "
+            f"{about}rank {rank} is outside the world; with {world_size} ranks it must be "
             f"0 to {world_size - 1}"
         )
 
