@@ -182,7 +182,12 @@ async def test_a_cancelled_leader_completes_nothing_late(
                     await ended.wait()
                     assert await peer.returned() == Checkpoint(step, storage.path(step))
                     assert await in_thread(storage.steps) == [step]
-                    assert await in_thread(latest, storage) == f"step-{step}"
+
+                    async def moved(step: int = step) -> bool:
+                        return await in_thread(latest, storage) == f"step-{step}"
+
+                    # In the background: a cancelled save does not wait for that.
+                    await reached(moved)
         monkeypatch.setattr(storage, where, real)
 
 
