@@ -206,8 +206,8 @@ class Barrier(abc.ABC):
             body itself has no deadline
         """
         self._check_body(name, step, timeout_secs, stalled_after_secs)
-        given_ = given(step, stalled_after_secs)
-        cross = partial(self.execute_barrier, name, timeout_secs=timeout_secs, **given_)
+        options = given(step, stalled_after_secs)
+        cross = partial(self.execute_barrier, name, timeout_secs=timeout_secs, **options)
         return self._body(Body(None, cross, self, name, step), name)
 
     def committing(

@@ -148,9 +148,9 @@ class Saver:
                 turn.release()
             raise
         except BaseException:
-            await self._decided(step)
+            await self._decided(step, pending, turn)
             raise
-        await self._decided(step)
+        await self._decided(step, pending, turn)
         # The next save need not wait for this.
         if cleaned is not None:
             await self._background.end_of(cleaned)
@@ -248,12 +248,13 @@ class Saver:
             what = getattr(call, "__name__", "clean-up")
             _logger.warning("%s of step %d failed; the save is complete", what, step, exc_info=True)
 
-    async def _decided(self, step: int) -> None:
-        del self._pending[step]
+    async def _decided(self, step: int, pending: dict[int, str], turn: anyio.Semaphore) -> None:
+        """Give the turn back, on the loop on which it was taken."""
+        del pending[step]
         try:
             await self._break_given_up()
         finally:
-            self._turn.release()
+            turn.release()
 
     async def _break_given_up(self) -> None:
         while (step := next(iter(self._pending), None)) is not None and self._pending[step]:

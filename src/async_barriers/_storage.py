@@ -133,13 +133,12 @@ class Directory(Storage):
 
     def prepare(self, step: int, manifest: bytes) -> None:
         partial = self._partial(step)
-        found = os.listdir(partial)
-        ranks = range(len(json.loads(manifest)["entries"]))
-        if lacking := {f"rank-{rank}" for rank in ranks} - {*found}:
+        found, ranks = os.listdir(partial), len(json.loads(manifest)["entries"])
+        if lacking := {f"rank-{rank}" for rank in range(ranks)} - {*found}:
             raise FileNotFoundError(
                 f"{partial} lacks {', '.join(sorted(lacking))}; do two savers share the directory?"
             )
-        for name in _left_over(found, manifest):
+        for name in _left_over(found, ranks):
             shutil.rmtree(partial / name)
         _write_durably(partial / MANIFEST, manifest)
         _sync(partial)
@@ -230,7 +229,7 @@ class FsspecStorage(Storage):
 
     def prepare(self, step: int, manifest: bytes) -> None:
         place = self.path(step)
-        for name in _left_over(self._names_in(place), manifest):
+        for name in _left_over(self._names_in(place), len(json.loads(manifest)["entries"])):
             self._fs.rm(f"{place}/{name}", recursive=True)
         self.write(f"{place}/.{MANIFEST}", manifest)
 
@@ -278,9 +277,8 @@ class FsspecStorage(Storage):
         return [str(path).rstrip("/").rpartition("/")[2] for path in found]
 
 
-def _left_over(names: Iterable[str], manifest: bytes) -> list[str]:
-    """Those of the names that are ranks' directories, but not of a rank in the manifest."""
-    ranks = len(json.loads(manifest)["entries"])
+def _left_over(names: Iterable[str], ranks: int) -> list[str]:
+    """Those of the names that are ranks' directories, but not of one of so many ranks."""
     matches = map(_RANK.fullmatch, names)
     return [match[0] for match in matches if match and int(match[1]) >= ranks]
 

@@ -169,8 +169,8 @@ class BlockingBarrier:
         **Interruption:** the break goes on, and reaches the peers if the store can be reached.
         """
         self._guards.take_turn(name, step)
-        given_ = given(check_step(step))
-        return self._portal.call(functools.partial(self._barrier.abort, reason, name, **given_))
+        options = given(check_step(step))
+        return self._portal.call(functools.partial(self._barrier.abort, reason, name, **options))
 
     def report(self, doing: str) -> None:
         """Say what this rank is doing; returns at once. See `Barrier.report`."""
@@ -286,9 +286,9 @@ class BlockingBarrier:
     ) -> T:
         timeout: Timeout = CONFIGURED if timeout_secs is None else check_call_timeout(timeout_secs)
         stalled = check_timeout("stalled_after_secs", stalled_after_secs)
-        given_ = given(check_step(step), CONFIGURED if stalled is None else stalled)
+        options = given(check_step(step), CONFIGURED if stalled is None else stalled)
         self._guards.take_turn(name, step)
-        call = functools.partial(call, **given_, timeout_secs=timeout)
+        call = functools.partial(call, **options, timeout_secs=timeout)
         return self._portal.call(call)
 
     def _fail(self, exc: BaseException, name: str, step: int | None) -> None:

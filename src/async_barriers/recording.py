@@ -245,9 +245,9 @@ class _Watched(Barrier):
         stalled_after_secs: Timeout = CONFIGURED,
     ) -> tuple[bytes, ...]:
         with self._recorder._call(self._rank, "all_gather", name) as facts:
-            given_ = given(step, stalled_after_secs)
+            options = given(step, stalled_after_secs)
             gathered = await self._barrier.all_gather(
-                payload, name=name, **given_, timeout_secs=timeout_secs
+                payload, name=name, **options, timeout_secs=timeout_secs
             )
             facts.update(verdict="released", came_last=self._came_last())
             return gathered

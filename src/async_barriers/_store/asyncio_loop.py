@@ -158,7 +158,8 @@ class AsyncioWaiter:
 
     A Future forgets its callback if a signal handler raises as it is resolved. The task is never
     resumed then, not even to be cancelled. This keeps it until the task runs: in a Future that is
-    never resolved, which notes it in C, where no signal handler runs.
+    never resolved, which notes it in C, where no signal handler runs. ``_callbacks`` is asyncio's
+    own name for what it noted; it has it for its debug output.
     """
 
     __slots__ = (
