@@ -706,12 +706,23 @@ async def test_a_publish_that_outlasts_its_barrier(
         assert "rank 0 published, but this barrier was closed before its peers" in str(error)
 
 
-def parks(world: World, operation: str, key: str) -> tuple[threading.Event, threading.Event]:
-    """Hold up the next such call to a store in memory: when it is made, and to let it go on."""
+def parks(
+    world: World, operation: str, key: str, *, where_log: str | None = None
+) -> tuple[threading.Event, threading.Event]:
+    """Hold up the next such call to a store in memory: when it is made, and to let it go on.
+
+    :param where_log: only on the connection on which a rank entered the phase with this log; a bell
+        that was rung for an earlier phase may be looked after at any time, and reads the same keys
+    """
     reached, go_on = threading.Event(), threading.Event()
+    entered = set()
 
     def hook(called: str, at: str) -> None:
-        if (called, at) == (operation, key) and not reached.is_set():
+        thread = threading.current_thread()
+        if (called, at) == ("compare_set", where_log):
+            entered.add(thread)
+        here = where_log is None or thread in entered
+        if (called, at) == (operation, key) and here and not reached.is_set():
             reached.set()
             go_on.wait()
 
@@ -731,12 +742,13 @@ async def test_the_leader_gives_up_as_the_last_rank_comes_in(
     monkeypatch.setattr("async_barriers._client.crossing.UNDO_SECS", 8.0)
     ranks = await memory.barriers(2)
     publish = Publisher()
+    keys = memory.keys(name="x")
+    reached, go_on = parks(memory, "check", keys.count, where_log=keys.log)
     async with Tasks() as tasks:
         limit = 1.0 if how == "deadline" else None
         (leading,) = commits(tasks, ranks[:1], publish, timeout_secs=limit)
         over = anyio.current_time() + (limit or 0)
         await memory.entered(0, name="x")
-        reached, go_on = parks(memory, "check", memory.keys(name="x").count)
         giving_up = None
         if how == "close":
             giving_up = tasks.start(ranks[0].aclose)
@@ -747,7 +759,7 @@ async def test_the_leader_gives_up_as_the_last_rank_comes_in(
         await happens(reached)
         (following,) = commits(tasks, ranks[1:], publish, timeout_secs=None)
         # It is told that all are in, over its other connection.
-        await memory.exists(memory.keys(name="x").released)
+        await memory.exists(keys.released)
         await anyio.sleep(max(0.0, over - anyio.current_time()) + 0.1)
         assert not leading.ended.is_set()
         go_on.set()
@@ -1054,7 +1066,8 @@ async def test_who_is_about_to_be_missed_comes(memory: World) -> None:
     await ranks[0].connect()
     publish = Publisher()
     async with Tasks() as tasks:
-        reached, go_on = parks(memory, "check", memory.keys(name="x", sequence="e0").count)
+        early = memory.keys(name="x", sequence="e0")
+        reached, go_on = parks(memory, "check", early.count, where_log=early.log)
         (waiting,) = commits(tasks, ranks[:1], publish, leader=1)
         await happens(reached)
         (leading,) = commits(tasks, ranks[1:], publish, leader=1)
