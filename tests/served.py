@@ -68,8 +68,8 @@ class Server:
             return [text(), text(), text()]
         if kind == 4:  # add
             return [text(), number()]
-        if kind in (6, 11):  # wait, multi_set
-            return [text() for _ in range(number() * (1 if kind == 6 else 2))]
+        if kind in (6, 10, 11):  # wait, multi_get, multi_set
+            return [text() for _ in range(number() * (2 if kind == 11 else 1))]
         assert kind in (3, 8, 12), f"request {kind}"  # get, delete, cancel_wait
         return [] if kind == 12 else [text()]
 
@@ -85,9 +85,10 @@ class Server:
                 self.write(key, fields[2])
             now = self.values.get(key, fields[1])
             self.said += _SIZE.pack(len(now)) + now
-        elif kind == 3:
-            now = self.values.get(key, b"")
-            self.said += _SIZE.pack(len(now)) + now
+        elif kind in (3, 10):
+            for each in fields:
+                now = self.values.get(each, b"")
+                self.said += _SIZE.pack(len(now)) + now
         elif kind == 4:
             total = int(self.values.get(key, b"0")) + fields[1]
             self.write(key, b"%d" % total)

@@ -15,6 +15,7 @@ from async_barriers._protocol.store import (
     Append,
     CompareSet,
     Delete,
+    Get,
     Read,
     Request,
     Set,
@@ -85,6 +86,20 @@ def test_c10ds_client_says_the_same(on: OnALoop, server: TCPStore, seed: int) ->
         assert found == theirs.do(Read("one/" + name)), name
         assert found == theirs.do(Read("two/" + name))
     theirs.close()
+
+
+def test_gets_in_a_row_are_one_request(on: OnALoop) -> None:
+    """Each is answered in its place, whatever stands between; also an empty and a large value."""
+    ours = on.connect()
+    values = {"a": b"1", "b": b"", "c": bytes(range(256)) * 400, "n": b"7"}
+    on.answer(ours.call(*(Set(key, value) for key, value in values.items()), Read("a")))
+    for keys in ("a", "ab", "abc", "cab a", "ab n ba", " abcn ", "a b c n"):
+        requests = [Add("n", 0) if key == " " else Get(key) for key in keys]
+        wanted = [7 if key == " " else values[key] for key in keys]
+        assert on.answer(ours.call(*requests)) == wanted, keys
+        silent = [Append("log", b"x") if key == " " else Get(key) for key in keys]
+        wanted = [values[key] for key in keys if key != " "]
+        assert on.answer(ours.call(*silent)) == wanted, keys
 
 
 def test_what_is_awaited_comes(on: OnALoop, server: TCPStore) -> None:

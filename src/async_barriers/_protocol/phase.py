@@ -56,16 +56,8 @@ class Entry:
     """
 
     __slots__ = (
-        "awaited",
-        "code",
-        "keys",
-        "kind",
-        "leader",
-        "leads",
-        "rank",
-        "world",
-        "world_size",
-    )
+        "awaited", "code", "keys", "kind", "leader", "leads", "rank", "world", "world_size",
+    )  # fmt: skip
 
     def __init__(
         self, keys: PhaseKeys, rank: int, world_size: int, kind: int = EXECUTE, leader: int = -1
@@ -214,8 +206,9 @@ async def confirm(store: Store, entry: Entry) -> Released | None:
 
     None if the count is not full: something else woke it.
     """
-    # A `Get`, since a `Read` would wake ranks that wait for this key, and they would wake this one.
-    value, last = await store.call(Read(entry.keys.count), Get(entry.keys.released))
+    # No `Read`: it would wake ranks that wait for this key, and they would wake this one. Gets in a
+    # row are one request (see `wire`).
+    value, last = await store.call(Get(entry.keys.count), Get(entry.keys.released))
     if not counts.is_count(value) or not counts.of_value(value).full(*entry.world):
         return None
     return Released(number(last))

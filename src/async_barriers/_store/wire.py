@@ -20,7 +20,8 @@ Heard = Callable[[list[Any]], object]
 
 _VALIDATE, _SET, _COMPARE_SET, _GET = b"\x00", b"\x01", b"\x02", b"\x03"
 _ADD, _WAIT = b"\x04", b"\x06"
-_DELETE, _APPEND, _MULTI_SET, CANCEL_WAIT, _PING = b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d"
+_DELETE, _APPEND, _MULTI_GET, _MULTI_SET = b"\x08", b"\x09", b"\x0a", b"\x0b"
+CANCEL_WAIT, _PING = b"\x0c", b"\x0d"
 _MAGIC = struct.pack("=I", 0x3C85F7CE)
 _SIZE = struct.Struct("=Q")
 _NUMBER = struct.Struct("=q")
@@ -133,9 +134,18 @@ class Message(Future[list[Any]]):
     def say(self, requests: Iterable[Request], said: list[bytes]) -> int:
         """Add requests to it, and their bytes to ``said``; return how many answers are wanted."""
         kinds, answered = self.kinds, 0
+        got: list[bytes] = []
         for request in requests:
             encode, kind = _SAID[type(request)]
-            said.append(encode(request))
+            if type(request) is Get:
+                got.append(_key(request.key))
+            elif got:
+                got = []
+            if len(got) > 1:
+                # As one request: the server writes all values at once, which is most of its work.
+                said[-1] = _MULTI_GET + _SIZE.pack(len(got)) + b"".join(got)
+            else:
+                said.append(encode(request))
             if kind == UNWANTED:
                 many = len(request.keys) if type(request) is Delete else 1
                 if kinds and kinds[-1] < 0:
