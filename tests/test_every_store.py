@@ -192,10 +192,102 @@ anyio.run(main, backend=sys.argv[1])
 """
 
 
+LOCKED = """
+import fcntl, subprocess, sys, tempfile, anyio
+from torch.distributed import FileStore
+from async_barriers import BarrierConnectionError, StoreBarrier
+
+path = tempfile.mkdtemp() + "/store"
+store = FileStore(path, 1)
+hold = '''
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.readline()
+'''
+ticks = []
+
+async def ticking():
+    while True:
+        ticks.append(anyio.current_time())
+        await anyio.sleep(0.01)
+
+async def main():
+    barrier = StoreBarrier(store, rank=0, world_size=2, timeout_barrier_init_secs=2)
+    if sys.argv[2] == "open":
+        await barrier.connect()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ticking)
+        if sys.argv[2] == "open":
+            await barrier.aclose()
+            await anyio.sleep(1)  # its threads end in the background
+        else:
+            try:
+                await barrier.connect()
+            except BarrierConnectionError as exc:
+                assert "locked" in str(exc), exc
+            else:
+                raise AssertionError("it connected")
+        tasks.cancel_scope.cancel()
+    gaps = [later - one for one, later in zip(ticks, ticks[1:])]
+    holder.communicate(b"\\n")
+    assert len(ticks) > 20 and max(gaps) < 0.4, (len(ticks), max(gaps))
+
+anyio.run(main, backend=sys.argv[1])
+"""
+READ_ONLY = """
+import subprocess, tempfile
+from torch.distributed import FileStore
+from async_barriers import BarrierConnectionError
+from async_barriers._protocol.store import Set
+from async_barriers._store.blocking_store import BlockingStore
+
+place = tempfile.mkdtemp()
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
+used, unused = (BlockingStore(FileStore(place + "/store")) for _ in range(2))
+used.do(Set("k", b"v"))
+subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+try:
+    used.do(Set("k", b"w"))
+except BarrierConnectionError:
+    used.close()
+    unused.close()
+else:
+    raise AssertionError("it could write")
+"""
+
+
+def runs(program: str, *arguments: str, within: tuple[str, ...] = ()) -> None:
+    """A program of its own ends well, in time."""
+    command = [*within, sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("at", ["opening", "open"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_file_store_that_is_locked(backend: str, at: str) -> None:
+    """c10d would wait for the lock with the GIL in its hands: nothing of the process would run."""
+    runs(LOCKED, backend, at)
+
+
+@pytest.mark.processes
+def test_a_file_store_that_becomes_read_only() -> None:
+    """c10d's destructor opens the file once more, and would end the process."""
+    apart = ("unshare", "--mount")
+    if subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    runs(READ_ONLY, within=apart)
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_file_store_whose_directory_is_gone(backend: str) -> None:
     """c10d's constructor would hold the GIL and try on: nothing of the process would run."""
-    command = [sys.executable, "-c", GONE, backend]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
-    assert done.returncode == 0, done.stderr
+    runs(GONE, backend)

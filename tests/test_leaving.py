@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -27,6 +28,7 @@ from reports import (
     tell,
     until_told,
 )
+from torch.distributed import HashStore
 from worlds import Tasks, free_port, gather, until
 
 from async_barriers import (
@@ -42,6 +44,7 @@ from async_barriers._protocol.membership import FIELD, GONE
 from async_barriers._protocol.store import Read
 from async_barriers._store import sources
 from async_barriers._store.connection import SocketConnection
+from async_barriers.testing import FaultyStore
 
 in_process = pytest.mark.anyio
 as_processes = pytest.mark.processes
@@ -500,3 +503,37 @@ async def test_a_rank_that_says_twice_that_it_leaves_counts_once(
         assert (await told(second.execute_barrier("x"))).rank == 0
         roll = int(await anyio.to_thread.run_sync(server.get, membership.own.roll))
         assert (roll & FIELD, roll // GONE & FIELD) == (2, 1)
+
+
+@pytest.mark.parametrize("after", range(3, 13, 2))
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_loop_that_ends_while_it_connects(backend: str, after: int) -> None:
+    """Its peers know this rank by its claim, and learn that it has gone, wherever it was cut."""
+    shared, ready = HashStore(), threading.Event()
+    told: list[BrokenBarrierError] = []
+    times: list[float] = []
+
+    async def waits() -> None:
+        async with StoreBarrier(shared, rank=1, world_size=2, warn_after_secs=None) as peer:
+            ready.set()
+            with pytest.raises(BrokenBarrierError) as caught:
+                await peer.execute_barrier(timeout_secs=20)
+            told.append(caught.value)
+            times.append(time.monotonic())
+
+    thread = threading.Thread(target=partial(anyio.run, waits, backend=backend))
+    thread.start()
+    ready.wait()
+    faulty = FaultyStore(shared)
+    barrier = StoreBarrier(faulty, rank=0, world_size=2, warn_after_secs=None)
+
+    async def connects() -> None:
+        faulty.delay(secs=0.2, after=after, times=1)
+        with anyio.move_on_after(0.1):
+            await barrier.connect()
+
+    anyio.run(connects, backend=backend)
+    ended = time.monotonic()
+    thread.join(30)
+    assert (told[0].rank, told[0].reason) == (0, "it closed its barrier (its event loop ended)")
+    assert times[0] < ended + TOLD_SECS

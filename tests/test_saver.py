@@ -25,7 +25,7 @@ from torch.distributed import HashStore
 from worlds import Tasks, gather
 from worlds import until as reached
 
-from async_barriers import BrokenBarrierError, StoreBarrier
+from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
 from async_barriers.blocking import BlockingBarrier
 from async_barriers.saving import (
     BlockingSaver,
@@ -230,7 +230,9 @@ async def test_two_savers_that_share_a_directory(tmp_path: Path) -> None:
     async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
         slow, quick = savers(barriers, tmp_path, slowly), savers(barriers, tmp_path, name="other")
         first = [tasks.start(partial(saver.save, 5, [5])) for saver in slow]
-        await reached(partial(in_thread, (tmp_path / ".step-5.partial/rank-1/state").exists))
+        await reached(
+            partial(in_thread, lambda: any(tmp_path.glob(".step-5.partial/rank-1.*/state")))
+        )
         await save(quick, 6)
         hold.set()
         for each in first:
@@ -465,6 +467,80 @@ async def test_only_what_it_has_saved_is_a_checkpoint(storage: Storage, tmp_path
 
 
 @pytest.mark.anyio
+async def test_a_step_is_saved_again_while_it_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a rank that gave it up in doubt, or by its new process: the checkpoint has the files that
+    its peers know of."""
+    at, go_on, written = threading.Event(), threading.Event(), anyio.Event()
+    storage = Directory(tmp_path)
+    prepare = storage.prepare
+
+    def slow(*args: Any) -> None:
+        at.set()
+        go_on.wait(10)
+        prepare(*args)
+
+    async def noted(state: Any, part: Part) -> Any:
+        if state == [2]:
+            written.set()
+        return await upload(state, part)
+
+    monkeypatch.setattr(storage, "prepare", slow)
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        both = savers(barriers, storage, noted)
+        leading, following = (tasks.start(partial(saver.save, 1, [1])) for saver in both)
+        await in_thread(at.wait)
+        following.scope.cancel()
+        await following.ended.wait()
+        again = tasks.start(partial(both[1].save, 1, [2]))
+        await written.wait()
+        go_on.set()
+        assert (await leading.returned()).step == 1
+        await again.ended.wait()
+        assert again.error is not None
+    assert (tmp_path / "step-1/rank-1/state.json").read_text() == "[1]"
+
+
+@pytest.mark.anyio
+async def test_saves_that_fail_leave_no_files(tmp_path: Path) -> None:
+    """Neither their own, nor for long those of ranks that were killed: else there is no room for
+    any other."""
+
+    async def fails(state: Any, part: Part) -> Any:
+        await upload(state, part)
+        if part.step < 5 and "rank-1" in part.path:
+            raise OSError("disk full")
+
+    killed = tmp_path / ".step-1.partial/rank-1.ab"
+    killed.mkdir(parents=True)
+    async with local_barriers(2, timeout_secs=10) as barriers, Tasks() as tasks:
+        both = savers(barriers, tmp_path, fails)
+        for step in (2, 3, 4):
+            first, second = (tasks.start(partial(saver.save, step, [1])) for saver in both)
+            await first.raised(BrokenBarrierError)
+            await second.raised(OSError)
+
+        async def none_left() -> bool:
+            return not list(tmp_path.glob(".step-*"))
+
+        await reached(none_left)
+        assert [each.step for each in await save(both, 5)] == [5, 5]
+
+
+@pytest.mark.anyio
+async def test_a_second_process_of_a_rank_writes_nothing(tmp_path: Path) -> None:
+    """It is refused before it begins."""
+    store = HashStore()
+    async with StoreBarrier(store, rank=0, world_size=1, timeout_barrier_init_secs=3):
+        second = StoreBarrier(store, rank=0, world_size=1, timeout_barrier_init_secs=3)
+        with pytest.raises(BarrierError):
+            await Saver(second, tmp_path, upload, rank=0).save(1, [1])
+        await second.aclose()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.anyio
 async def test_two_savers_of_one_rank(storage: Storage) -> None:
     """Built so by mistake, one writes over the files of the other: no rank completes that."""
 
@@ -640,7 +716,7 @@ def test_a_rank_killed_in_mid_save(start_job: StartJob, tmp_path: Path, victim: 
 
     assert each("save", step=1) == [1, 1]
     saving = job.starts(range(2), "save", root=str(tmp_path), step=2, hang_on=victim)
-    until(lambda: (tmp_path / f".step-2.partial/rank-{victim}/begun").exists())
+    until(lambda: any(tmp_path.glob(f".step-2.partial/rank-{victim}.*/begun")))
     job.ranks[victim].strike(signal.SIGKILL)
     job.come_back(victim)
     saving[1 - victim].error("BrokenBarrierError")

@@ -42,7 +42,7 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 9_190
+CORE_LINES = 9_201
 
 
 def wing_of(name: str) -> str:
@@ -136,7 +136,7 @@ def test_only_torch_and_anyio_are_needed() -> None:
     for a package of the module's own name, and no module needs one of those."""
     integrations = {"torch_checkpointing"}
     # Imported when a storage of it is made.
-    extras = {"_storage": {"fsspec"}}
+    extras = {"_fsspec": {"fsspec"}}
     # Whose program runs on it has it.
     loops = {"_store.trio_loop": {"trio"}}
     for name in MODULES:

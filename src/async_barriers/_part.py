@@ -20,6 +20,8 @@ class Part:
     path: str
     _storage: Storage
     _background: Background
+    # What this rank's calls write to, in all attempts at this step.
+    _writes: str
 
     async def write(self, name: str, data: bytes) -> None:
         """Write one file, in a thread; ``name`` may have directories, such as ``"layers/0.pt"``.
@@ -32,4 +34,4 @@ class Part:
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise ValueError(f"{name!r} is no name of a file of this rank's")
         write = self._storage.write
-        await self._background.run(write, f"{self.path}/{name}", data, place=self.path)
+        await self._background.run(write, f"{self.path}/{name}", data, place=self._writes)

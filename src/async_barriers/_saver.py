@@ -20,7 +20,7 @@ from anyio.abc import TaskStatus
 from ._background import Background, goes_on
 from ._barrier import Barrier
 from ._checks import check_callable, check_number
-from ._errors import BarrierError
+from ._errors import BarrierError, BarrierTimeoutError, BrokenBarrierError
 from ._part import Part
 from ._publish import is_async
 from ._reasons import reason_of
@@ -95,7 +95,7 @@ class Saver:
         self._background = Background()
         # Clean-up outlives its save. ``latest`` never moves back.
         self._cleaning = threading.Lock()
-        self._latest = -1
+        self._latest = self._before = -1
 
     async def save(
         self, step: int, state: Any, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
@@ -185,14 +185,15 @@ class Saver:
 
         async def publish(entries: Mapping[int, bytes]) -> None:
             nonlocal published
-            listed = []
+            listed, places = [], []
             for rank in sorted(entries):
-                said, entry = json.loads(entries[rank])
+                said, entry, place = json.loads(entries[rank])
                 if said != rank:
                     raise ValueError(f"the saver of rank {rank} was built with rank={said}")
                 listed.append(entry)
+                places.append(place)
             manifest = json.dumps({"step": step, "entries": listed}).encode()
-            await self._background.run(storage.prepare, step, manifest)
+            await self._background.run(storage.prepare, step, manifest, places)
             # The verdict follows from this step, so nothing may come between them. Its thread
             # outlives a cancellation, and could complete a checkpoint that peers take for broken.
             # So wait for its end.
@@ -200,10 +201,18 @@ class Saver:
             published = True
 
         commit = self._barrier.committing(publish, name=self._name, step=step, leader=self._leader)
+        path = ""
         try:
             async with commit as part:
-                entry = await self._uploaded(step, staged)
-                part.payload = json.dumps([self._rank, entry]).encode()
+                path = await self._begun(step)
+                entry = await self._uploaded(step, staged, path)
+                part.payload = json.dumps([self._rank, entry, path]).encode()
+        except BaseException as exc:
+            # Not where it has entered, and the leader may complete the checkpoint all the same.
+            broken = isinstance(exc, BrokenBarrierError | BarrierTimeoutError) and not exc.in_doubt
+            if path and (broken or not part.payload):
+                self._background.begin(storage.discard, path)
+            raise
         finally:
             # Also where this task was cancelled meanwhile: the checkpoint is complete.
             if published:
@@ -212,15 +221,27 @@ class Saver:
                 raise cancelled[0]
         return Checkpoint(step, storage.path(step)), cleaned
 
-    async def _uploaded(self, step: int, staged: Any) -> Any:
+    async def _begun(self, step: int) -> str:
+        """A place for this rank's files."""
         storage = self._storage
+        # Before anything is written: this process may be refused, as a second one of its rank.
+        await self._barrier.connect()
+        if self._rank == self._leader:
+            # What ranks that were killed have left may take the room of this one. A slow rank may
+            # still be at the one before.
+            before, self._before = self._before, step
+            await self._background.run(storage.clear, before)
         if step in await self._background.run(storage.steps):
             raise FileExistsError(f"{storage.path(step)} is complete; it is not overwritten")
-        path = await self._background.run(storage.begin, step, self._rank)
-        if goes_on(path):
+        return await self._background.run(storage.begin, step, self._rank)
+
+    async def _uploaded(self, step: int, staged: Any, path: str) -> Any:
+        storage = self._storage
+        writes = f"{storage.path(step)}/rank-{self._rank}"
+        if goes_on(writes):
             raise RuntimeError(f"step {step} is refused: an earlier attempt still writes to {path}")
-        part = Part(step, path, storage, self._background)
-        entry = await self._background.run_any(self._upload, staged, part, place=path)
+        part = Part(step, path, storage, self._background, writes)
+        entry = await self._background.run_any(self._upload, staged, part, place=writes)
         await self._background.run(storage.seal, path)
         return entry
 

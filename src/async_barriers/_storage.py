@@ -1,4 +1,4 @@
-"""Where a `Saver` keeps checkpoints: a directory, or any file system that fsspec knows."""
+"""Where a `Saver` keeps checkpoints: the interface, and a directory that all ranks share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 # As this module writes them: a directory of another name, such as step-007, is the user's.
 _NUMBER = "(0|[1-9][0-9]*)"
-_STEP = re.compile(f"step-{_NUMBER}")
+STEP = re.compile(f"step-{_NUMBER}")
 _PARTIAL = re.compile(rf"\.step-{_NUMBER}\.partial")
-_RANK = re.compile(f"rank-{_NUMBER}")
+# A rank's directory; before the checkpoint is complete, with the token of its attempt.
+RANK = re.compile(rf"rank-{_NUMBER}(\.[0-9a-f]+)?")
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ class Storage(abc.ABC):
         """Make durable what a rank has written to ``path``, which `begin` returned."""
 
     @abc.abstractmethod
-    def prepare(self, step: int, manifest: bytes) -> None:
+    def prepare(self, step: int, manifest: bytes, places: Sequence[str]) -> None:
         """Do what can be done before `complete`; readers do not see it.
 
-        What an earlier attempt with more ranks has left is no part of the checkpoint.
+        What other attempts have left, or write now, is no part of the checkpoint.
+
+        :param places: what `begin` returned to each rank, in rank order
         """
 
     @abc.abstractmethod
@@ -91,7 +95,10 @@ class Storage(abc.ABC):
         entries = json.loads(self.manifest(step))["entries"]
         return Checkpoint(step, self.path(step), tuple(entries))
 
-    def clear(self, before: int) -> None:  # noqa: B027  (what is incomplete may stay)
+    def discard(self, place: str) -> None:  # noqa: B027  (what is incomplete may stay)
+        """Remove what a rank has written to ``place``, which `begin` returned: its save failed."""
+
+    def clear(self, before: int) -> None:  # noqa: B027  (here, too)
         """Remove what incomplete checkpoints of earlier steps have left."""
 
 
@@ -110,9 +117,9 @@ class Directory(Storage):
         self._root = Path(root)
 
     def begin(self, step: int, rank: int) -> str:
-        place = self._partial(step) / f"rank-{rank}"
-        # Files of an earlier attempt at this step are no part of this one.
-        shutil.rmtree(place, ignore_errors=True)
+        # Another place for each attempt: one that goes on, or begins before an earlier one is
+        # decided, writes into no checkpoint that the leader completes just then.
+        place = self._partial(step) / f"rank-{rank}.{secrets.token_hex(4)}"
         place.mkdir(parents=True)
         return str(place)
 
@@ -131,15 +138,20 @@ class Directory(Storage):
                     _sync(file)
             _sync(directory)
 
-    def prepare(self, step: int, manifest: bytes) -> None:
+    def prepare(self, step: int, manifest: bytes, places: Sequence[str]) -> None:
         partial = self._partial(step)
-        found, ranks = os.listdir(partial), len(json.loads(manifest)["entries"])
-        if lacking := {f"rank-{rank}" for rank in range(ranks)} - {*found}:
+        # Each rank may know the directory by another path.
+        parts = {f"rank-{rank}": os.path.basename(place) for rank, place in enumerate(places)}
+        found = os.listdir(partial)
+        if lacking := [rank for rank, part in parts.items() if part not in found]:
             raise FileNotFoundError(
-                f"{partial} lacks {', '.join(sorted(lacking))}; do two savers share the directory?"
+                f"{partial} lacks {', '.join(lacking)}; do two savers share the directory?"
             )
-        for name in _left_over(found, ranks):
-            shutil.rmtree(partial / name)
+        for name in found:
+            if RANK.fullmatch(name) and name not in parts.values():
+                shutil.rmtree(partial / name)
+        for rank, part in parts.items():
+            os.rename(partial / part, partial / rank)
         _write_durably(partial / MANIFEST, manifest)
         _sync(partial)
 
@@ -159,7 +171,7 @@ class Directory(Storage):
 
     def steps(self) -> list[int]:
         # A directory without a manifest is the user's.
-        found = self._found(_STEP)
+        found = self._found(STEP)
         return [step for step in found if os.path.exists(os.path.join(self.path(step), MANIFEST))]
 
     def path(self, step: int) -> str:
@@ -171,6 +183,11 @@ class Directory(Storage):
     def remove(self, step: int) -> None:
         os.rename(self.path(step), self._partial(step))
         shutil.rmtree(self._partial(step))
+
+    def discard(self, place: str) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(place))
 
     def clear(self, before: int) -> None:
         for step in self._found(_PARTIAL):
@@ -185,102 +202,6 @@ class Directory(Storage):
             matches = map(names.fullmatch, os.listdir(self._root))
             return sorted(int(match[1]) for match in matches if match)
         return []
-
-
-class FsspecStorage(Storage):
-    """Any file system that fsspec knows: S3, GCS, memory, ... Needs the extra ``fsspec``.
-
-    A checkpoint is complete when its ``manifest.json`` exists.
-
-    :param url: such as ``"s3://bucket/run-7"``; all ranks must see the same files there
-    :param options: for the file system, as for ``fsspec.filesystem``
-    :raises ValueError: ``url`` has a ``*``, ``?`` or ``[``, which fsspec takes for a pattern
-    """
-
-    def __init__(self, url: str, **options: Any) -> None:
-        from fsspec.core import url_to_fs
-
-        self._fs, self._root = url_to_fs(url, **options)
-        if any(each in self._root for each in "*?["):
-            raise ValueError(f"{url!r} has a character that fsspec takes for a pattern: *, ? or [")
-
-    @property
-    def fs(self) -> Any:
-        """The file system, for an upload that writes by itself."""
-        return self._fs
-
-    def begin(self, step: int, rank: int) -> str:
-        place = f"{self.path(step)}/rank-{rank}"
-        if self._fs.exists(place):
-            self._fs.rm(place, recursive=True)
-        self._fs.makedirs(place, exist_ok=True)
-        return place
-
-    def write(self, path: str, data: bytes) -> None:
-        try:
-            self._fs.pipe_file(path, data)
-        except FileNotFoundError:
-            # Most have no directories, or make them.
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(path, data)
-
-    def seal(self, path: str) -> None:
-        """An object store keeps all that it has accepted."""
-
-    def prepare(self, step: int, manifest: bytes) -> None:
-        place = self.path(step)
-        for name in _left_over(self._names_in(place), len(json.loads(manifest)["entries"])):
-            self._fs.rm(f"{place}/{name}", recursive=True)
-        self.write(f"{place}/.{MANIFEST}", manifest)
-
-    def complete(self, step: int) -> None:
-        # Not written in place: some file systems show a file before all of it is there.
-        try:
-            self._fs.mv(f"{self.path(step)}/.{MANIFEST}", f"{self.path(step)}/{MANIFEST}")
-        except Exception:
-            # Most copy it, and delete the original, which may be refused. Readers see the copy.
-            if not self._is_complete(step):
-                raise
-
-    def point(self, step: int) -> None:
-        self.write(f"{self._root}/.{LATEST}", f"step-{step}".encode())
-        self._fs.mv(f"{self._root}/.{LATEST}", f"{self._root}/{LATEST}")
-
-    def steps(self) -> list[int]:
-        self._fs.invalidate_cache()
-        found = map(_STEP.fullmatch, self._names_in(self._root))
-        steps = sorted(int(match[1]) for match in found if match)
-        return [step for step in steps if self._fs.exists(f"{self.path(step)}/{MANIFEST}")]
-
-    def path(self, step: int) -> str:
-        return f"{self._root}/step-{step}"
-
-    def manifest(self, step: int) -> bytes:
-        manifest: bytes = self._fs.cat_file(f"{self.path(step)}/{MANIFEST}")
-        return manifest
-
-    def remove(self, step: int) -> None:
-        self._fs.rm_file(f"{self.path(step)}/{MANIFEST}")
-        self._fs.rm(self.path(step), recursive=True)
-
-    def _is_complete(self, step: int) -> bool:
-        with contextlib.suppress(Exception):
-            self._fs.invalidate_cache()
-            return bool(json.loads(self.manifest(step)))
-        return False
-
-    def _names_in(self, place: str) -> list[str]:
-        try:
-            found = self._fs.ls(place, detail=False)
-        except FileNotFoundError:
-            return []
-        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
-
-
-def _left_over(names: Iterable[str], ranks: int) -> list[str]:
-    """Those of the names that are ranks' directories, but not of one of so many ranks."""
-    matches = map(_RANK.fullmatch, names)
-    return [match[0] for match in matches if match and int(match[1]) >= ranks]
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 
 if sys.platform not in ("darwin", "win32"):
@@ -56,6 +57,34 @@ def deafen(sock: socket.socket) -> bool:
     attached = struct.pack("HP", 1, ctypes.addressof(program))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
     return True
+
+
+def lockable(path: str, secs: float = 0.5) -> bool:
+    """Whether a file can be opened and locked within so many seconds; blocks.
+
+    True where the system cannot tell.
+    """
+    if sys.platform == "win32":
+        return True
+    until = time.monotonic() + secs
+    try:
+        with open(path, "ab") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        return False
+                # The kernel tells nobody, for so long, when a lock is free.
+                time.sleep(0.01)
+    except OSError:
+        return False
+
+
+def never_destroy(thing: object) -> None:
+    """Keep ``thing``, also when the interpreter ends: its destructor would end the process."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def hosted_here(port: int) -> bool:

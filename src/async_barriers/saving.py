@@ -18,10 +18,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+from ._fsspec import FsspecStorage
 from ._part import Part
 from ._pending import CANCELLED_SECS, Call
 from ._saver import Saver, Upload
-from ._storage import Checkpoint, Directory, FsspecStorage, Storage
+from ._storage import Checkpoint, Directory, Storage
 from ._store.worker import Promise
 from .blocking import BlockingBarrier
 

@@ -51,7 +51,7 @@ class Joining(Listening):
         deadline = self._now() + self.init_secs
         # The store may have gone with a rank that has left.
         until = deadline if self.closed_by is None else min(deadline, self._now() + _GRACE_SECS)
-        pause = RETRY_SECS
+        pause, before = RETRY_SECS, None
         while True:
             store: Connection | None = None
             try:
@@ -73,7 +73,9 @@ class Joining(Listening):
                     store.close(reset=store.unsaid)
                 lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
                 if not lost or self.closing or self._now() >= deadline:
-                    raise
+                    # The last attempt had little time; the one before may know why.
+                    raise exc if before is None or exc.__cause__ is not None else before from None
+                before = exc
                 slow = exc.__cause__ is None or isinstance(exc.__cause__, TimeoutError)
                 if store is None and not slow and (closed := self.closed_by) is not None:
                     raise self._left_error(closed) from exc

@@ -222,7 +222,9 @@ class Session(Joining):
         self.loop = None
 
     def _leave_now(self, deadline: float, how: str) -> None:
-        if self.membership is None and not self.open:
+        # An attempt to join may have claimed the rank, and peers know it by its claim.
+        claims = self._claiming or self._claimed is not None
+        if self.membership is None and not (claims or self.open):
             with contextlib.suppress(RuntimeError, OSError):
                 self._close()
             return
@@ -231,9 +233,10 @@ class Session(Joining):
             self._not_at_end()
             self._not_at_end = lambda: None
             self.loop = private
-            for connection in self._connections():
+            for connection in [each for each in self._opened if each.lost is None]:
                 connection.move(private)
-            leaving = self.leave(f"it closed its barrier ({how})")
+            spent_secs = _LEAVE_SECS - (deadline - time.monotonic())
+            leaving = self.leave(f"it closed its barrier ({how})", spent_secs)
             private.run(lambda: leaving.done, deadline)
             if not leaving.done:
                 self._close()

@@ -18,7 +18,7 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
 from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
-from .._system import deafen
+from .._system import deafen, lockable, never_destroy
 from .wire import ABSENT
 from .worker import ends_by
 
@@ -46,7 +46,7 @@ class BlockingStore:
         # FileStore's own append is a get and a set: two ranks may lose a line to each other.
         self._appends = isinstance(self._base, TCPStore | HashStore)
         self._socket = _shared_socket(self._base) if isinstance(self._base, TCPStore) else None
-        self.asks = False
+        self.asks = self._failed = False
         if self._socket is not None:
             store.set_timeout(_FOREVER)
 
@@ -77,6 +77,7 @@ class BlockingStore:
                 store.delete_key(key)
             return None
         except Exception as exc:
+            self._failed = True
             # The traceback must not keep the store, and with it the socket, from being closed.
             del store
             raise lost(exc) from exc
@@ -100,6 +101,7 @@ class BlockingStore:
             # A store written in Python may say it in other words than c10d.
             over = time.monotonic() - began >= timeout.total_seconds()
             if not (over or _timed_out(exc)):
+                self._failed = True
                 raise lost(exc) from exc
         finally:
             ends_by(None)
@@ -122,6 +124,11 @@ class BlockingStore:
             return False
 
     def close(self) -> None:
+        # The destructor of a FileStore opens and locks its file. It holds the GIL until it can, and
+        # ends the process if it cannot.
+        path: str = getattr(self._base, "path", "")
+        if isinstance(self._base, FileStore) and (self._failed or not lockable(path)):
+            never_destroy(self._store)
         del self._store, self._base
         if self._socket is not None:
             self._socket.close()

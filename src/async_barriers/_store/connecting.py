@@ -149,9 +149,11 @@ async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket
             if len(failed) == len(addresses):
                 opened.fail(failed[0])
         except BaseException as exc:
-            loop.unwatch(sock)
-            sock.close()
-            opened.fail(exc)
+            # A signal handler raised, perhaps after it was handed over.
+            if not (opened.done and opened.error is None and opened.result() is sock):
+                loop.unwatch(sock)
+                sock.close()
+                opened.fail(exc)
             raise
 
     try:
