@@ -120,7 +120,11 @@ class Directory(Storage):
         # Another place for each attempt: one that goes on, or begins before an earlier one is
         # decided, writes into no checkpoint that the leader completes just then.
         place = self._partial(step) / f"rank-{rank}.{secrets.token_hex(4)}"
-        place.mkdir(parents=True)
+        try:
+            place.mkdir(parents=True)
+        except FileNotFoundError:
+            # A rank whose save has failed removed the directory above, just then.
+            place.mkdir(parents=True)
         return str(place)
 
     def write(self, path: str, data: bytes) -> None:

@@ -68,7 +68,7 @@ def lockable(path: str, secs: float = 0.5) -> bool:
         return True
     until = time.monotonic() + secs
     try:
-        with open(path, "ab") as file:
+        with open(path, "r+b") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

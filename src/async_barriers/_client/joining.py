@@ -73,8 +73,10 @@ class Joining(Listening):
                     store.close(reset=store.unsaid)
                 lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
                 if not lost or self.closing or self._now() >= deadline:
+                    if before is None or exc.__cause__ is not None:
+                        raise
                     # The last attempt had little time; the one before may know why.
-                    raise exc if before is None or exc.__cause__ is not None else before from None
+                    raise before from before.__cause__
                 before = exc
                 slow = exc.__cause__ is None or isinstance(exc.__cause__, TimeoutError)
                 if store is None and not slow and (closed := self.closed_by) is not None:
