@@ -59,27 +59,36 @@ def deafen(sock: socket.socket) -> bool:
     return True
 
 
-def lockable(path: str, secs: float = 0.5) -> bool:
-    """Whether a file can be opened and locked within so many seconds; blocks.
+def usable(path: str, secs: float = 0.5) -> bool:
+    """Whether a file can be opened, and no other process keeps it locked for so long; blocks.
 
-    True where the system cannot tell.
+    Where the system does not tell locks, as for some network file systems, they are not noticed.
     """
-    if sys.platform == "win32":
-        return True
-    until = time.monotonic() + secs
     try:
-        with open(path, "r+b") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return True
-                except BlockingIOError:
-                    if time.monotonic() >= until:
-                        return False
-                # The kernel tells nobody, for so long, when a lock is free.
-                time.sleep(0.01)
+        os.close(os.open(path, os.O_RDWR))
+        at = os.stat(path)
     except OSError:
         return False
+    where = f"{os.major(at.st_dev):02x}:{os.minor(at.st_dev):02x}:{at.st_ino}"
+    until = time.monotonic() + secs
+    while where in _locked_by_others():
+        # Not found out by locking it: to let go of it takes the GIL, and another thread may wait in
+        # c10d for that lock, with the GIL.
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _locked_by_others() -> set[str]:
+    """The files that other processes have locked, as in /proc/locks."""
+    own = str(os.getpid())
+    try:
+        with open("/proc/locks") as lines:
+            rows = [line.split() for line in lines]
+    except OSError:
+        return set()
+    return {row[5] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[4] != own}
 
 
 def never_destroy(thing: object) -> None:

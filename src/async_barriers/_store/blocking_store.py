@@ -18,7 +18,7 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
 from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
-from .._system import deafen, lockable, never_destroy
+from .._system import deafen, never_destroy, usable
 from .wire import ABSENT
 from .worker import ends_by
 
@@ -127,7 +127,7 @@ class BlockingStore:
         # The destructor of a FileStore opens and locks its file. It holds the GIL until it can, and
         # ends the process if it cannot.
         path: str = getattr(self._base, "path", "")
-        if isinstance(self._base, FileStore) and (self._failed or not lockable(path)):
+        if isinstance(self._base, FileStore) and (self._failed or not usable(path)):
             never_destroy(self._store)
         del self._store, self._base
         if self._socket is not None:
