@@ -270,8 +270,7 @@ def runs(program: str, *arguments: str, within: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("at", ["opening", "open"])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(("backend", "at"), [("asyncio", "opening"), ("trio", "open")])
 def test_a_file_store_that_is_locked(backend: str, at: str) -> None:
     """c10d would wait for the lock with the GIL in its hands: nothing of the process would run."""
     runs(LOCKED, backend, at)
