@@ -157,6 +157,10 @@ class Connection:
     def unsaid(self) -> bool:
         return bool(self._due)
 
+    @property
+    def sent(self) -> bool:
+        return self.lost is None
+
     def close(self, *, reset: bool = False) -> None:
         self.on_lost = None
         self._end(BarrierConnectionError("this connection to the store was closed"), reset)
@@ -204,7 +208,6 @@ class Loop:
     """The event loop of a process; the scheduler moves its clock."""
 
     ended = elsewhere = False
-    lets_go = True
 
     def __init__(self, host: Host) -> None:
         self._host = host

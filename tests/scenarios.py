@@ -182,11 +182,13 @@ class Scenario(PhaseLaws):
         options.setdefault("at_once", True)
         return Job(" ".join(("crosses", *names)), run, **options)
 
-    def crosses_anew(self, times: int = 1, **options: Any) -> Job:
-        """Cross phases until so many are released after a restart."""
+    def crosses_anew(self, times: int = 1, *, aborts: bool = False, **options: Any) -> Job:
+        """Cross phases until so many are released after a restart; abort one before, or do not."""
 
         async def run(host: Host) -> None:
             tries = 0
+            if aborts:
+                await self.ends(host, "abort", self.barrier(host).abort("no disk", "x"))
             while len(self.released_anew(host)) < times:
                 call = self.barrier(host).execute_barrier("x")
                 await self.ends(host, f"x {tries}", call)
@@ -201,35 +203,16 @@ class Scenario(PhaseLaws):
         paths = [note[1] for note in host.notes if note[0] == "released"]
         return [path for path in paths if not path.partition("/1:p/")[2].startswith("0-")]
 
-    def aborts(self, name: str = "x", step: int | None = None, **options: Any) -> Job:
+    def closes(self, *, in_doubt: bool = False, **options: Any) -> Job:
+        """:param in_doubt: the store was silent before, so it does not wait to be heard"""
+
         async def run(host: Host) -> None:
-            await self.ends(host, "abort", self.barrier(host).abort("no disk", name, step=step))
-
-        return Job("aborts", run, **options)
-
-    def steps(self, *steps: int, **options: Any) -> Job:
-        async def run(host: Host) -> None:
-            for step in steps:
-                call = self.barrier(host).execute_barrier("x", step=step)
-                await self.ends(host, f"step {step}", call)
-
-        options.setdefault("at_once", True)
-        return Job("steps", run, **options)
-
-    def closes(self, **options: Any) -> Job:
-        async def run(host: Host) -> None:
-            await self.barrier(host).aclose()
+            barrier = self.barrier(host)
+            barrier._session._doubtful |= in_doubt
+            await barrier.aclose()
             host.note("left", "all", host.rank)
 
         return Job("closes", run, **options)
-
-    def stray(self, rank: int) -> None:
-        """Count the arrival of ``rank`` once more."""
-
-        async def run(host: Host) -> None:
-            await self.connect(host)
-
-        self.specs.append(Spec("stray", rank, (Job("stray", run),)))
 
     async def ends(self, host: Host, what: str, call: Any) -> Any:
         """Note how a call ends."""

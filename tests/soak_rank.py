@@ -209,11 +209,10 @@ class SoakRank:
         """As `_watch_turns`, for what was tried before all had joined, and now counts."""
         renumber = Turns.renumber
 
-        def logged(turns: Turns, phase: Phase) -> Any:
-            before = renumber(turns, phase)
+        def logged(turns: Turns, phase: Phase, connection: Any) -> None:
+            renumber(turns, phase, connection)
             if phase in self._calls:
                 self._takes_part(phase)
-            return before
 
         Turns.renumber = logged  # type: ignore[method-assign,assignment]
 
@@ -233,7 +232,11 @@ class SoakRank:
             if not (phase.entered or phase.decided):
                 call.breaks_only = True
                 self._takes_part(phase)
-            del self._calls[phase]
+            if phase.early and phase.giving_up:
+                # Its break goes on, and may yet move to where it counts.
+                call.breaks_only = True
+            else:
+                del self._calls[phase]
 
     # -- crossing ----------------------------------------------------------------------
 

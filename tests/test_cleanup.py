@@ -169,10 +169,12 @@ async def left(world: World) -> Left:
     gc.collect()
     descriptors = Path("/proc/self/fd")
     return Left(
-        # Of the numbered keys that wake observers there are 16 at most; and one for each rank that
-        # was ever asked whether it is alive.
+        # Of the numbered keys that wake observers there are 16 at most; one for each rank that was
+        # ever asked whether it is alive, one for each that asked, where an answer came late, and
+        # one for what was found.
         keys=sum(
-            not re.search("/commits/news/|/asked/", k) for k in await world.call(keys_of, store)
+            not re.search("/commits/news/|/asked/|/answer/[0-9]$|/heard$", key)
+            for key in await world.call(keys_of, store)
         ),
         threads=threading.active_count(),
         sockets=sum(

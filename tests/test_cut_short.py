@@ -15,7 +15,7 @@ import anyio
 import pytest
 from cuttable import Ways
 from processes import EXIT_SECS, NO_HOST_NAME, Forge
-from rank_process import say
+from rank_process import PREFIX, say
 from reports import (
     TOLD_SECS,
     Programs,
@@ -26,6 +26,7 @@ from reports import (
     job,
     one,
     serve,
+    tell,
     until_told,
 )
 from worlds import Tasks, close, free_port, gather, library_threads_gone
@@ -257,6 +258,81 @@ async def leaves(port: int, call: str) -> None:
         await until_told()
         if call != "times out":
             tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@pytest.mark.processes
+@pytest.mark.parametrize("call", CALLS[:2])
+async def test_a_store_that_comes_back_after_a_rank_has_gone(
+    forge: Forge, anyio_backend: str, call: str
+) -> None:
+    """The rank's process has ended in time, and its last words arrive all the same (law 3)."""
+    with Programs(forge) as programs:
+        agent = programs.start(host_store)
+        port = agent.event()["port"]
+        gone = programs.start(leaves, port, call, backend=anyio_backend)
+        async with one(client(port), 1, 2) as peer, Tasks() as tasks:
+            waiting = tasks.start(partial(peer.execute_barrier, "y"))
+            assert await anyio.to_thread.run_sync(gone.event) == {"event": "waits"}
+            agent.stop()
+            assert gone.exit(tell(gone) + EXIT_SECS) == 0, gone.stderr
+            back = agent.signal(signal.SIGCONT)
+            error = await waiting.raised(BrokenBarrierError)
+            assert time.monotonic() < back + TOLD_SECS
+            assert (error.rank, "closed" in error.reason) == (0, True)
+
+
+async def leaves_and_comes_back(port: int, backend: str, waits: bool) -> None:
+    """A program: a rank whose event loop ends, and which another loop uses then."""
+    barrier = one(client(port), 0, 2, prefix=PREFIX, timeout_secs=5)
+
+    async def leave() -> None:
+        await barrier.execute_barrier("ready")
+        async with Tasks() as tasks:
+            if waits:
+                tasks.start(partial(barrier.execute_barrier, "x"))
+                await anyio.sleep(0.3)
+            say(event="ready")
+            await until_told()
+
+    async def meet() -> None:
+        say(event="left")
+        await until_told()
+        # The first call ends the generation that it left, and its peer may hear of that late.
+        while isinstance(met := await attempt(barrier.execute_barrier("y")), BrokenBarrierError):
+            pass
+        say(event=type(met).__name__)
+        await barrier.aclose()
+
+    def two_loops() -> None:
+        for use in (leave, meet):
+            anyio.run(use, backend=backend)
+
+    await anyio.to_thread.run_sync(two_loops)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("waits", [False, True], ids=["idle", "in a phase"])
+def test_another_loop_after_the_last_words(forge: Forge, backend: str, waits: bool) -> None:
+    """What was said is not taken back: the rank joins again, and its peer meets it there."""
+    with Programs(forge) as programs:
+        agent = programs.start(host_store)
+        port = agent.event()["port"]
+        leaver = programs.start(leaves_and_comes_back, port, backend, waits)
+        peer = programs.rank(1, 2, port)
+        peer.start("cross", name="ready").released()
+        waiting = peer.start("cross", name="y")
+        assert leaver.event() == {"event": "ready"}
+        agent.stop()
+        tell(leaver)
+        assert leaver.event() == {"event": "left"}
+        agent.signal(signal.SIGCONT)
+        assert waiting.error("BrokenBarrierError")["rank"] == 0
+        tell(leaver)
+        while peer.do("cross", name="y", timeout_secs=5).get("error") == "BrokenBarrierError":
+            pass
+        assert leaver.event() == {"event": "BarrierResult"}
 
 
 @pytest.mark.processes

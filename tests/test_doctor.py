@@ -19,14 +19,14 @@ from typing import Any
 import anyio
 import doctor_rank
 import pytest
-from processes import BACKENDS, CRASHES, Forge, Rank
+from processes import BACKENDS, CRASHES, Forge, Rank, until
 from torch.distributed import HashStore, TCPStore
 from worlds import Tasks, free_port, gather
 
 from async_barriers import BarrierConnectionError, BrokenBarrierError
 from async_barriers.__main__ import check, main, parser
 from async_barriers._client.process import new_life
-from async_barriers._doctor import measure
+from async_barriers._doctor import measure, roll
 from async_barriers._doctor.measure import Facts, Spread
 from async_barriers._doctor.report import Finding, Report, of_error, of_facts, of_roll
 from async_barriers._doctor.roll import Entry
@@ -222,19 +222,22 @@ class Doctors:
     """Ranks of one job that run the doctor, each in a process, with variables set by hand."""
 
     def __init__(self, forge: Forge, variables: list[dict[str, Any]], *options: str) -> None:
-        self.ranks = [
-            Rank(
-                forge,
-                {
-                    "rank": int(own["RANK"]),
-                    "backend": BACKENDS[number % 2],
-                    "program": doctor_rank.__name__,
-                    "arguments": ["--json", "--crossings", "20", *options],
-                    "environment": {name: str(value) for name, value in own.items()},
-                },
-            )
-            for number, own in enumerate(variables)
-        ]
+        self.ranks: list[Rank] = []
+        self._forge = forge
+        self._options = options
+        self.start(variables)
+
+    def start(self, variables: list[dict[str, Any]]) -> None:
+        """One process for each."""
+        for own in variables:
+            given = {
+                "rank": int(own["RANK"]),
+                "backend": BACKENDS[len(self.ranks) % 2],
+                "program": doctor_rank.__name__,
+                "arguments": ["--json", "--crossings", "20", *self._options],
+                "environment": {name: str(value) for name, value in own.items()},
+            }
+            self.ranks.append(Rank(self._forge, given))
 
     def __enter__(self) -> Doctors:
         return self
@@ -300,7 +303,14 @@ def test_a_rank_that_was_started_with_another_world_size(forge: Forge) -> None:
 @pytest.mark.parametrize("ranks", [(0, 1, 1), (0, 1, 2, 1)])
 def test_two_processes_with_one_rank(forge: Forge, ranks: tuple[int, ...]) -> None:
     """All processes name both of those, whether a rank is missing for that or not."""
-    with Doctors(forge, job(*ranks), "--timeout-secs", "2") as doctors:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    hosted = 2 not in ranks
+    variables = job(*ranks, hosted=hosted, port=0 if hosted else server.port)
+    with Doctors(forge, [v for v in variables if v["RANK"] != 2], "--timeout-secs", "2") as doctors:
+        if not hosted:
+            # A world that is whole before the second one comes has no fault yet.
+            until(lambda: server.add(roll._CAME, 0) == 3)
+            doctors.start([v for v in variables if v["RANK"] == 2])
         by = time.monotonic() + 15
         assert [(rank.exit(by), rank.stderr) for rank in doctors.ranks] == [(1, "")] * len(ranks)
         for rank in doctors.ranks:

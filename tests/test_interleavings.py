@@ -47,10 +47,12 @@ def test_three_that_cross_again_and_again() -> None:
     scenario.wander(runs=RUNS)
 
 
-def test_one_that_leaves() -> None:
+@pytest.mark.parametrize("in_doubt", [False, True], ids=["", "in doubt"])
+def test_one_that_leaves(in_doubt: bool) -> None:
     """Its peers are told in what they wait in, and in what they enter later."""
     scenario = Scenario(3)
-    scenario.rank("0", scenario.crosses("x", cancels=1), scenario.crosses("y"), scenario.closes())
+    leaves = scenario.closes(in_doubt=in_doubt)
+    scenario.rank("0", scenario.crosses("x", cancels=1), scenario.crosses("y"), leaves)
     scenario.rank("1", scenario.crosses("y"), scenario.crosses("x", cancels=1))
     scenario.rank("2", scenario.crosses("x"), scenario.crosses("y"))
     scenario.wander(runs=RUNS)
@@ -65,6 +67,19 @@ def test_a_rank_that_restarts() -> None:
     again = scenario.crosses_anew(2)
     scenario.rank("1 again", again, joined=False, replaces="1")
     scenario.wander(runs=RUNS)
+
+
+def test_one_that_aborts_before_all_are_back() -> None:
+    """Or as it is about to hear that they are: all are in step then.
+
+    With this seed it finds a phase that is moved twice, by a look at it and by the bell.
+    """
+    scenario = Scenario(3)
+    scenario.restarted()
+    scenario.rank("0", scenario.crosses_anew(2, aborts=True), joined=False)
+    scenario.rank("1", scenario.crosses_anew(2, cancels=1), joined=False)
+    scenario.rank("2", scenario.crosses_anew(2), joined=False)
+    scenario.wander(runs=RUNS, seed=1)
 
 
 def test_a_release_without_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

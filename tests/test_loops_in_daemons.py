@@ -20,11 +20,12 @@ from async_barriers import BrokenBarrierError
 pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 
 PROGRAM = """
-import contextlib, sys, threading, anyio
+import contextlib, sys, threading, time, anyio
 from torch.distributed import TCPStore
 from async_barriers import BarrierError, StoreBarrier
+from async_barriers._store.private_loop import PrivateLoop
 
-_, backend, port, way = sys.argv
+_, backend, port, way, again = sys.argv
 store = TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
 barrier = StoreBarrier(store, rank=0, world_size=2, worker_threads=way == "threads")
 crossed = threading.Event()
@@ -34,7 +35,14 @@ async def work():
     crossed.set()
     with contextlib.suppress(BarrierError):
         await barrier.execute_barrier("second")
+        while again:
+            await barrier.execute_barrier("again")
 
+def slowly(self, *args, run=PrivateLoop.run):
+    time.sleep(0.1)
+    return run(self, *args)
+
+PrivateLoop.run = slowly
 threading.Thread(target=anyio.run, args=(work,), kwargs={"backend": backend}, daemon=True).start()
 crossed.wait()
 print(flush=True)
@@ -44,11 +52,13 @@ both_ways = pytest.mark.parametrize("way", ["sockets", "threads"])
 
 
 @contextmanager
-def program(backend: str, port: int, way: str) -> Iterator[subprocess.Popen[str]]:
-    """Rank 0 of two, which has crossed; it ends once it is told a line."""
+def program(
+    backend: str, port: int, way: str, *, again: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Rank 0 of two, which has crossed, and goes on with that; it ends once it is told a line."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, backend, str(port), way],
+        [sys.executable, "-c", PROGRAM, backend, str(port), way, "again" * again],
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,
@@ -93,6 +103,30 @@ async def test_its_peers_are_told(forge: Forge, anyio_backend_name: str, way: st
                 error = await waiting.raised(BrokenBarrierError)
                 assert time.monotonic() < told + TOLD_SECS
                 assert "its program ended" in error.reason
+                ends(running, told + EXIT_SECS + 2)
+
+
+@both_ways
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_its_peers_are_told_as_it_crosses(
+    forge: Forge, anyio_backend_name: str, way: str
+) -> None:
+    """Its loop makes no further call once it leaves (law 3)."""
+    with Programs(forge) as programs:
+        port = programs.start(host_store).event()["port"]
+        with program(anyio_backend_name, port, way, again=True) as running:
+            async with one(client(port), 1, 2) as peer:
+                await peer.execute_barrier("first")
+                await peer.execute_barrier("second")
+                told = tell(running)
+
+                async def goes_on() -> None:
+                    while True:
+                        await peer.execute_barrier("again")
+
+                with pytest.raises(BrokenBarrierError, match="its program ended"):
+                    await goes_on()
+                assert time.monotonic() < told + TOLD_SECS
                 ends(running, told + EXIT_SECS + 2)
 
 

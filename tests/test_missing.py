@@ -202,7 +202,7 @@ async def test_a_call_gives_its_own(tcp: World) -> None:
             with pytest.raises(refused, match="stalled_after_secs"):
                 await call(name="wrong", stalled_after_secs=value)
     assert first._session.turns is not None
-    assert first._session.turns.next_sequence("wrong") == 0
+    assert first._session.turns.next["wrong"] == 0
     async with Tasks() as tasks:
         under_way = [
             tasks.start(partial(call, name=f"{number}", stalled_after_secs=0.5))

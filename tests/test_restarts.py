@@ -21,6 +21,7 @@ from worlds import (
     World,
     close,
     crash,
+    crosses,
     free_port,
     gather,
     knows_who_left,
@@ -75,13 +76,6 @@ async def told(*ranks: AnyBarrier) -> None:
         return not any(rank._session.stands for rank in ranks)
 
     await until(all_know)
-
-
-async def crosses(ranks: list[AnyBarrier], name: str = "x") -> int:
-    """Cross ``name`` with everyone; its sequence number, which all must agree on."""
-    results = await gather(partial(rank.execute_barrier, name) for rank in ranks)
-    (sequence,) = {result.sequence for result in results}
-    return sequence
 
 
 # Who may join, and in which generation; step by step, over a store that answers at once.
@@ -622,7 +616,7 @@ async def test_what_is_tried_before_all_are_back_puts_nobody_out_of_step(shared:
     for sequence in range(2):
         assert await crosses(ranks) == sequence
     keys: list[str] = await shared.call(keys_of, shared.innermost)
-    assert not [key for key in keys if "/x/e" in key]
+    assert not [key for key in keys if ":x/e" in key]
 
 
 async def test_a_break_of_the_gone_is_not_learned(shared: World) -> None:

@@ -165,6 +165,17 @@ def test_no_more_descriptors(forge: Forge, spare: int, backend: str) -> None:
         assert rank.event() == {"event": "well again"}, rank.stderr
 
 
+@pytest.mark.anyio
+async def test_the_first_use_without_descriptors() -> None:
+    """It is an error of ours, also where the loop itself needs one; the next use works."""
+    barrier = one(serve(), 0, 1, timeout_barrier_init_secs=0.5)
+    said = r"(?i)too many open files"
+    with few_descriptors(0), pytest.raises(BarrierConnectionError, match=said):
+        await barrier.connect()
+    await barrier.execute_barrier()
+    await barrier.aclose()
+
+
 # -- Memory ----------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from worlds import Tasks, gather, library_threads
 
 import async_barriers
 from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
+from async_barriers._client.joining import Joining
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._protocol import breaking as breaks
 from async_barriers._protocol import phase as phases
@@ -40,6 +41,7 @@ from async_barriers._store.asyncio_loop import AsyncioLoop
 from async_barriers._store.connection import SocketConnection
 
 OURS = str(Path(async_barriers.__file__).parent)
+TRIOS = str(Path(trio.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
 EVENT = "opcode" if SWEEP == "instructions" else "line"
 POINTS = 8
@@ -63,11 +65,31 @@ class Struck(Exception):
     """What the handler throws."""
 
 
-class Strike:
-    """Raises `Struck` once, at the n-th line of ours that the thread runs in its block."""
+def of_ours(frame: FrameType) -> bool:
+    # What calls back as threads end raises nowhere.
+    return frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_name != "_forget"
 
-    def __init__(self, at: int) -> None:
+
+def at_our_word(frame: FrameType) -> bool:
+    """Whether trio does something because we asked. Its queues are as open to a handler in any
+    program, and so are the beginning and the wait of a task, of which we have one."""
+    caller, code = frame.f_back, frame.f_code
+    if caller is None or not code.co_filename.startswith(TRIOS):
+        return False
+    if code.co_name in ("reschedule", "run_sync_soon"):
+        return False
+    if caller.f_code.co_name in ("__init__", "_serve_until_due"):
+        return False
+    return of_ours(caller) or at_our_word(caller)
+
+
+class Strike:
+    """Raises `Struck` once, at the n-th line of such functions that the thread runs in its
+    block."""
+
+    def __init__(self, at: int, strikes: Callable[[FrameType], bool] = of_ours) -> None:
         self.at = at
+        self._strikes = strikes
         self.lines = 0
         self.where = ""
         self.ended = threading.Event()
@@ -83,7 +105,7 @@ class Strike:
             self.ended.set()
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(OURS):
+        if not self._strikes(frame):
             return None
         frame.f_trace_opcodes = EVENT == "opcode"
         return self._step
@@ -310,6 +332,64 @@ async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
         if not isinstance(mine, BarrierError):
             return True
     return False
+
+
+def test_struck_inside_trio(begin: Callable[[int], Trial]) -> None:
+    """While trio does something for us: its loop ends all the same. It would wait without end for a
+    task that was struck as it was begun or cancelled, so none is."""
+
+    def run(at: int) -> Strike:
+        strike, said = Strike(at, at_our_word), list[BaseException]()
+
+        async def times_out_and_leaves() -> None:
+            barrier = begin(at).rank(0)
+            with strike():
+                await attempt(barrier.execute_barrier(timeout_secs=GIVES_UP_SECS))
+                await barrier.aclose()
+
+        def program() -> None:
+            try:
+                trio.run(times_out_and_leaves)
+            except BaseException as exc:
+                said.append(exc)
+
+        thread = threading.Thread(target=program, daemon=True)
+        thread.start()
+        thread.join(HANGS_SECS)
+        assert not thread.is_alive(), f"a hang: struck at {strike.where} (#{at})"
+        assert all(map(is_due, said)), said
+        return strike
+
+    sweep(run)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("where", [(Joining, "start"), (SocketConnection, "say_hello")])
+def test_struck_as_it_connects(
+    begin: Callable[[int], Trial],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    where: tuple[Any, str],
+) -> None:
+    """The next call connects: it does not get the exception again, nor takes the attempt that was
+    interrupted for another process of its rank."""
+    call = getattr(*where)
+
+    def strike(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        call(*args, **options)
+        raise Struck
+
+    async def test() -> None:
+        barrier = begin(0).rank(0)
+        monkeypatch.setattr(*where, strike)
+        with pytest.raises(Struck):
+            await barrier.connect()
+        with anyio.fail_after(HANGS_SECS):
+            await barrier.connect()
+            await barrier.aclose()
+
+    anyio.run(test, backend=backend)
 
 
 @pytest.mark.anyio

@@ -42,7 +42,7 @@ CORE = ("_protocol", "_store", "_client")
 ROOM_LINES = 300
 # What the core should have, and what it has today.
 CORE_GOAL_LINES = 3_300
-CORE_LINES = 9_203
+CORE_LINES = 9_404
 
 
 def wing_of(name: str) -> str:

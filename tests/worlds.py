@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -236,6 +237,13 @@ async def gather(calls: Iterable[Callable[[], Awaitable[T]]]) -> list[T]:
         for index, call in enumerate(calls):
             tasks.start_soon(run, index, call)
     return [results[index] for index in range(len(calls))]
+
+
+async def crosses(ranks: list[AnyBarrier], name: str = "x") -> int:
+    """Cross ``name`` with everyone; its sequence number, which all must agree on."""
+    results = await gather(partial(rank.execute_barrier, name) for rank in ranks)
+    (sequence,) = {result.sequence for result in results}
+    return sequence
 
 
 class Outcome:

@@ -12,7 +12,7 @@ from ._barrier import Publish
 from ._errors import BarrierError, out_of_threads
 from ._store.event_loop import Loop
 from ._store.waiting import told
-from ._store.worker import Promise, in_own_thread
+from ._store.worker import Promise, in_own_thread, runs_users_code
 
 T = TypeVar("T")
 
@@ -64,7 +64,12 @@ def begun_in_thread(name: str, function: Callable[..., T], *args: Any) -> Promis
     :raises RuntimeError: no thread can be started
     """
     context = contextvars.copy_context()
-    return in_own_thread(name, functools.partial(context.run, function, *args))
+
+    def call() -> T:
+        runs_users_code()
+        return context.run(function, *args)
+
+    return in_own_thread(name, call)
 
 
 def is_async(function: object) -> bool:

@@ -59,25 +59,26 @@ def deafen(sock: socket.socket) -> bool:
     return True
 
 
-def usable(path: str, secs: float = 0.5) -> bool:
-    """Whether a file can be opened, and no other process keeps it locked for so long; blocks.
+def why_unusable(path: str, secs: float = 0.5) -> str:
+    """Why a file cannot be opened, or that another process keeps it locked for so long; blocks.
 
-    Where the system does not tell locks, as for some network file systems, they are not noticed.
+    Empty if it can be used. Where the system does not tell locks, as for some network file systems,
+    they are not noticed.
     """
     try:
         os.close(os.open(path, os.O_RDWR))
         at = os.stat(path)
-    except OSError:
-        return False
+    except OSError as exc:
+        return str(exc)
     where = f"{os.major(at.st_dev):02x}:{os.minor(at.st_dev):02x}:{at.st_ino}"
     until = time.monotonic() + secs
     while where in _locked_by_others():
         # Not found out by locking it: to let go of it takes the GIL, and another thread may wait in
         # c10d for that lock, with the GIL.
         if time.monotonic() >= until:
-            return False
+            return "another process keeps it locked"
         time.sleep(0.01)
-    return True
+    return ""
 
 
 def _locked_by_others() -> set[str]:

@@ -48,7 +48,7 @@ async def _ask(
         try:
             # A connection of its own: a call that hangs on one of the session's does not delay it.
             connection = await session._open(loop, deadline)
-            keys = Keys(session.prefix, session.namespace)
+            keys = Keys(session.prefix, session._source.namespace)
             (value,) = await connection.call(Read(keys.commits))
             log = records.decode(value)
             record = session.outcomes.find(log, name, sequence)

@@ -69,34 +69,38 @@ class Attempt:
                 if (closed := session.closed_by) is not None:
                     raise self._broken(closed.rank, closed.reason)
                 why = session.why_not
-                error = BarrierConnectionError(
+                raise BarrierConnectionError(
                     f"rank {session.rank} did not reach the store of {describe(session.prefix)} "
                     f"within {seconds(within_secs)}; "
                     + ("" if why is None else f"{told_by(why)}; ")
                     + "is the process that hosts it up?"
-                )
-                raise error from why
-            if joining.error is not None and session.closing:
+                ) from why
+            error = joining.error
+            if error is not None and session.closing:
                 raise BarrierClosedError(describe(session.prefix))
-            failed = isinstance(joining.error, BarrierConnectionError)
+            ours = isinstance(error, BarrierError)
+            failed = error is not None and (not ours or isinstance(error, BarrierConnectionError))
             if failed and joining is begun_before and loop.now() < until:
-                # Another call began this attempt, with less time than this call has.
+                # Another call began this attempt, and had less time than this one, or was
+                # interrupted by a signal handler.
                 begun_before = None
                 continue
-            if joining.error is not None:
-                raise self._fresh(joining.error)
+            if error is not None:
+                raise self._fresh(error)
             if loop.now() >= until and not session.stands:
                 raise BarrierConnectionError(
                     f"rank {session.rank} could not join {describe(session.prefix)} within "
                     f"{seconds(within_secs)}: its peers joined again meanwhile"
                 )
 
-    async def _undone(self, phase: Phase, effort: Future[Any]) -> bool:
+    async def _undone(
+        self, phase: Phase, effort: Future[Any], within_secs: float = UNDO_SECS
+    ) -> bool:
         """Wait for ``effort``, which undoes what a caller did. The caller may be cancelled, so the
         wait is shielded and bounded."""
         left_secs = max(LEAST_SECS, self.deadline + UNDO_SECS - self.loop.now())
         with anyio.CancelScope(shield=True):
-            secs = min(left_secs, self.session.patience_secs)
+            secs = min(left_secs, within_secs, self.session.patience_secs)
             done = await until_done(self.loop, effort, secs)
         if not done:
             self.session.worry(phase)
@@ -151,7 +155,7 @@ class Attempt:
         """The error of a phase that has not begun: with its step, or the number it would have."""
         turns, sequence = self.session.turns, self.step
         if sequence is None:
-            sequence = 0 if turns is None else turns.next_sequence(self.name)
+            sequence = 0 if turns is None else turns.next[self.name]
         return BrokenBarrierError(self.name, sequence, rank, reason, prefix=self.session.prefix)
 
     def _lost(

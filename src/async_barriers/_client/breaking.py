@@ -55,6 +55,7 @@ class Breaking(Hearing):
         self, phase: Phase, broken: Broken, names: bool, *, final: bool = False
     ) -> Future[bool]:
         phase.giving_up = True
+        phase.quits = phase.quits or (final and not names)
         return self.owe(lambda: self._give_up(phase, broken, names, final=final))
 
     async def _give_up(
@@ -64,7 +65,7 @@ class Breaking(Hearing):
 
         :param final: the caller returns in any case; a commit's leader then settles it as broken
         """
-        connection = phase.connection or self._bell
+        entry, connection = phase.entry, phase.connection or self._bell
         # At a deadline many break it at once, and one of them rings. Where steps are given, its
         # peers have to find a note of it first.
         at_once = not names and phase.step is None
@@ -79,9 +80,15 @@ class Breaking(Hearing):
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
                 tells = breaks.telling(phase.membership.peers, phase.entry) if at_once else ()
+                entry, roll = phase.entry, members.RollReader(connection, phase.membership)
+                store = roll if phase.early else connection
                 judged, ours = await breaks.give_up(
-                    connection, phase.entry, broken, entered=sure, names_missing=names, tells=tells
+                    store, entry, broken, entered=sure, names_missing=names, tells=tells
                 )
+                # That the others did not join again is said of the attempt, which does not count.
+                moves = roll.complete and not (broken.missing and not names)
+                if moves and await self._counts_by_now(phase, entry, connection, enters=names):
+                    continue
                 told = ours and at_once
                 # The peers may not know of a break that was sent on a lost connection.
                 ours = ours or (again and isinstance(judged, Broken) and judged.rank == self.rank)
@@ -93,7 +100,7 @@ class Breaking(Hearing):
                     judged = replace(judged, missing=others)
                 break
             except Forgotten as exc:
-                if phase.early and connection is not None:
+                if (phase.early or phase.entry is not entry) and connection is not None:
                     # All have joined, and the phase was deleted between two reads.
                     continue
                 phase.giving_up = False
@@ -133,11 +140,8 @@ class Breaking(Hearing):
 
     async def _reopen(self, phase: Phase) -> Connection:
         loop = self.running
-        old = phase.connection
-        if old is not None:
-            old.on_lost = None
-            old.close(reset=True)
-            self._salvage(old)
+        if phase.connection is not None:
+            self._reset(phase.connection)
         began = self._now()
         if phase.reopened:
             await sleep(loop, RETRY_SECS)
@@ -210,26 +214,28 @@ class Breaking(Hearing):
         elif isinstance(phase.verdict, Broken) and phase.verdict.rank == self.rank:
             phase.error = error
 
+    def _reset(self, connection: Connection) -> None:
+        """Close it so that nothing that was sent there arrives later."""
+        connection.on_lost = None
+        connection.close(reset=True)
+        self._salvage(connection)
+
     def worry(self, phase: Phase) -> None:
         """The store left a call unanswered: close the connections that hang.
 
         This rank tells its peers what it owes them on new ones, once the store can be reached.
         """
         self._doubtful = True
-        old = phase.connection
-        if old is not None and old.lost is None:
-            old.on_lost = None
-            old.close(reset=True)
-            self._salvage(old)
+        # The bell first: salvaging the other one asks on it, and would make it look as if it hung.
         bell = self._bell
         if bell is not None and bell.unsaid:
             bell.close(reset=True)
             self._bell_lost(bell, BarrierConnectionError("the store did not answer in time"))
-        for connection in list(self._idle):
-            if connection.unsaid:
-                self._idle.remove(connection)
-                connection.close(reset=True)
-                self._salvage(connection)
+        hang = [each for each in self._idle if each.unsaid]
+        self._idle = [each for each in self._idle if each not in hang]
+        for connection in (phase.connection, *hang):
+            if connection is not None and connection.lost is None:
+                self._reset(connection)
         if not self.closing:
             self.join()
 

@@ -32,6 +32,8 @@ from .watching import LEAD_SECS, LEAD_SHARE, Watch, Watching
 
 # When to ask again which ranks have not joined, if the store did not tell.
 _ASK_AGAIN_SECS = 0.2
+# How long a cancelled call waits: law 8 leaves two seconds in all, and closing takes some of them.
+_CANCELLED_SECS = 0.5
 
 
 class Crossing(Attempt):
@@ -252,7 +254,7 @@ class Crossing(Attempt):
         effort = session.give_up(phase, reason_of(exc))
         # A coroutine that is thrown away cannot wait; the break goes on without it.
         if not isinstance(exc, GeneratorExit):
-            await self._undone(phase, effort)
+            await self._undone(phase, effort, _CANCELLED_SECS)
 
     async def _time_out(self, phase: Phase) -> None:
         assert self.timeout_secs is not None

@@ -70,8 +70,7 @@ class Departing(Pool):
         turns = self.turns
         if phase.early and turns is not None and turns.membership is phase.membership:
             turns.tried_early.append((phase.entry, connection))
-            if turns.complete:
-                self._clear_early(turns)
+            self._clear_early(turns)
         if phase.early or isinstance(phase.error, Forgotten):
             return
         gone = phase.departure = Departure(phase)
@@ -221,14 +220,15 @@ class Departing(Pool):
     def _clear_early(self, turns: Turns) -> None:
         """Delete the phases that were tried too early, each on its own connection or a spare one.
 
-        This is safe once all have joined: until then, other ranks read there how they ended.
+        Not before all have joined: until then, other ranks read there how they ended.
         """
         spares = [c for c in (*self._idle, self._bell) if c is not None and c.lost is None]
-        if not spares:
+        if not (spares and turns.complete):
             return
         for entry, connection in turns.tried_early:
             on = connection if connection.lost is None else spares[0]
-            on.outbox.append((phases.spent(entry, broken=True), nothing))
+            own = Delete([entry.keys.payload(self.rank)])
+            on.outbox.append(([*phases.spent(entry, broken=True), own], nothing))
             self._tidy_soon()
         turns.tried_early.clear()
 

@@ -17,14 +17,14 @@ from .._protocol.presence import encode_answer
 from .._protocol.store import Delete, Read, Request
 from .._protocol.verdict import Broken, Released, number
 from .._store.sources import Connection
-from .entering import Entering
+from .early import Early
 from .phases import Phase
 
 # A rank that waited for less did not wait for anybody.
 WAITED_SECS = 0.01
 
 
-class Hearing(Entering):
+class Hearing(Early):
     """Looks at a phase when this rank is woken."""
 
     def _woken(self, phase: Phase) -> None:
@@ -57,22 +57,20 @@ class Hearing(Entering):
         """
         with contextlib.suppress(BarrierConnectionError):
             entry = phase.entry
-            judged = await phases.look(connection, entry)
+            store = members.RollReader(connection, phase.membership)
+            judged = await phases.look(store if phase.early else connection, entry)
             turns = self.turns
-            if phase.early and turns is not None and turns.membership is phase.membership:
-                # All may have joined before this rank heard its bell.
-                (roll,) = await connection.call(Read(phase.membership.own.roll))
-                if members.all_joined(phase.membership, roll):
-                    await self._all_joined(turns, connection)
+            ours = turns is not None and turns.membership is phase.membership
+            if turns is not None and ours and store.complete:
+                # This rank may not have heard its bell yet.
+                await self._all_joined(turns, connection)
             # A phase that began too early may have another number by now.
             if phase.entry is not entry or phase.decided or phase.giving_up:
                 return
-            if came_late and phase.early and turns is not None and not phase.full:
+            if turns is not None and ours and came_late and phase.early and not phase.full:
                 # An attempt before all have joined does not count, so no rank is out of step: this
                 # call waits with the ranks that are still there.
-                turns.tried_early.append((entry, connection))
-                turns.renumber(phase)
-                self._enter_on(connection, phase, phase.payload)
+                self._move_on(phase, turns, connection, enters=True)
             elif not isinstance(judged, Count):
                 self.settle(phase, judged)
             elif judged.full(*entry.world):

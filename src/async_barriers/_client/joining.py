@@ -36,10 +36,13 @@ class Joining(Listening):
 
     def join(self) -> Effort[None]:
         """Connect, and claim this rank in the present generation; one attempt serves all calls."""
-        if self.joining is None:
-            self._joining = self.start(self._join())
-        assert self._joining is not None
-        return self._joining
+        joining = self.joining
+        if joining is None:
+            # Two at once would take each other for another process, so it is noted first.
+            joining = self._joining = self.start(self._join(), begins=False)
+        # A signal handler may have raised before it began.
+        joining.begin()
+        return joining
 
     @property
     def joining(self) -> Effort[None] | None:

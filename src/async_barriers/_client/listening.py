@@ -11,7 +11,6 @@ from functools import partial
 from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError
 from .._protocol import breaking as breaks
 from .._protocol import membership as members
-from .._protocol import phase as phases
 from .._protocol.count import Count
 from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
@@ -21,7 +20,7 @@ from .._store.future import Effort
 from .._store.sources import Connection
 from .._store.waiting import sleep
 from .breaking import Breaking
-from .phases import Phase, Turns, in_doubt, nothing
+from .phases import Phase, in_doubt
 from .state import RETRY_SECS, RETRY_SECS_AT_MOST, UNDO_SECS
 
 logger = logging.getLogger(__name__)
@@ -150,11 +149,8 @@ class Listening(Breaking):
 
     def _note_interrupted(self, bell: Connection, over: Membership, successor: State) -> None:
         """Tell a rank that joined again in which phases others waited for it; see `_all_joined`."""
-        names = {
-            _named(phase.name)
-            for phase in self.open
-            if phase.membership is over and phase.entered and phase.step is None
-        }
+        waiting = [phase for phase in self.open if phase.membership is over and phase.entered]
+        names = {phase.token for phase in waiting if phase.step is None}
         if names:
             own = self.keys.generation(successor.identity)
             bell.call(Append(own.interrupted, b" ".join(names) + b"\n"))
@@ -237,43 +233,3 @@ class Listening(Breaking):
             self.settle(phase, error=in_doubt(phase, exc))
         else:
             await self._break_for(phase, connection, broken)
-
-    async def _all_joined(self, turns: Turns, bell: Connection) -> None:
-        """Begin to count, since all ranks have joined; attempts before that do not count."""
-        if turns.complete:
-            return
-        membership = turns.membership
-        turns.count_from_now()
-        interrupted: bytes | None = None
-        early = [p for p in self.open if p.membership is membership and p.early]
-        if any(phase.rejoined for phase in early):
-            with contextlib.suppress(BarrierConnectionError):
-                (interrupted,) = await bell.call(Read(membership.own.interrupted))
-        self._clear_early(turns)
-        for phase in early:
-            if phase.decided or phase.giving_up:
-                continue
-            if phase.rejoined and _named(phase.name) in (interrupted or b"").split():
-                # Its peers know that this phase broke, and go on with the next.
-                self.settle(
-                    phase,
-                    error=BrokenBarrierError(
-                        phase.name,
-                        phase.sequence,
-                        self.rank,
-                        f"rank {self.rank} joined again while its peers waited in this phase",
-                    ),
-                )
-                continue
-            phase.full = False
-            before = phase.entry
-            turns.renumber(phase)
-            connection = phase.connection
-            if connection is not None and connection.lost is None:
-                connection.stop_waiting()
-                connection.outbox.append((phases.spent(before, broken=True), nothing))
-                self._enter_on(connection, phase, phase.payload)
-
-
-def _named(name: str) -> bytes:
-    return name.encode().hex().encode() or b"-"

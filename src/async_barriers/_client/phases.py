@@ -38,6 +38,7 @@ class Phase:
     :ivar brought: the payloads of all ranks, once this rank has read them
     :ivar word: the verdict that this rank, as the leader of a commit, has begun to write
     :ivar error: the caller's error, if that is not what the verdict says
+    :ivar quits: its call ends before it, and not at its deadline: this rank enters no more
     :ivar giving_up: its break is under way; it goes on whatever becomes of the caller
     :ivar abandoned: nobody waits for it any more
     :ivar users: how many calls on other connections than its own may still write to its keys
@@ -61,6 +62,7 @@ class Phase:
     entered = False
     abandoned = False
     giving_up = False
+    quits = False
     full = False
     rejoined = False
     differs = False
@@ -90,6 +92,11 @@ class Phase:
         self.sequence = sequence
         self.step = step
         self.entry = entry
+
+    @property
+    def token(self) -> bytes:
+        """Its name, for a list in the store."""
+        return self.name.encode().hex().encode() or b"-"
 
     @property
     def to_publish(self) -> bool:
@@ -171,16 +178,15 @@ class Turns:
         self.complete = membership.complete or membership.state.number == 0
         # Phases that were tried before all had joined; nobody needs them after that.
         self.tried_early: list[tuple[Entry, Connection]] = []
-        self._next: Counter[str] = Counter()
+        # The tokens of the names in which this rank's peers waited for it; see `_note_interrupted`.
+        self.interrupted: list[bytes] = []
+        # By name: the number that its next crossing would have.
+        self.next: Counter[str] = Counter()
         self._decided: dict[str, tuple[int, str, int | None, str]] = {}
         # By name: the latest step that was released, and that this rank has departed from.
         self.passed: dict[str, int] = {}
         # By name: steps that were begun, and whose verdict is not known.
         self._begun: dict[str, set[int]] = {}
-
-    def next_sequence(self, name: str) -> int:
-        """The number that the next counted crossing of ``name`` would have."""
-        return self._next[name]
 
     def begin(self, name: str, step: int | None, kind: int, leader: int) -> Phase:
         """This rank's next phase of ``name``.
@@ -189,7 +195,7 @@ class Turns:
         """
         membership = self.membership
         if step is None:
-            sequence = self._next[name]
+            sequence = self.next[name]
             keys = self._keys(name, sequence)
         else:
             if (late := self.too_late(name, step)) is not None:
@@ -205,24 +211,27 @@ class Turns:
         if phase.step is not None:
             self._begun.setdefault(phase.name, set()).add(phase.step)
         elif not (phase.early and self.complete):
-            self._next[phase.name] = max(self._next[phase.name], phase.sequence + 1)
+            self.next[phase.name] = max(self.next[phase.name], phase.sequence + 1)
 
-    def renumber(self, phase: Phase) -> None:
-        """Give a phase that began too early another number; it counts if all have joined."""
-        sequence = self._next[phase.name]
-        self._next[phase.name] = sequence + 1
-        phase.sequence = sequence
-        phase.early = not self.complete
-        phase.counted = phase.last = False
-        phase.entry = phase.entry.under(self._keys(phase.name, sequence))
+    def renumber(self, phase: Phase, connection: Connection | None) -> None:
+        """Give a phase that began too early another number; it counts if all have joined.
+
+        :param connection: deletes the keys that it had
+        """
+        if connection is not None:
+            self.tried_early.append((phase.entry, connection))
+        sequence = self.next[phase.name]
+        entry = phase.entry.under(self._keys(phase.name, sequence))
+        phase.entered = phase.counted = phase.last = phase.full = phase.differs = False
+        phase.sequence, phase.early, phase.entry = sequence, not self.complete, entry
+        self.next[phase.name] = sequence + 1
+
+    def interrupts(self, phase: Phase) -> bool:
+        """Whether its peers know that it broke as this rank joined, and go on with the next."""
+        return phase.rejoined and phase.token in self.interrupted
 
     def _keys(self, name: str, sequence: int) -> PhaseKeys:
         return self.membership.own.phase(name, f"{sequence}" if self.complete else f"e{sequence}")
-
-    def count_from_now(self) -> None:
-        """All have joined: count every phase from now on."""
-        self.complete = True
-        self._next.clear()
 
     def decided(self, name: str, step: int, verdict: Verdict | None = None) -> None:
         """A step of ``name`` was decided, here or at another rank.

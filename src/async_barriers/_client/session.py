@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import leaving
 from .._protocol.membership import Membership
+from .._protocol.phase import FEW
 from .._protocol.store import Read
 from .._store.event_loop import Loop
 from .._store.future import Future
@@ -32,10 +34,12 @@ logger = logging.getLogger(__name__)
 # How long leaving waits for a store that does not answer; less if it has not answered for a while,
 # since law 8 leaves two seconds in all.
 _LEAVE_SECS = 1.0
-_LEAVE_SILENT_SECS = 0.6
+_LEAVE_SILENT_SECS, _WORD_LEFT_SECS = 0.3, 0.15
 _LAST_SECS = 0.1
 _MOMENT_SECS, _AGAIN_SECS = 0.25, 0.05
 _EXIT_SECS = 0.5
+# How long another thread's event loop has to begin to leave, before this thread does it.
+_TAKEN_SECS = 0.2
 
 
 class Session(Joining):
@@ -43,6 +47,8 @@ class Session(Joining):
 
     # What this rank was when it last wrote that it is gone.
     _gone_as: Membership | None = None
+    # And when it last told its peers that it leaves.
+    _told_as: Membership | None = None
 
     @cached_property
     def presence(self) -> Presence:
@@ -66,7 +72,6 @@ class Session(Joining):
             return
         began = self._now()
         within_secs = _LEAVE_SILENT_SECS if self._doubtful else _LEAVE_SECS
-        deadline = began + max(within_secs / 2, within_secs - spent_secs)
         breaks = [
             self.give_up(phase, reason)
             for phase in list(self.open)
@@ -76,6 +81,9 @@ class Session(Joining):
         # those yet: it has not come to its first await.
         joins = () if self._claiming else (self._joining, self._joining_on)
         others = [one for one in self._efforts if one not in joins]
+        if self._doubtful and await self._may_leave_word(loop) and self._leave_word(reason):
+            within_secs = _WORD_LEFT_SECS
+        deadline = began + max(within_secs / 2, within_secs - spent_secs)
         # The rest of the time is for saying goodbye.
         until = (began + deadline) / 2
         for effort in (*breaks, *others):
@@ -96,9 +104,39 @@ class Session(Joining):
                     break
             # Its connection was lost just then. The store may still be there.
             await sleep(loop, _AGAIN_SECS)
+        if self._told_as is not self.membership:
+            self._leave_word(reason)
         if any(connection.unsaid for connection in self._connections()):
             # A host may have waited for its peers past the deadline.
-            await self._hear_all_out(loop, max(deadline, self._now() + _LAST_SECS))
+            last_secs = 0.0 if self._doubtful else _LAST_SECS
+            await self._hear_all_out(loop, max(deadline, self._now() + last_secs))
+
+    async def _may_leave_word(self, loop: Loop) -> bool:
+        """Whether nothing has to be said before; a host also waits for its peers."""
+        if any(phase.entry.leads and not phase.decided for phase in self.open):
+            return False
+        with contextlib.suppress(BarrierError):
+            return not await self._source.hosts(loop)
+        return False
+
+    def _leave_word(self, reason: str) -> bool:
+        """Tell the peers on a connection that is silent; whether there is one that takes it.
+
+        The system delivers it when the store is there again, also once this process has ended. Not
+        in a large world: each rank would ring for all others, and the system may not take so much.
+        """
+        membership, bell = self.membership, self._bell
+        if membership is None or bell is None or not bell.waits or self.world_size > FEW:
+            return False
+        bell.call(*leaving.last_words(membership, reason))
+        self._bell = None
+        if not bell.sent:
+            # Half of it would be worse: who leaves later would not ring, and nobody has.
+            bell.close(reset=True)
+            return False
+        bell.close()
+        self._told_as = membership
+        return True
 
     async def _hear_all_out(self, loop: Loop, deadline: float) -> None:
         """Wait for all answers, since c10d's server complains of clients that hang up before; and
@@ -127,6 +165,7 @@ class Session(Joining):
         if not await within(loop, told, deadline - self._now()):
             return
         told.result()
+        self._told_as = membership
         await self._hear_all_out(loop, (self._now() + deadline) / 2)
         # Others depart from these after this rank is gone, or never.
         for left in self._after:
@@ -198,21 +237,26 @@ class Session(Joining):
         if self.foreign or (self._leaving is not None and self._leaving.done):
             return
         by = min(deadline, time.monotonic() + 2 * _EXIT_SECS)
+        once = threading.Lock()
+        taken: Promise[None] = Promise()
         left: Promise[None] = Promise()
 
         def leave() -> None:
-            try:
-                self._leave_now(by, "its program ended")
-            finally:
-                left.settle()
+            if once.acquire(blocking=False):
+                taken.settle()
+                try:
+                    self._leave_now(by, "its program ended")
+                finally:
+                    left.settle()
 
         loop = self.loop
-        if loop is not None and loop.elsewhere and not loop.lets_go:
-            # Only its own thread, a daemon, may take the connections from it.
+        if loop is not None and loop.elsewhere:
+            # Its own thread, a daemon, would go on with the calls there, so it has to leave itself,
+            # unless it is blocked.
             loop.post(leave)
-            left.wait(by - time.monotonic())
-        else:
-            leave()
+            taken.wait(_TAKEN_SECS)
+        leave()
+        left.wait(by - time.monotonic())
 
     def forsake(self) -> None:
         """In a forked child: nothing here reaches the parent's connections, and no call is made."""
@@ -232,12 +276,15 @@ class Session(Joining):
         with contextlib.suppress(RuntimeError, OSError):
             self._not_at_end()
             self._not_at_end = lambda: None
+            # No call of another thread takes the connections back.
+            self.closing = True
             self.loop = private
             for connection in [each for each in self._opened if each.lost is None]:
                 connection.move(private)
             spent_secs = _LEAVE_SECS - (deadline - time.monotonic())
             leaving = self.leave(f"it closed its barrier ({how})", spent_secs)
-            private.run(lambda: leaving.done, deadline)
+            # A moment more, for its last words to a store that is silent.
+            private.run(lambda: leaving.done, deadline + _AGAIN_SECS)
             if not leaving.done:
                 self._close()
         private.close()

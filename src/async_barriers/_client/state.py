@@ -2,7 +2,7 @@
 
 A session is built in layers, one module and one class each; each layer knows those below it:
 
-    state < pool < departing < entering < hearing < breaking < listening < joining < session
+    state < pool < departing < entering < early < hearing < breaking < listening < joining < session
 """
 
 from __future__ import annotations
@@ -129,14 +129,12 @@ class SessionState:
 
     @property
     def busy_elsewhere(self) -> bool:
-        """Whether it cannot be taken from a loop that another thread runs: calls are under way
-        there, or the loop lets no socket go."""
+        """Whether calls are under way on a loop that another thread runs."""
         loop = self.loop
         if loop is None or not loop.elsewhere:
             return False
         awaited = any(p.waiter is not None and not p.decided for p in list(self.open))
-        held = not loop.lets_go and any(each.waits for each in self._connections())
-        return awaited or held or not self.stands
+        return awaited or not self.stands
 
     def _move(self, loop: Loop) -> Loop:
         self._not_at_end()
@@ -161,9 +159,9 @@ class SessionState:
     def _now(self) -> float:
         return self.running.now()
 
-    def start(self, coroutine: Any) -> Effort[Any]:
+    def start(self, coroutine: Any, *, begins: bool = True) -> Effort[Any]:
         """Start a coroutine that goes on without its caller."""
-        effort: Effort[Any] = Effort(coroutine)
+        effort: Effort[Any] = Effort(coroutine, begins=begins)
         if not effort.done:
             self._efforts.add(effort)
             effort.when_done(partial(self._efforts.discard, effort))
@@ -247,11 +245,6 @@ class SessionState:
         self._opened.append(connection)
         return connection
 
-    @property
-    def namespace(self) -> str:
-        """The beginning of all our keys; known once a connection is open."""
-        return self._source.namespace
-
     # Methods of the layers above.
     join: Callable[[], Effort[None]]
     end_with_loop: Callable[[], None]
@@ -263,4 +256,3 @@ class SessionState:
     settle_commit: Callable[[Phase, Verdict], Coroutine[Any, Any, Verdict]]
     _phase_lost: Callable[[Phase, BarrierConnectionError], None]
     _bell_lost: Callable[[Connection, BarrierConnectionError], None]
-    _all_joined: Callable[[Turns, Connection], Coroutine[Any, Any, None]]

@@ -124,9 +124,7 @@ class Watching:
         due = min(self._report_at, self._stall_at, self._last_at)
         if self._asking is None and now >= due:
             self._begin(now)
-        if self._asking is not None:
-            return self._given_up_at
-        return min(self._report_at, self._stall_at, self._last_at)
+        return due if self._asking is None else self._given_up_at
 
     def _take_what_came(self) -> None:
         asking = self._asking

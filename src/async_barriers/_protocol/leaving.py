@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 from .._errors import in_one_line
-from .membership import FIELD, GONE, HOST, LEFT, Membership
-from .store import Add, CompareSet, Delete, Read, Request, Set, SetMany, Store
+from .membership import FIELD, GONE, HOST, LEFT, Closed, Membership
+from .store import Add, Append, CompareSet, Delete, Read, Request, Set, SetMany, Store
 from .unfinished import keys_of, naming
 from .verdict import number
 
@@ -21,8 +20,7 @@ async def tell(store: Store, membership: Membership, reason: str, *, hosts: bool
 
     :param hosts: the store ends with this process
     """
-    own = membership.own
-    closed = json.dumps({"rank": membership.rank, "reason": in_one_line(reason)}).encode()
+    own, closed = membership.own, Closed(membership.rank, in_one_line(reason)).encoded
     requests: list[Request] = [CompareSet(own.closed, b"", closed), Read(membership.keys.state)]
     if hosts:
         # A rank that sees that also sees which rank left first.
@@ -33,6 +31,17 @@ async def tell(store: Store, membership: Membership, reason: str, *, hosts: bool
         if now != found:
             # A newcomer has ended the generation meanwhile.
             await store.call(Delete(membership.peers))
+
+
+def last_words(membership: Membership, reason: str) -> list[Request]:
+    """As `tell`, for a store that is silent: nothing here is answered.
+
+    If the store comes back after this process has gone, it still finds them. Of two ranks that say
+    them, the first one counts, as in `tell`: what is appended to it is not read. A generation that
+    is over by then keeps these keys.
+    """
+    closed = Closed(membership.rank, in_one_line(reason)).encoded
+    return [Append(membership.own.closed, closed), SetMany(membership.peers, b"left")]
 
 
 async def go(

@@ -123,6 +123,10 @@ class Closed:
     rank: int
     reason: str
 
+    @property
+    def encoded(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -184,6 +188,24 @@ def all_joined(membership: Membership, roll: bytes | None) -> bool:
     return (number(roll) or 0) & FIELD >= membership.world_size
 
 
+class RollReader:
+    """A store that reads the roll at the end of each message.
+
+    :ivar complete: all ranks had joined when the latest one was carried out
+    """
+
+    def __init__(self, store: Store, membership: Membership) -> None:
+        self._store, self._membership = store, membership
+        self.waits = store.waits
+        self.complete = False
+
+    async def call(self, *requests: Request, wait: str | None = None) -> list[Any]:
+        read = Read(self._membership.own.roll)
+        *answers, roll = await self._store.call(*requests, read, wait=wait)
+        self.complete = all_joined(self._membership, roll)
+        return answers
+
+
 async def answer(store: Store, membership: Membership, asked: bytes, said: bytes) -> None:
     """Show all ranks that asked that this one lives.
 
@@ -241,7 +263,8 @@ def member_of(value: bytes) -> Member:
 
 def _closed(value: bytes) -> Closed:
     try:
-        entry = json.loads(value)
+        # The first one: see `leaving.last_words`.
+        entry, _ = json.JSONDecoder().raw_decode(value.decode())
         return Closed(int(entry["rank"]), str(entry["reason"]))
     except RUBBISH:
         return Closed(-1, f"something else wrote {show(value)} where its members leave")

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 from asyncio.events import _get_running_loop
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
@@ -26,8 +25,6 @@ class AsyncioLoop:
     crossings set it once in half a minute.
     """
 
-    lets_go = True
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._thread = threading.get_ident()
@@ -38,7 +35,7 @@ class AsyncioLoop:
         self._timers: tuple[asyncio.TimerHandle, ...] = ()
         self._ends: list[Callback] = []
         self._ending: AsyncGenerator[None, None] | None = None
-        self._posted: deque[Callback] = deque()
+        self._posted: list[Callback] = []
         self._called: Callback | None = None
 
     @property
@@ -88,12 +85,12 @@ class AsyncioLoop:
         while posted:
             callback = posted[0]
             if callback is self._called:
-                posted.popleft()
+                del posted[0]
                 callback()
             else:
                 self._called = callback
                 callback()
-                posted.popleft()
+                del posted[0]
             self._called = None
 
     def waiter(self) -> AsyncioWaiter:

@@ -18,14 +18,15 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
 from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
-from .._system import deafen, never_destroy, usable
+from .._system import deafen, never_destroy, why_unusable
 from .wire import ABSENT
 from .worker import ends_by
 
 # c10d knows no endless timeout, and its milliseconds must fit a C int.
 _FOREVER = timedelta(days=7)
-# How long to wait where nothing but the key ends it, which may never come or be gone by then.
-_AT_A_TIME = timedelta(seconds=3)
+# How long to wait where nothing but the key ends it, which may never come or be gone by then. Less
+# than `worker.EXIT_SECS`, since the interpreter cannot end before it.
+_AT_A_TIME = timedelta(seconds=0.9)
 # None where a look at a socket may block.
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if hasattr(socket, "MSG_DONTWAIT") else None
 
@@ -85,7 +86,7 @@ class BlockingStore:
             self.asks = False
 
     def wait(self, key: str) -> None:
-        """Block until ``key`` exists; for some seconds at most over other stores than a TCPStore.
+        """Block until ``key`` exists; for a second at most over other stores than a TCPStore.
 
         So a process that was stopped while the key was written and deleted misses nothing there. A
         TCPStore's server remembers for it, and its client prints that a wait timed out.
@@ -127,7 +128,7 @@ class BlockingStore:
         # The destructor of a FileStore opens and locks its file. It holds the GIL until it can, and
         # ends the process if it cannot.
         path: str = getattr(self._base, "path", "")
-        if isinstance(self._base, FileStore) and (self._failed or not usable(path)):
+        if isinstance(self._base, FileStore) and (self._failed or why_unusable(path)):
             never_destroy(self._store)
         del self._store, self._base
         if self._socket is not None:

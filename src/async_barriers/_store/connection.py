@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -48,12 +47,12 @@ class SocketConnection:
         self._socket = sock
         self._loop = loop
         self._where = where
-        # Messages whose answers have yet to come, in order; a wait's byte is the last one.
-        self._due: deque[Message] = deque()
+        # Messages whose answers will come, in order; a wait's byte last. (A deque has 600 bytes.)
+        self._due: list[Message] = []
         self._awaited: str | None = None
         # How often it was told for which key to wait; and which of those waits are being cancelled.
         self._waits = 0
-        self._cancelled: deque[int] = deque()
+        self._cancelled: list[int] = []
         self._unsaid = bytearray()
         # The bytes of an incomplete answer, and how many it takes to go on.
         self._heard: list[bytes] = []
@@ -195,10 +194,10 @@ class SocketConnection:
                     raise ValueError(f"byte {byte} where a wait ends")
                 woken = message is _WAKE
                 if woken:
-                    due.popleft()
+                    del due[0]
                 elif byte == wire.CANCELLED:
-                    due.popleft()
-                    self._cancelled.popleft()
+                    del due[0]
+                    del self._cancelled[0]
                 else:
                     # The wait ended by itself just before its cancellation, so two bytes come. If
                     # it was asked for anew, that one may not end: the key may be gone by now.
@@ -213,7 +212,7 @@ class SocketConnection:
                 self._needed = needed - end
                 break
             self._answered = message
-            due.popleft()
+            del due[0]
             message.answer()
         if at < end and self.lost is None:
             if not due:
@@ -237,6 +236,11 @@ class SocketConnection:
         """Whether something has yet to be sent or answered."""
         return bool(self._unsaid or any(m is not _WAKE for m in self._due))
 
+    @property
+    def sent(self) -> bool:
+        """Whether the system has taken all that was said; the server may not have heard it."""
+        return self.lost is None and not self._unsaid
+
     def close(self, *, reset: bool = False) -> None:
         """Close the connection.
 
@@ -259,7 +263,7 @@ class SocketConnection:
         self._loop.unwatch(self._socket)
         self._let_go(reset=reset)
         self._unsaid.clear()
-        due, self._due = self._due, deque()
+        due, self._due = self._due, []
         on_lost, self.on_lost, self.on_wake = self.on_lost, None, None
         for message in due:
             if message not in _BYTES:

@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from .._errors import BarrierConnectionError, told_by
-from .._system import usable
+from .._system import why_unusable
 from .blocking_store import innermost
 
 _NAMESPACE = "async_barriers/namespace"
@@ -23,8 +23,8 @@ def copy_of(store: Store) -> Store:
     if isinstance(base, FileStore):
         path: str = base.path  # type: ignore[attr-defined]
         # c10d's constructor would try again and again, and hold the GIL meanwhile.
-        if not usable(path):
-            raise BarrierConnectionError(f"the file of the FileStore {path!r} is gone, or locked")
+        if why := why_unusable(path):
+            raise BarrierConnectionError(f"the file of the FileStore {path!r} is of no use: {why}")
         # A clone would count as a user, and the file is deleted only when all users are gone.
         return FileStore(path)
     if store is not base and not isinstance(base, TCPStore | HashStore):

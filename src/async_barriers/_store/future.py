@@ -86,15 +86,21 @@ class Future(Generic[T]):
 
 
 class Effort(Future[T]):
-    """A coroutine that awaits Futures alone, and begins at once."""
+    """A coroutine that awaits Futures alone, and begins at once, or at `begin`."""
 
     __slots__ = ("_awaited", "_coroutine")
 
-    def __init__(self, coroutine: Coroutine[Any, None, T]) -> None:
+    def __init__(self, coroutine: Coroutine[Any, None, T], *, begins: bool = True) -> None:
         super().__init__()
         self._coroutine: Any = coroutine
         self._awaited: Future[Any] | None = None
-        self._step()
+        if begins:
+            self._step()
+
+    def begin(self) -> None:
+        """Begin, if it has not begun."""
+        if self._awaited is None and not self._coroutine.cr_running:
+            self._step()
 
     def _step(self) -> None:
         # A callback may be called twice; the second time the coroutine awaits something else.

@@ -14,7 +14,7 @@ from .._protocol.store import SILENT, Delete, Read, Request, Set
 from .blocking_store import BlockingStore, lost
 from .event_loop import Loop
 from .future import Future
-from .worker import Promise, Worker, end_at_exit, wait_for_all
+from .worker import Promise, Worker, end_at_exit
 
 _TRIES, _TRY_SECS = 10, 0.1
 _CLOSED = b"closed"
@@ -26,7 +26,7 @@ class ThreadedConnection:
     :param open_store: makes a store that nobody else uses; called in a thread, and blocks there
     """
 
-    waits = False
+    waits = sent = False
 
     def __init__(self, open_store: Callable[[], Store], loop: Loop) -> None:
         self.on_wake: Callable[[], object] | None = None
@@ -115,8 +115,7 @@ class ThreadedConnection:
 
     def stop_waiting(self) -> None:
         """Call back no more."""
-        self._awaited = None
-        self.on_wake = None
+        self._awaited = self.on_wake = None
 
     async def end_wait(self) -> None:
         """End the wait under way; c10d would print it if the server went before.
@@ -149,7 +148,9 @@ class ThreadedConnection:
     def end(self, deadline: float) -> None:
         """Before the interpreter ends, once it is closed: what hangs must not return any more."""
         if not self._given_up:
-            wait_for_all(self.ended, (time.monotonic() + deadline) / 2)
+            until = (time.monotonic() + deadline) / 2
+            for ended in self.ended:
+                ended.wait(until - time.monotonic())
         self._at_exit = self._given_up = True
         for store, worker in ((self._called, self._caller), (self._waited, self._waiter)):
             if store is not None and worker is not None and store.never_return() and store.asks:
@@ -293,8 +294,7 @@ class ThreadedConnection:
 
 
 def _no_thread(exc: BaseException) -> BarrierConnectionError:
-    error = BarrierConnectionError(
-        f"no thread can be started for a call to the store {out_of_threads(exc)}"
-    )
+    why = f"no thread can be started for a call to the store {out_of_threads(exc)}"
+    error = BarrierConnectionError(why)
     error.__cause__ = exc
     return error

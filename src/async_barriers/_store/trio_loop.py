@@ -4,103 +4,114 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
+import math
+import selectors
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from .asyncio_loop import asyncio_loop
 from .event_loop import Callback, Timer
+from .selector_loop import SelectorLoop
 
 logger = logging.getLogger(__name__)
 
 
-class TrioLoop:
-    """trio, through system tasks: they outlive the caller and end with the loop."""
+class TrioLoop(SelectorLoop):
+    """trio, through one system task, which outlives its callers and ends with the loop.
 
-    lets_go = False
+    It waits for all sockets and timers. To spawn or cancel a task for each would be simpler. But if
+    an exception of a signal handler comes amid that, trio keeps a task that it never runs again,
+    and waits for it without end.
+
+    :cvar of_run: the loop of each run of trio
+    """
+
+    of_run: ClassVar[dict[Any, TrioLoop]] = {}
 
     def __init__(self) -> None:
         import trio
 
+        super().__init__(selectors.DefaultSelector())
         self.trio: Any = trio
+        self.can_be_cancelled = lambda _: trio.lowlevel.Abort.SUCCEEDED
         self._token = trio.lowlevel.current_trio_token()
         self.ended = False
         self._thread = threading.get_ident()
-        self._scopes: dict[tuple[int, str], Any] = {}
         self._ends: list[Callback] = []
-        self._watches_end = False
-        self.waiting: dict[TrioWaiter, None] = {}
-        self._clock = trio.lowlevel.current_clock()
+        # The clock's own method, which saves a call.
+        self.now: Callable[[], float] = trio.lowlevel.current_clock().current_time
+        # Around the task's wait; its deadline is the time for which the task is set.
+        self._wait: Any = None
+        self.rings_at = -math.inf
+        trio.lowlevel.spawn_system_task(self._serve)
+        self.of_run[self._token] = self
 
     @property
     def elsewhere(self) -> bool:
         return not self.ended and threading.get_ident() != self._thread
 
-    def now(self) -> float:
-        return float(self._clock.current_time())
-
     def here(self) -> bool:
-        if asyncio_loop() is not None:
+        if self.ended or asyncio_loop() is not None:
             return False
         try:
             return self.trio.lowlevel.current_trio_token() is self._token
         except RuntimeError:
             return False
 
-    def watch_readable(self, sock: socket.socket, callback: Callback) -> None:
-        self._watch(sock, "read", self.trio.lowlevel.wait_readable, callback)
-
-    def watch_writable(self, sock: socket.socket, callback: Callback) -> None:
-        self._watch(sock, "write", self.trio.lowlevel.wait_writable, callback)
-
-    def unwatch_writable(self, sock: socket.socket) -> None:
-        self._unwatch(sock, "write")
-
-    def unwatch(self, sock: socket.socket) -> None:
-        self._unwatch(sock, "write")
-        self._unwatch(sock, "read")
-        if not self.ended and sock.fileno() >= 0:
-            self.trio.lowlevel.notify_closing(sock)
-
-    def _unwatch(self, sock: socket.socket, what: str) -> None:
-        scope = self._scopes.pop((sock.fileno(), what), None)
-        if scope is not None and not self.ended:
-            scope.cancel()
-
-    def _watch(self, sock: socket.socket, what: str, ready: Any, callback: Callback) -> None:
-        scope = self._scopes[sock.fileno(), what] = self.trio.CancelScope()
-
-        async def watch() -> None:
-            with scope:
-                while not scope.cancel_called:
-                    try:
-                        await ready(sock)
-                    except (self.trio.ClosedResourceError, self.trio.BusyResourceError, OSError):
-                        return
-                    if not scope.cancel_called:
-                        self._call(callback)
-
-        self.trio.lowlevel.spawn_system_task(watch)
-
     def call_at(self, when: float, callback: Callback) -> Timer:
-        scope = self.trio.CancelScope()
+        timer = super().call_at(when, callback)
+        self.ring_at(when)
+        return timer
 
-        async def wait() -> None:
-            with scope:
-                await self.trio.sleep_until(when)
-                self._call(callback)
+    def ring_at(self, when: float) -> None:
+        """See to it that what is due ``when`` rings then."""
+        if when < self.rings_at and self._wait is not None:
+            if self.elsewhere:
+                self.post(lambda: self.ring_at(when))
+                return
+            self._wait.deadline = when
+            self.rings_at = when
 
-        self.trio.lowlevel.spawn_system_task(wait)
-        return scope  # type: ignore[no-any-return]
+    async def _serve(self) -> None:
+        try:
+            while True:
+                try:
+                    await self._serve_until_due()
+                except (self.trio.Cancelled, GeneratorExit):
+                    raise
+                except BaseException as exc:
+                    self._hand_over(exc)
+                    # trio may still take this task for one that waits.
+                    with contextlib.suppress(self.trio.ClosedResourceError):
+                        self.trio.lowlevel.notify_closing(self._selector)
+        finally:
+            while self._ends:
+                self.call(self._ends.pop())
+            self.ended = True
+            if self.of_run.get(self._token) is self:
+                del self.of_run[self._token]
+            self.close()
+
+    async def _serve_until_due(self) -> None:
+        await self.trio.lowlevel.checkpoint()
+        self.serve_due(self.now())
+        self.rings_at = self.next_due()
+        with self.trio.CancelScope(deadline=self.rings_at) as self._wait:
+            try:
+                while True:
+                    await self.trio.lowlevel.wait_readable(self._selector)
+                    self.serve_ready(0)
+            finally:
+                self._wait = None
 
     def post(self, callback: Callback) -> None:
         with contextlib.suppress(RuntimeError):
-            self._token.run_sync_soon(lambda: self._call(callback))
+            self._token.run_sync_soon(lambda: self.call(callback))
 
-    def _call(self, callback: Callback) -> None:
-        """Call it. An exception of a signal handler would end all of trio here, so a task that
-        waits gets it, and the callback is called once more."""
+    def call(self, callback: Callback) -> None:
+        """Call it, and once more if an exception of a signal handler comes amid that."""
         try:
             try:
                 callback()
@@ -108,71 +119,79 @@ class TrioLoop:
                 callback()
                 raise
         except BaseException as exc:
-            for waiter in self.waiting:
-                waiter.fail(exc)
+            self._hand_over(exc)
+
+    def _hand_over(self, exc: BaseException) -> None:
+        """Raise it in a task that waits: it would end all of trio here."""
+        for waiter in self.due:
+            if isinstance(waiter, TrioWaiter) and waiter.fail(exc):
                 return
-            logger.exception("a callback failed")
+        logger.exception("a callback failed")
 
     def waiter(self) -> TrioWaiter:
         return TrioWaiter(self)
 
     def at_end(self, callback: Callback) -> Callback:
         self._ends.append(callback)
-        if not self._watches_end:
-            self._watches_end = True
-            self.trio.lowlevel.spawn_system_task(self._end)
         return lambda: self._ends.remove(callback) if callback in self._ends else None
-
-    async def _end(self) -> None:
-        try:
-            await self.trio.sleep_forever()
-        finally:
-            while self._ends:
-                self._call(self._ends.pop())
-            self.ended = True
 
 
 class TrioWaiter:
     """A task of trio's that waits."""
 
-    __slots__ = ("_loop", "_task", "_trio", "_woken")
+    __slots__ = ("_loop", "_task", "_woken")
 
     def __init__(self, loop: TrioLoop) -> None:
         self._loop = loop
-        self._trio = loop.trio
         self._task: Any = None
         self._woken = False
 
     def wake(self) -> None:
-        task, self._task = self._task, None
-        if task is None:
-            self._woken = True
-        else:
-            self._trio.lowlevel.reschedule(task)
+        self._woken = True
+        if self._loop.elsewhere:
+            # As the interpreter ends, another thread may close what a daemon waits for.
+            self._loop.post(self._reschedule)
+        elif not self._loop.ended:
+            self._reschedule()
 
-    def fail(self, exc: BaseException) -> None:
-        """Raise ``exc`` where it waits."""
-        task, self._task = self._task, None
-        if task is not None:
-            # trio depends on this module, so it is loaded.
-            outcome = sys.modules["outcome"]
-            self._trio.lowlevel.reschedule(task, outcome.Error(exc))
+    ring = wake
+
+    def fail(self, exc: BaseException) -> bool:
+        """Raise ``exc`` where it waits, if it does."""
+        # trio depends on this module, so it is loaded.
+        return self._reschedule(sys.modules["outcome"].Error(exc))
+
+    def _reschedule(self, *outcome: Any) -> bool:
+        task = self._task
+        # trio takes this mark off as it reschedules a task, which may be done only once.
+        waits = task is not None and task.custom_sleep_data is self
+        if waits:
+            self._loop.trio.lowlevel.reschedule(task, *outcome)
+        return waits
 
     async def wait(self, until: float) -> None:
         if self._woken:
             self._woken = False
             return
-        lowlevel = self._trio.lowlevel
-
-        def abort(_: Any) -> Any:
+        loop = self._loop
+        loop.due[self] = until
+        try:
+            loop.ring_at(until)
+            self._task = loop.trio.lowlevel.current_task()
+            self._task.custom_sleep_data = self
+            await loop.trio.lowlevel.wait_task_rescheduled(loop.can_be_cancelled)
+        finally:
             self._task = None
-            return lowlevel.Abort.SUCCEEDED
+            self._woken = False
+            loop.due.pop(self, None)
 
-        with self._trio.CancelScope(deadline=until):
-            try:
-                self._task = lowlevel.current_task()
-                self._loop.waiting[self] = None
-                await lowlevel.wait_task_rescheduled(abort)
-            finally:
-                self._task = None
-                self._loop.waiting.pop(self, None)
+
+def trio_loop() -> TrioLoop:
+    """The loop of the trio that runs here; of all barriers that are used there.
+
+    :raises RuntimeError: none runs
+    :raises OSError: no descriptor is left
+    """
+    import trio
+
+    return TrioLoop.of_run.get(trio.lowlevel.current_trio_token()) or TrioLoop()

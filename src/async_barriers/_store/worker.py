@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import util as multiprocessing_util
 from queue import Empty, SimpleQueue
@@ -27,7 +27,6 @@ _numbers = itertools.count()
 EXIT_SECS = 1.0
 # Beyond that, for threads that are about to return, and for those that may be.
 _RETURNS_SECS, _HANGS_SECS = 0.3, 0.05
-_FINALISES_SECS = 0.4
 
 
 class Promise(Generic[T]):
@@ -108,7 +107,7 @@ class Worker:
 
     def __init__(self, name: str = "worker") -> None:
         self.ended: Promise[None] = Promise()
-        self._name = _name(name)
+        self._name = name
         self._calls: _Calls = SimpleQueue()
         # The threads that have begun. If a signal handler raises as one is started, Python may let
         # it run, or not. So another one is started then; the first here works, the others end.
@@ -168,16 +167,13 @@ def in_own_thread(name: str, call: Callable[[], T]) -> Promise[T]:
     calls: _Calls = SimpleQueue()
     calls.put((call, told))
     calls.put(None)
-    _start(_name(name), calls, [], Promise())
+    _start(name, calls, [], Promise())
     return told
 
 
-def _name(what: str) -> str:
-    return f"async_barriers-{what}-{next(_numbers)}"
-
-
-def _start(name: str, calls: _Calls, running: list[threading.Thread], ended: Promise[None]) -> None:
+def _start(what: str, calls: _Calls, running: list[threading.Thread], ended: Promise[None]) -> None:
     """Start a thread that makes ``calls``; it notes itself in ``running``."""
+    name = f"async_barriers-{what}-{next(_numbers)}"
     threading.Thread(target=_work, args=(calls, running, ended), name=name, daemon=True).start()
 
 
@@ -198,17 +194,17 @@ def _work(calls: _Calls, running: list[threading.Thread], ended: Promise[None]) 
     ended.settle()
 
 
+def runs_users_code() -> None:
+    """Note that this thread calls a user's function, which may take any time."""
+    _threads.discard(threading.current_thread())
+    _users.add(threading.current_thread())
+
+
 def ends_by(at: float | None) -> None:
     """Note that this thread makes a call that ends by then; None if it has ended."""
     _ending.pop(threading.current_thread(), None)
     if at is not None:
         _ending[threading.current_thread()] = at
-
-
-def wait_for_all(promises: Iterable[Promise[Any]], deadline: float) -> None:
-    """Block this thread until they are settled, or `time.monotonic` says ``deadline``."""
-    for promise in promises:
-        promise.wait(deadline - time.monotonic())
 
 
 # -- before the interpreter ends ----------------------------------------------------------
@@ -246,6 +242,7 @@ class Living(Generic[T]):
 
 _to_end_first, _to_end_at_exit = Living[Any](), Living[Any]()
 _threads, _hanging = Living[threading.Thread](), Living[threading.Thread]()
+_users = Living[threading.Thread]()
 # Those in a call that ends at a known time, by `time.monotonic`, whatever happens.
 _ending: dict[threading.Thread, float] = {}
 
@@ -277,14 +274,16 @@ def _at_exit() -> None:
     # Also threads that were given up: one that returns from C++ later would abort the process. Of
     # those that hang for good, one may just have had its answer.
     now = time.monotonic()
-    returned = max(deadline, now + _RETURNS_SECS)
-    for threads, until in ((_threads, returned), (_hanging, now + _HANGS_SECS)):
+    returned, hung = max(deadline, now + _RETURNS_SECS), now + _HANGS_SECS
+    # Law 8 leaves two seconds, of which torch takes up to one.
+    used = max(deadline - EXIT_SECS / 2, hung)
+    for threads, until in ((_threads, returned), (_users, used), (_hanging, hung)):
         for thread in threads.latest_first():
             thread.join(max(0.0, until - time.monotonic()))
         threads.clear()  # This is called twice, and waits once for a thread that hangs.
     for thread, at in list(_ending.items()):
-        # Later ones find no interpreter that finalises, but a process that has ended.
-        if (secs := at - time.monotonic()) < _FINALISES_SECS:
+        # Others hang until the process has ended.
+        if (secs := at - time.monotonic()) < EXIT_SECS:
             thread.join(max(0.0, secs) + _HANGS_SECS)
 
 
@@ -293,7 +292,7 @@ def _in_child() -> None:
     for owner in _to_end_at_exit.latest_first():
         with contextlib.suppress(Exception):
             owner.forsake()
-    for things in (_to_end_first, _to_end_at_exit, _threads, _hanging, _ending):
+    for things in (_to_end_first, _to_end_at_exit, _threads, _users, _hanging, _ending):
         things.clear()
 
 
