@@ -182,6 +182,23 @@ class Scenario(PhaseLaws):
         options.setdefault("at_once", True)
         return Job(" ".join(("crosses", *names)), run, **options)
 
+    def crosses_steps(self, *calls: str, **options: Any) -> Job:
+        """Cross steps, such as "x 3", or abort one of x; the last one has to be released."""
+
+        async def run(host: Host) -> None:
+            barrier, result = self.barrier(host), None
+            for what in calls:
+                name, step = what.split()
+                if name == "abort":
+                    call = barrier.abort("no disk", "x", step=int(step))
+                else:
+                    call = barrier.execute_barrier(name, step=int(step))
+                result = await self.ends(host, what, call)
+            assert not isinstance(result, BaseException), f"{host.name} is out of step: {result}"
+
+        options.setdefault("at_once", True)
+        return Job("crosses", run, **options)
+
     def crosses_anew(self, times: int = 1, *, aborts: bool = False, **options: Any) -> Job:
         """Cross phases until so many are released after a restart; abort one before, or do not."""
 

@@ -82,6 +82,17 @@ def test_one_that_aborts_before_all_are_back() -> None:
     scenario.wander(runs=RUNS, seed=1)
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["sockets", "threads"])
+def test_steps_that_are_passed(waits: bool) -> None:
+    """One rank breaks a step; who comes for an earlier one then, or waits in it, learns of it."""
+    scenario = Scenario(3)
+    scenario.rank("0", scenario.crosses_steps("x 0", "abort 3", "y 0", "x 4", "x 5"), waits=waits)
+    passed = scenario.crosses_steps("x 0", "y 0", "x 1", "x 2", "x 4", "x 5")
+    scenario.rank("1", passed, waits=waits)
+    scenario.rank("2", scenario.crosses_steps("x 0", "x 1", "y 0", "x 4", "x 5"), waits=waits)
+    scenario.wander(runs=RUNS)
+
+
 def test_a_release_without_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The explorer finds a count that is taken for full one rank too early."""
 

@@ -17,7 +17,7 @@ from .._protocol.verdict import Broken, Released, Verdict, missing, number
 from .._store.future import Future
 from .._store.sources import Connection
 from .departing import Departing
-from .phases import Phase
+from .phases import Phase, Turns
 
 
 class Entering(Departing):
@@ -135,10 +135,11 @@ class Entering(Departing):
         connection.on_wake = partial(self._woken, phase)
         phase.large = len(payload) > SMALL_BYTES
         entry = phase.entry
-        if phase.step is not None:
-            connection.outbox.append(
-                ([Read(phase.membership.own.latest(phase.name))], partial(self._seen, phase))
-            )
+        turns, taken = self.turns, self._bells_taken
+        if phase.step is not None and turns and turns.read_at.get(phase.name) != taken:
+            # Who breaks a step rings, and whose bell is rung later looks at its open phases.
+            latest = Read(phase.membership.own.latest(phase.name))
+            connection.outbox.append(([latest], partial(self._seen, phase, turns, taken)))
         requests = phases.entering(entry, payload)
         phase.entered = True
         try:
@@ -187,19 +188,21 @@ class Entering(Departing):
             if entry.kind != COMMIT:
                 self.settle(phase, Released(self.rank))
 
-    def _seen(self, phase: Phase, found: list[Any]) -> None:
-        if (later := number(found[0])) is not None:
-            phase.latest = later
-            self.start(self._past(phase, later))
+    def _seen(self, phase: Phase, turns: Turns, bells_taken: int, found: list[Any]) -> None:
+        turns.read_at[phase.name] = bells_taken
+        phase.latest = number(found[0])
+        if phase.latest is not None:
+            self.start(self._past(phase, phase.latest))
 
     async def _past(self, phase: Phase, latest: int) -> None:
         """A later step of the name is decided, so this step never will be: give it up."""
-        assert phase.step is not None
-        turns = self.turns
-        if turns is None or turns.membership is not phase.membership or latest <= phase.step:
+        turns, step = self.turns, phase.step
+        if turns is None or turns.membership is not phase.membership:
+            return
+        if step is None or latest <= step:
             return
         turns.decided(phase.name, latest)
-        late = turns.too_late(phase.name, phase.step)
+        late = turns.too_late(phase.name, step)
         if late is not None and not phase.decided:
             self._begin_giving_up(phase, Broken(self.rank, late.reason), False)
 

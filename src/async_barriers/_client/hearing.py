@@ -184,18 +184,11 @@ class Hearing(Early):
             said = encode_answer(self.rank, self.said.answer)
             await members.answer(bell, own, asked, said)
 
-    async def _see(
-        self,
-        bell: Connection,
-        phase: Phase,
-        arrived: bool,
-        value: bytes | None,
-        reason: bytes | None,
-        latest: bytes | None,
-    ) -> None:
+    async def _see(self, bell: Connection, phase: Phase, arrived: bool, *news: Any) -> None:
+        """:param news: its count, why it broke, and the latest step of its name that did"""
         if phase.decided:
             return
-        entry = phase.entry
+        entry, (value, reason, latest) = phase.entry, news
         try:
             judged = await self._using(
                 phase, phases.judge(bell, entry, value, reason, entered=arrived)
@@ -210,5 +203,5 @@ class Hearing(Early):
             self.settle(phase, judged)
         elif judged.full(*phase.entry.world):
             self._all_in(phase)
-        elif (later := number(latest)) is not None and phase.step is not None:
+        elif (later := number(latest)) is not None:
             await self._past(phase, later)

@@ -95,13 +95,14 @@ class Listening(Breaking):
         # connection, and may come after this answer.
         waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
         requests = members.around(membership)
-        for _, entry, _ in waiting:
+        for phase, entry, _ in waiting:
             requests += [Read(entry.keys.count), Read(entry.keys.reason)]
-        for phase, _, _ in waiting:
             if phase.step is not None:
                 requests.append(Read(phase.membership.own.latest(phase.name)))
         try:
             found = await bell.call(*requests, wait=membership.own.bell(self.rank))
+            # Not before the answer: until then, one ring may stand for several.
+            self._bells_taken += 1
             around = members.surroundings(membership, found[:5])
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
@@ -109,14 +110,13 @@ class Listening(Breaking):
             if around.complete and not around.over:
                 # Move the phases that were tried too early, however they ended.
                 await self._all_joined(turns, bell)
-            counted = found[5:]
-            latest = iter(counted[2 * len(waiting) :])
-            for number, (phase, entry, arrived) in enumerate(waiting):
-                value, reason = counted[2 * number : 2 * number + 2]
-                seen = next(latest) if phase.step is not None else None
+            answers = iter(found[5:])
+            for phase, entry, arrived in waiting:
+                news = [next(answers), next(answers)]
+                news.append(None if phase.step is None else next(answers))
                 # A phase that was begun too early may have another number by now.
                 if phase.entry is entry:
-                    await self._see(bell, phase, arrived, value, reason, seen)
+                    await self._see(bell, phase, arrived, *news)
         except BarrierConnectionError:
             return  # Another connection opens, and looks.
         if turns is not self.turns:

@@ -185,6 +185,8 @@ class Turns:
         self._decided: dict[str, tuple[int, str, int | None, str]] = {}
         # By name: the latest step that was released, and that this rank has departed from.
         self.passed: dict[str, int] = {}
+        # By name: how many bells were taken when the latest broken step was last read.
+        self.read_at: dict[str, int] = {}
         # By name: steps that were begun, and whose verdict is not known.
         self._begun: dict[str, set[int]] = {}
 

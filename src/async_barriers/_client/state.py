@@ -81,6 +81,8 @@ class SessionState:
         self.closed_by: Closed | None = None
         # Whether this generation may have a rank that waits for its bell alone.
         self._rings = True
+        # How often it has taken its bell; what it had read before, it may have to read again.
+        self._bells_taken = 0
         # Whether its membership may not hold any more.
         self._doubtful = False
         self._before: Membership | None = None
