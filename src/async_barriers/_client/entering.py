@@ -162,6 +162,9 @@ class Entering(Departing):
             if phase.departure is not None:
                 last = not isinstance(count, Broken) and count.full(*entry.world)
                 phase.departure.last = phase.departure.looks_after = last
+                if last and self._rings:
+                    # Another message said that all are in, and nobody has rung for that.
+                    connection.call(SetMany(phase.membership.bells, b"all in"))
             return
         phase.counted = True
         stopping = phase.decided or phase.giving_up
