@@ -77,13 +77,11 @@ class Departing(Pool):
         self._departs = True
         if gone.looks_after:
             self._look_later(gone)
-        requests = phases.departing(gone.entry)
         if gone.broken:
             # Before it is known which rank was the first: this one may leave before the answer.
             self._name(gone)
-        if gone.broken or connection is self._bell:
-            requests = phases.departing_alone(gone.entry)
-        connection.outbox.append((requests, partial(self._departed, gone, connection)))
+        alone: list[Request] = [Add(gone.entry.keys.departed, 1)]
+        connection.outbox.append((alone, partial(self._departed, gone, connection)))
         if phase.large and (gone.broken or phase.entry.kind != GATHER):
             own = phase.entry.keys.payload(self.rank)
             connection.outbox.append(([Delete([own])], nothing))
@@ -111,10 +109,14 @@ class Departing(Pool):
         if not self.unfinished:
             return  # Most often.
         stem = gone.entry.keys.path.removesuffix(f"{step}")
-        for path in [each for each in self.unfinished if each.startswith(stem)]:
-            if int(path.removeprefix(stem)) < before:
-                del self.unfinished[path]
-                connection.outbox.append(([Delete(PhaseKeys(path).of_broken)], nothing))
+        paths = [each for each in self.unfinished if each.startswith(stem)]
+        for path in [each for each in paths if int(each.removeprefix(stem)) < before]:
+            for other in self._connections():
+                if other.outbox and other.lost is None:
+                    # This rank's departure may be in there.
+                    other.call()
+            del self.unfinished[path]
+            connection.outbox.append(([Delete(PhaseKeys(path).of_broken)], nothing))
 
     def look_after(self, connection: Connection, *, now: bool = False) -> None:
         """Have the next message ask which phases can be deleted.
@@ -145,7 +147,7 @@ class Departing(Pool):
             self.unfinished.pop(gone.entry.keys.path, None)
         if counted >= gone.entry.world_size:
             self._delete(gone, connection, alone=True)
-        elif counted and gone.last and not gone.added:
+        elif counted and gone.last:
             self._read_log(gone, connection, now=True)
 
     def _added(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
@@ -190,12 +192,6 @@ class Departing(Pool):
         if gone.step is not None and gone.broken:
             self._forget_latest(gone, gone.step, connection)
         self._tidy_soon()
-
-    def _depart_alone(self, connection: Connection) -> None:
-        """Before a message that enters no phase: have the departures in the outbox answered."""
-        for requests, heard in connection.outbox:
-            if isinstance(heard, partial) and heard.func == self._departed:
-                requests[:] = phases.departing_alone(heard.args[0].entry)
 
     async def _flush(self) -> None:
         if self._departs:

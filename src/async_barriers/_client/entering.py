@@ -135,6 +135,12 @@ class Entering(Departing):
         connection.on_wake = partial(self._woken, phase)
         phase.large = len(payload) > SMALL_BYTES
         entry = phase.entry
+        for departing, heard in connection.outbox:
+            if isinstance(heard, partial) and heard.func == self._departed:
+                gone = heard.args[0]
+                if not gone.broken:
+                    # With an entry it needs no answer.
+                    departing[:] = phases.departing(gone.entry)
         turns, taken = self.turns, self._bells_taken
         if phase.step is not None and turns and turns.read_at.get(phase.name) != taken:
             # Who breaks a step rings, and whose bell is rung later looks at its open phases.

@@ -89,7 +89,6 @@ class Pool(SessionState):
         for connection in self._connections():
             with contextlib.suppress(BarrierConnectionError):
                 while connection.outbox and connection.lost is None:
-                    self._depart_alone(connection)
                     await connection.call()
 
     async def _end_waits(self) -> None:
@@ -103,7 +102,6 @@ class Pool(SessionState):
         """End its wait, and hear all answers, departures and what follows them too."""
         connection.stop_waiting()
         while connection.lost is None:
-            self._depart_alone(connection)
             answered = connection.call(Read(self.keys.state))
             heard = await within(loop, answered, deadline - self._now())
             if not heard or not (connection.unsaid or connection.outbox):

@@ -250,7 +250,6 @@ class SessionState:
     # Methods of the layers above.
     join: Callable[[], Effort[None]]
     end_with_loop: Callable[[], None]
-    _depart_alone: Callable[[Connection], None]
     _woken: Callable[[Phase], None]
     _look: Callable[..., Coroutine[Any, Any, None]]
     _collect: Callable[..., Coroutine[Any, Any, None]]

@@ -216,13 +216,8 @@ async def confirm(store: Store, entry: Entry) -> Released | None:
 
 def departing(entry: Entry) -> list[Request]:
     """What a rank writes, with its entry into another phase, when it will not look at this one any
-    more; not answered."""
+    more; not answered. In another message it adds to `PhaseKeys.departed` instead."""
     return [Append(entry.keys.log, b"%dd\n" % entry.rank)]
-
-
-def departing_alone(entry: Entry) -> list[Request]:
-    """The same, in a message that enters no phase; the answer is the number of those."""
-    return [Add(entry.keys.departed, 1)]
 
 
 def departed(log: bytes) -> set[int]:
