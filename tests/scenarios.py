@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
@@ -129,11 +129,15 @@ class _Nobody(dict[str, Any]):
 
 
 class Scenario(PhaseLaws):
-    """The processes of a job, and what each of them does."""
+    """The processes of a job, and what each of them does.
 
-    def __init__(self, world_size: int) -> None:
+    :ivar threads: the ranks that reach the store through worker threads, such as "02"
+    """
+
+    def __init__(self, world_size: int, threads: str = "") -> None:
         super().__init__(world_size)
         self.specs: list[Spec] = []
+        self.threads = threads
 
     def world(self) -> AbstractContextManager[None]:
         return modelled_world()
@@ -158,6 +162,7 @@ class Scenario(PhaseLaws):
 
     def rank(self, name: str, *jobs: Job, joined: bool = True, **options: Any) -> None:
         options.setdefault("first", self.connect if joined else None)
+        options.setdefault("waits", name[0] not in self.threads)
         self.specs.append(Spec(name, int(name.split()[0]), jobs, **options))
 
     def restarted(self) -> None:
@@ -198,6 +203,41 @@ class Scenario(PhaseLaws):
 
         options.setdefault("at_once", True)
         return Job("crosses", run, **options)
+
+    def commits(self, *, steps: bool = False, **options: Any) -> Job:
+        """Commit three times."""
+
+        async def run(host: Host) -> None:
+            barrier = self.barrier(host)
+
+            async def publish(payloads: Mapping[int, bytes]) -> bytes:
+                leading = (each.entry for each in barrier._session.open if each.entry.leads)
+                path = next(leading).keys.path
+                host.note("publishing", path, tuple(payloads.items()))
+                host.note("published", path)
+                return b""
+
+            for number in range(3):
+                step = number if steps else None
+                call = barrier.commit(publish, payload=b"of %d" % host.rank, name="x", step=step)
+                await self.ends(host, f"commit {number}", call)
+
+        options.setdefault("at_once", True)
+        return Job("commits", run, **options)
+
+    def gathers(self, **options: Any) -> Job:
+        """Gather three times: each learns all payloads, or none does."""
+
+        async def run(host: Host) -> None:
+            everyone = tuple(b"of %d" % rank for rank in range(self.world_size))
+            for number in range(3):
+                call = self.barrier(host).all_gather(b"of %d" % host.rank, name="x")
+                gathered = await self.ends(host, f"gather {number}", call)
+                if isinstance(gathered, tuple):
+                    assert gathered == everyone
+
+        options.setdefault("at_once", True)
+        return Job("gathers", run, **options)
 
     def crosses_anew(self, times: int = 1, *, aborts: bool = False, **options: Any) -> Job:
         """Cross phases until so many are released after a restart; abort one before, or do not."""

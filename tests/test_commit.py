@@ -16,7 +16,7 @@ import pytest
 import trio
 from direct import DirectStore, run
 from stores import LISTS_KEYS, Data, PlainStore, keys_of
-from worlds import AnyBarrier, Outcome, Tasks, World, crash, gather, until
+from worlds import AnyBarrier, Outcome, Tasks, World, crash, drop, gather, until
 
 from async_barriers import (
     Barrier,
@@ -1123,17 +1123,7 @@ async def test_payloads_of_many_ranks(tcp: World) -> None:
     await nothing_is_left(tcp)
 
 
-# Coroutines that are thrown away; on asyncio alone can a coroutine be stepped by hand.
-
-
-async def drop(coroutine: Coroutine[Any, Any, Any], when: asyncio.Event) -> None:
-    """Run ``coroutine`` in this task, and throw it away where it stands when told to."""
-    told = asyncio.ensure_future(when.wait())
-    while not when.is_set():
-        awaited = coroutine.send(None)
-        awaited._asyncio_future_blocking = False
-        await asyncio.wait((awaited, told), return_when=asyncio.FIRST_COMPLETED)
-    coroutine.close()
+# Coroutines that are thrown away; see also test_thrown_away.
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

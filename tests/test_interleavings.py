@@ -29,68 +29,100 @@ SWITCHES = 3 if DEEP else 1
 
 pytestmark = pytest.mark.bound(600 if DEEP else 40)
 
+# The ranks that reach the store through worker threads. Each message of theirs is several.
+ways = pytest.mark.parametrize("threads", ["", "012", "0"], ids=["sockets", "threads", "mixed"])
 
-def test_two_that_cross() -> None:
+
+def wander(scenario: Scenario, **options: Any) -> None:
+    scenario.wander(runs=RUNS // 4 if scenario.threads else RUNS, **options)
+
+
+@ways
+def test_two_that_cross(threads: str) -> None:
     """Cancelled anywhere, or dead anywhere: one verdict, and nobody waits for ever."""
-    scenario = Scenario(2)
+    scenario = Scenario(2, threads)
     scenario.rank("0", scenario.crosses(cancels=1))
     scenario.rank("1", scenario.crosses())
-    scenario.wander(runs=RUNS, may_crash=["0", "1"])
+    wander(scenario, may_crash=["0", "1"])
 
 
-def test_three_that_cross_again_and_again() -> None:
+@ways
+def test_three_that_cross_again_and_again(threads: str) -> None:
     """They stay in step, whoever is cancelled or lets its deadline pass."""
-    scenario = Scenario(3)
+    scenario = Scenario(3, threads)
     scenario.rank("0", scenario.crosses(times=3, cancels=1))
     scenario.rank("1", scenario.crosses(times=3, passes=1))
     scenario.rank("2", scenario.crosses(times=3))
-    scenario.wander(runs=RUNS)
+    wander(scenario)
 
 
+@ways
+@pytest.mark.parametrize("steps", [False, True], ids=["", "steps"])
+def test_three_that_commit(steps: bool, threads: str) -> None:
+    """Each commit is published or broken, for all of them."""
+    scenario = Scenario(3, threads)
+    scenario.rank("0", scenario.commits(steps=steps, cancels=1))
+    scenario.rank("1", scenario.commits(steps=steps, passes=1))
+    scenario.rank("2", scenario.commits(steps=steps))
+    wander(scenario)
+
+
+@ways
+def test_three_that_gather(threads: str) -> None:
+    """All payloads, or none."""
+    scenario = Scenario(3, threads)
+    scenario.rank("0", scenario.gathers(cancels=1))
+    scenario.rank("1", scenario.gathers(cancels=1))
+    scenario.rank("2", scenario.gathers())
+    wander(scenario)
+
+
+@ways
 @pytest.mark.parametrize("in_doubt", [False, True], ids=["", "in doubt"])
-def test_one_that_leaves(in_doubt: bool) -> None:
+def test_one_that_leaves(in_doubt: bool, threads: str) -> None:
     """Its peers are told in what they wait in, and in what they enter later."""
-    scenario = Scenario(3)
+    scenario = Scenario(3, threads)
     leaves = scenario.closes(in_doubt=in_doubt)
     scenario.rank("0", scenario.crosses("x", cancels=1), scenario.crosses("y"), leaves)
     scenario.rank("1", scenario.crosses("y"), scenario.crosses("x", cancels=1))
     scenario.rank("2", scenario.crosses("x"), scenario.crosses("y"))
-    scenario.wander(runs=RUNS)
+    wander(scenario)
 
 
-def test_a_rank_that_restarts() -> None:
+@ways
+def test_a_rank_that_restarts(threads: str) -> None:
     """When all are back they meet, whatever was tried before."""
-    scenario = Scenario(3)
+    scenario = Scenario(3, threads)
     scenario.rank("0", scenario.crosses_anew(2))
     scenario.rank("1")
     scenario.rank("2", scenario.crosses_anew(2))
     again = scenario.crosses_anew(2)
     scenario.rank("1 again", again, joined=False, replaces="1")
-    scenario.wander(runs=RUNS)
+    wander(scenario)
 
 
-def test_one_that_aborts_before_all_are_back() -> None:
+@ways
+def test_one_that_aborts_before_all_are_back(threads: str) -> None:
     """Or as it is about to hear that they are: all are in step then.
 
     With this seed it finds a phase that is moved twice, by a look at it and by the bell.
     """
-    scenario = Scenario(3)
+    scenario = Scenario(3, threads)
     scenario.restarted()
     scenario.rank("0", scenario.crosses_anew(2, aborts=True), joined=False)
     scenario.rank("1", scenario.crosses_anew(2, cancels=1), joined=False)
     scenario.rank("2", scenario.crosses_anew(2), joined=False)
-    scenario.wander(runs=RUNS, seed=1)
+    wander(scenario, seed=1)
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["sockets", "threads"])
-def test_steps_that_are_passed(waits: bool) -> None:
+@ways
+def test_steps_that_are_passed(threads: str) -> None:
     """One rank breaks a step; who comes for an earlier one then, or waits in it, learns of it."""
-    scenario = Scenario(3)
-    scenario.rank("0", scenario.crosses_steps("x 0", "abort 3", "y 0", "x 4", "x 5"), waits=waits)
-    passed = scenario.crosses_steps("x 0", "y 0", "x 1", "x 2", "x 4", "x 5")
-    scenario.rank("1", passed, waits=waits)
-    scenario.rank("2", scenario.crosses_steps("x 0", "x 1", "y 0", "x 4", "x 5"), waits=waits)
-    scenario.wander(runs=RUNS)
+    scenario = Scenario(3, threads)
+    scenario.rank("0", scenario.crosses_steps("x 0", "abort 3", "y 0", "x 4", "x 5"))
+    scenario.rank("1", scenario.crosses_steps("x 0", "y 0", "x 1", "x 2", "x 4", "x 5"))
+    scenario.rank("2", scenario.crosses_steps("x 0", "x 1", "y 0", "x 4", "x 5"))
+    wander(scenario)
 
 
 def test_a_release_without_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

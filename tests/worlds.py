@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -368,3 +369,15 @@ async def library_threads_gone(within_secs: float = 8.0) -> None:
         raise AssertionError(
             "\n".join(f"{name}:\n{''.join(stack[-4:])}" for name, stack in stacks.items())
         ) from None
+
+
+async def drop(coroutine: Coroutine[Any, Any, Any], when: asyncio.Event) -> None:
+    """Run ``coroutine`` in this task of asyncio, and throw it away where it stands when told to."""
+    told = asyncio.ensure_future(when.wait())
+    while not told.done():
+        awaited = coroutine.send(None)
+        awaited._asyncio_future_blocking = False
+        if when.is_set():
+            break  # Before what it awaits can come.
+        await asyncio.wait((awaited, told), return_when=asyncio.FIRST_COMPLETED)
+    coroutine.close()

@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-from ._bodies import Body, Committing, checked
+from ._bodies import Body, Committing, checked, close
 from ._checks import CONFIGURED, Timeout, check_publish, given
 from ._reasons import reason_of
 from ._values import BarrierResult, BarrierStatistics, CommitRecord
@@ -281,8 +281,8 @@ class Barrier(abc.ABC):
     async def __aenter__(self: BarrierT) -> BarrierT:
         try:
             await self.connect()
-        except BaseException:
-            await self.aclose()
+        except BaseException as exc:
+            await close(self.aclose(), exc)
             raise
         return self
 
@@ -293,6 +293,6 @@ class Barrier(abc.ABC):
         traceback: TracebackType | None,
     ) -> None:
         if exc is None or isinstance(exc, GeneratorExit):
-            await self.aclose()
+            await close(self.aclose(), exc)
         else:
             await self._leave(f"it closed its barrier: {reason_of(exc)}")

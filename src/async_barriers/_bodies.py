@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 
@@ -100,3 +101,17 @@ async def _tell(exc: BaseException, barrier: Breakable, name: str, step: int | N
     """Break a phase for its peers because of ``exc``, also where this task is cancelled."""
     with anyio.CancelScope(shield=True):
         await barrier._fail(reason_of(exc), name, step)
+
+
+async def close(closing: Coroutine[Any, Any, None], exc: BaseException | None) -> None:
+    """Close something, after ``exc`` ended its body.
+
+    A coroutine that is thrown away can await nothing more. It begins to close, and that goes on by
+    itself.
+    """
+    if not isinstance(exc, GeneratorExit):
+        await closing
+        return
+    with contextlib.suppress(StopIteration):
+        closing.send(None)
+    closing.close()

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch.distributed import Store
 
 from . import _launch
+from ._bodies import close
 from ._checks import check_call_timeout, check_flag
 from ._errors import BarrierError, BarrierTimeoutError, describe
 from ._observer.watch import CONNECT_SECS, Watch
@@ -155,8 +156,8 @@ class CommitObserver:
     async def __aenter__(self: CommitObserverT) -> CommitObserverT:
         try:
             await self.connect()
-        except BaseException:
-            await self.aclose()
+        except BaseException as exc:
+            await close(self.aclose(), exc)
             raise
         return self
 
@@ -166,7 +167,7 @@ class CommitObserver:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        await close(self.aclose(), exc)
 
     async def _reached(self, loop: Loop, deadline: float) -> None:
         """Wait for the first look, by ``deadline``.

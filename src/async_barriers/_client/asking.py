@@ -11,11 +11,10 @@ from .._store.event_loop import Loop
 from .._store.sources import Connection
 from .._store.waiting import settled, sleep
 from .._values import CommitRecord
+from .attempt import SAYS_WHY_SECS
 from .session import Session
 
 _RETRY_SECS = 0.2
-# How much longer a call waits for an attempt, whose error says more than a timeout.
-_SAYS_WHY_SECS = 0.3
 
 
 async def became(session: Session, name: str, sequence: int) -> CommitRecord | None:
@@ -26,7 +25,7 @@ async def became(session: Session, name: str, sequence: int) -> CommitRecord | N
     deadline = loop.now() + session.init_secs
     asking = session.start(_ask(session, loop, name, sequence, deadline))
     try:
-        await settled(loop, asking, deadline + _SAYS_WHY_SECS)
+        await settled(loop, asking, deadline + SAYS_WHY_SECS)
     finally:
         asking.stop(BarrierConnectionError("nobody waits for the answer any more"))
     if asking.error is None:

@@ -28,7 +28,7 @@ from .tally import kind_of
 from .watching import Watch
 
 # How much longer a call waits for an attempt to connect, whose error says more than a timeout.
-_SAYS_WHY_SECS = 0.3
+SAYS_WHY_SECS = 0.3
 # How long undoing something takes at least.
 LEAST_SECS = 0.1
 
@@ -65,7 +65,7 @@ class Attempt:
                 raise BarrierClosedError(describe(session.prefix))
             joining = session.join()
             # An attempt that runs out of time says why, if it gets a moment more.
-            if not await settled(loop, joining, min(until + _SAYS_WHY_SECS, deadline)):
+            if not await settled(loop, joining, min(until + SAYS_WHY_SECS, deadline)):
                 if (closed := session.closed_by) is not None:
                     raise self._broken(closed.rank, closed.reason)
                 why = session.why_not

@@ -55,10 +55,13 @@ class Hearing(Early):
 
         :param came_late: it was broken already when this rank entered
         """
+        if phase.decided:
+            return  # Its keys may be deleted already.
         with contextlib.suppress(BarrierConnectionError):
             entry = phase.entry
             store = members.RollReader(connection, phase.membership)
-            judged = await phases.look(store if phase.early else connection, entry)
+            look = phases.look(store if phase.early else connection, entry)
+            judged = await self._using(phase, look)
             turns = self.turns
             ours = turns is not None and turns.membership is phase.membership
             if turns is not None and ours and store.complete:
@@ -95,7 +98,7 @@ class Hearing(Early):
         with contextlib.suppress(BarrierConnectionError):
             try:
                 collect = commits.collected if log else commits.collect
-                brought = await collect(connection, phase.entry, *log)
+                brought = await self._using(phase, collect(connection, phase.entry, *log))
             except BarrierConnectionError:
                 raise
             except BarrierError:

@@ -102,10 +102,11 @@ class Publication:
         loop, patience_secs = crossing.loop, session.patience_secs
         try:
             done = await settled(loop, settling, loop.now() + patience_secs)
-        except BaseException:
+        except BaseException as exc:
             # Shielded only now, since a scope for each commit costs as much as a round trip.
-            with anyio.CancelScope(shield=True):
-                await until_done(loop, settling, patience_secs)
+            if not isinstance(exc, GeneratorExit):
+                with anyio.CancelScope(shield=True):
+                    await until_done(loop, settling, patience_secs)
             raise
         if not done or settling.error is not None:
             if not done:
