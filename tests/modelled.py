@@ -92,6 +92,8 @@ class Connection:
         self.lost: BarrierConnectionError | None = None
         self._host = host
         self._awaited: str | None = None
+        # The message that began to wait for it; later ones go on with that.
+        self._awaited_since = 0
         # The number of messages, and those without an answer yet.
         self._sent = 0
         self._due: dict[int, tuple[Any, Future[list[Any]], str | None]] = {}
@@ -105,7 +107,7 @@ class Connection:
             return said
         late, self.outbox = self.outbox, []
         if wait is not None:
-            self._awaited = wait
+            self._awaited, self._awaited_since = wait, self._sent
         every = [*(request for earlier, _ in late for request in earlier), *requests]
         replies = any(not isinstance(request, SILENT) for request in every)
         number, self._sent = self._sent, self._sent + 1
@@ -136,12 +138,12 @@ class Connection:
                 self._host.sends(-self.number, Message(number, (), awaited, False))
 
     def wakes(self, number: int) -> None:
-        """The key that a message waits for was written; a later message cancels the wait."""
+        """The key that a message waits for was written; a later one may have begun another wait."""
         if not self.waits:
             self._thread_waits = False
             if self.on_wake is not None:
                 self.on_wake()
-        elif number == self._sent - 1 and self._awaited is not None:
+        elif number >= self._awaited_since and self._awaited is not None:
             self._awaited = None
             if self.on_wake is not None:
                 self.on_wake()
