@@ -125,6 +125,18 @@ def test_steps_that_are_passed(threads: str) -> None:
     wander(scenario)
 
 
+@ways
+def test_steps_that_are_skipped(threads: str) -> None:
+    """Of those that broke, and to which not all came, no key is left two steps later."""
+    scenario = Scenario(3, threads)
+    calls = ["x 1", "x 2", "x 3", "x 4", "x 5", "x 6"]
+    aborts = ["abort 1", "x 2", "abort 3", *calls[3:]]
+    scenario.rank("0", scenario.crosses_steps(*aborts))
+    scenario.rank("1", scenario.crosses_steps(*calls))
+    scenario.rank("2", scenario.crosses_steps(*calls[1:]))
+    wander(scenario, seed=1)
+
+
 def test_a_release_without_all_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The explorer finds a count that is taken for full one rank too early."""
 

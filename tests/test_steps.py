@@ -25,6 +25,10 @@ from async_barriers import (
     DistBarrier,
     StoreBarrier,
 )
+from async_barriers._client.breaking import Breaking
+from async_barriers._client.phases import Phase
+from async_barriers._store.future import Future
+from async_barriers._store.sources import Connection
 from async_barriers.blocking import BlockingBarrier
 
 pytestmark = pytest.mark.anyio
@@ -181,6 +185,56 @@ async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
             assert "300" in str(error)
         results = await gather(partial(rank.execute_barrier, "x", step=301) for rank in ranks)
         assert {result.sequence for result in results} == {301}
+
+
+async def test_a_call_for_a_later_step_has_read_what_broke() -> None:
+    """What it has found is for the calls for earlier steps, too."""
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        await gather(partial(rank.execute_barrier, "x", step=0) for rank in ranks)
+        session = ranks[1]._session
+        assert session.turns is not None
+        taken = session._bells_taken
+
+        async def has_been_rung() -> bool:
+            return session._bells_taken > taken
+
+        async def has_read() -> bool:
+            assert session.turns is not None
+            return session.turns.read_at["x"] == session._bells_taken
+
+        await ranks[0].abort("no disk", "x", step=5)
+        await until(has_been_rung)
+        later = tasks.start(partial(ranks[1].execute_barrier, "x", step=7))
+        await until(has_read)
+        error = await over_at_once(ranks[1].execute_barrier("x", step=3))
+        assert "step 5, a later one, was broken" in error.reason
+        await ranks[0].execute_barrier("x", step=7)
+        await later.returned()
+
+
+async def test_who_breaks_a_step_comes_for_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told at once, also while it tells the others."""
+    told: Future[None] = Future()
+    held: Future[None] = Future()
+    tell = Breaking._tell_of_break
+
+    async def slow(self: Breaking, connection: Connection, phase: Phase) -> None:
+        await tell(self, connection, phase)
+        told.resolve(None)
+        await held
+
+    async def has_told() -> bool:
+        return told.done
+
+    async with job(serve(), 2) as ranks, Tasks() as tasks:
+        await gather(partial(rank.execute_barrier, "x", step=0) for rank in ranks)
+        monkeypatch.setattr(Breaking, "_tell_of_break", slow)
+        aborting = tasks.start(partial(ranks[0].abort, "no disk", "x", step=5))
+        await until(has_told)
+        error = await over_at_once(ranks[0].execute_barrier("x", step=3))
+        assert "step 5, a later one, was broken" in error.reason
+        held.resolve(None)
+        assert await aborting.returned()
 
 
 @pytest.mark.parametrize("how", ["deadline", "body"])

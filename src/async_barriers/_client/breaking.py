@@ -173,6 +173,7 @@ class Breaking(Hearing):
         if phase.step is None:
             await connection.call(*tells)
             return
+        phase.turns.decided(phase.name, phase.step)  # It rings for all others.
         # A rank that comes for an earlier step finds this, until all are past this step.
         key = membership.own.latest(phase.name)
         held = b""

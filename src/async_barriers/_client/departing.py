@@ -67,10 +67,9 @@ class Departing(Pool):
 
     def _depart(self, phase: Phase, connection: Connection) -> None:
         """Write this rank's departure with the next message."""
-        turns = self.turns
-        if phase.early and turns is not None and turns.membership is phase.membership:
-            turns.tried_early.append((phase.entry, connection))
-            self._clear_early(turns)
+        if phase.early and phase.turns is self.turns:
+            phase.turns.tried_early.append((phase.entry, connection))
+            self._clear_early(phase.turns)
         if phase.early or isinstance(phase.error, Forgotten):
             return
         gone = phase.departure = Departure(phase)
@@ -102,21 +101,16 @@ class Departing(Pool):
 
         Past two, so that none still reads there why it broke.
         """
-        turns, step = self.turns, gone.step
-        if turns is None or turns.membership is not gone.membership or step is None:
-            return
-        before, turns.passed[gone.name] = turns.passed.get(gone.name, 0), step
+        passed, step = gone.turns.passed, gone.step
+        assert step is not None
+        before, passed[gone.name] = passed.get(gone.name, 0), step
         if not self.unfinished:
             return  # Most often.
         stem = gone.entry.keys.path.removesuffix(f"{step}")
-        paths = [each for each in self.unfinished if each.startswith(stem)]
-        for path in [each for each in paths if int(each.removeprefix(stem)) < before]:
-            for other in self._connections():
-                if other.outbox and other.lost is None:
-                    # This rank's departure may be in there.
-                    other.call()
-            del self.unfinished[path]
-            connection.outbox.append(([Delete(PhaseKeys(path).of_broken)], nothing))
+        for path in [each for each in self.unfinished if each.startswith(stem)]:
+            if int(path.removeprefix(stem)) < before:
+                del self.unfinished[path]
+                connection.outbox.append(([Delete(PhaseKeys(path).of_broken)], nothing))
 
     def look_after(self, connection: Connection, *, now: bool = False) -> None:
         """Have the next message ask which phases can be deleted.
@@ -127,7 +121,7 @@ class Departing(Pool):
             if due > self._entries and not now:
                 continue
             del self._after[gone]
-            if gone.membership is self.membership:
+            if gone.turns is self.turns:
                 self._look_later(gone)  # The answer may be lost.
                 self._read_log(gone, connection, now)
             else:
@@ -149,6 +143,11 @@ class Departing(Pool):
             self._delete(gone, connection, alone=True)
         elif counted and gone.last:
             self._read_log(gone, connection, now=True)
+        elif counted == 1 and gone.broken and gone.entry.keys.path not in self.unfinished:
+            passed = gone.turns.passed.get(gone.name, 0)
+            if gone.step is not None and gone.step < passed:
+                # `_delete_skipped` was faster, on another connection.
+                self._delete(gone, connection, alone=True)
 
     def _added(self, gone: Departure, connection: Connection, answers: list[Any]) -> None:
         gone.adding = False

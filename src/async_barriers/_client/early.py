@@ -24,7 +24,7 @@ class Early(Entering):
             turns.complete = True
         # Again if it was complete before, since a signal handler may have raised in the middle.
         self._clear_early(turns)
-        for phase in [each for each in self.open if each.membership is turns.membership]:
+        for phase in [each for each in self.open if each.turns is turns]:
             if not phase.early or phase.decided or phase.giving_up:
                 continue
             if turns.interrupts(phase):
@@ -56,8 +56,8 @@ class Early(Entering):
         :param enters: this rank enters there first, if its call is still under way
         :return: whether there is another phase to break
         """
-        turns = self.turns
-        if turns is None or turns.membership is not phase.membership:
+        turns = phase.turns
+        if turns is not self.turns:
             return False
         await self._all_joined(turns, connection)
         if phase.entry is not entry:

@@ -17,7 +17,7 @@ from .._protocol.verdict import Broken, Released, Verdict, missing, number
 from .._store.future import Future
 from .._store.sources import Connection
 from .departing import Departing
-from .phases import Phase, Turns
+from .phases import Phase
 
 
 class Entering(Departing):
@@ -60,8 +60,7 @@ class Entering(Departing):
     def hold(self, phase: Phase) -> None:
         """Register the phase and count its turn, in case `begin` was interrupted."""
         self.open[phase] = None
-        if self.turns is not None and self.turns.membership is phase.membership:
-            self.turns.use(phase)
+        phase.turns.use(phase)
 
     def awaited(self, name: str, step: int | None) -> Phase | None:
         """The oldest phase of ``name``, or of its ``step``, that this rank has begun."""
@@ -141,11 +140,11 @@ class Entering(Departing):
                 if not gone.broken:
                     # With an entry it needs no answer.
                     departing[:] = phases.departing(gone.entry)
-        turns, taken = self.turns, self._bells_taken
-        if phase.step is not None and turns and turns.read_at.get(phase.name) != taken:
+        taken = self._bells_taken
+        if phase.step is not None and phase.turns.read_at.get(phase.name) != taken:
             # Who breaks a step rings, and whose bell is rung later looks at its open phases.
             latest = Read(phase.membership.own.latest(phase.name))
-            connection.outbox.append(([latest], partial(self._seen, phase, turns, taken)))
+            connection.outbox.append(([latest], partial(self._seen, phase, taken)))
         requests = phases.entering(entry, payload)
         phase.entered = True
         try:
@@ -197,22 +196,22 @@ class Entering(Departing):
             if entry.kind != COMMIT:
                 self.settle(phase, Released(self.rank))
 
-    def _seen(self, phase: Phase, turns: Turns, bells_taken: int, found: list[Any]) -> None:
-        turns.read_at[phase.name] = bells_taken
+    def _seen(self, phase: Phase, bells_taken: int, found: list[Any]) -> None:
         phase.latest = number(found[0])
         if phase.latest is not None:
             self.start(self._past(phase, phase.latest))
+        # Last, since a signal handler may raise before.
+        phase.turns.read_at[phase.name] = bells_taken
 
     async def _past(self, phase: Phase, latest: int) -> None:
-        """A later step of the name is decided, so this step never will be: give it up."""
-        turns, step = self.turns, phase.step
-        if turns is None or turns.membership is not phase.membership:
-            return
+        """If a later step of the name is decided, this step never will be: give it up."""
+        turns, step = phase.turns, phase.step
+        # Also an earlier one, for other calls.
+        turns.decided(phase.name, latest)
         if step is None or latest <= step:
             return
-        turns.decided(phase.name, latest)
         late = turns.too_late(phase.name, step)
-        if late is not None and not phase.decided:
+        if late is not None and turns is self.turns and not phase.decided:
             self._begin_giving_up(phase, Broken(self.rank, late.reason), False)
 
     def _announce(self, phase: Phase, connection: Connection, *requests: Request) -> None:
@@ -242,10 +241,9 @@ class Entering(Departing):
         if not phase.decided:
             phase.verdict, phase.error, phase.decided = verdict, error, True
         # Again if it was decided before, since a signal handler may have raised in the middle.
-        turns, step, verdict = self.turns, phase.step, phase.verdict
-        ours = turns is not None and turns.membership is phase.membership
-        if turns is not None and ours and step is not None and verdict is not None:
-            turns.decided(phase.name, step, verdict)
+        step, verdict = phase.step, phase.verdict
+        if step is not None and verdict is not None:
+            phase.turns.decided(phase.name, step, verdict)
         if phase.abandoned and not phase.giving_up:
             self.forget(phase)
         phase.wake()

@@ -62,15 +62,14 @@ class Hearing(Early):
             store = members.RollReader(connection, phase.membership)
             look = phases.look(store if phase.early else connection, entry)
             judged = await self._using(phase, look)
-            turns = self.turns
-            ours = turns is not None and turns.membership is phase.membership
-            if turns is not None and ours and store.complete:
+            turns = phase.turns
+            if turns is self.turns and store.complete:
                 # This rank may not have heard its bell yet.
                 await self._all_joined(turns, connection)
             # A phase that began too early may have another number by now.
             if phase.entry is not entry or phase.decided or phase.giving_up:
                 return
-            if turns is not None and ours and came_late and phase.early and not phase.full:
+            if turns is self.turns and came_late and phase.early and not phase.full:
                 # An attempt before all have joined does not count, so no rank is out of step: this
                 # call waits with the ranks that are still there.
                 self._move_on(phase, turns, connection, enters=True)

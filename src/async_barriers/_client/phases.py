@@ -26,6 +26,7 @@ _UNKNOWN = ("broken", None, "")
 class Phase:
     """One phase, as this rank knows it.
 
+    :ivar turns: those of its generation, which may be over
     :ivar sequence: which crossing of the name it is for this rank, or its step
     :ivar early: begun before all ranks had joined again, so that it does not count
     :ivar alone: its own connection waits for the verdict, since the bell is not heard any more
@@ -85,9 +86,10 @@ class Phase:
     brought: dict[int, bytes] | None = None
 
     def __init__(
-        self, membership: Membership, name: str, sequence: int, step: int | None, entry: Entry
+        self, turns: Turns, name: str, sequence: int, step: int | None, entry: Entry
     ) -> None:
-        self.membership = membership
+        self.turns = turns
+        self.membership = turns.membership
         self.name = name
         self.sequence = sequence
         self.step = step
@@ -141,11 +143,11 @@ class Departure:
 
     __slots__ = (
         "added", "adding", "broken", "deleted", "entry", "large", "last", "looks_after",
-        "membership", "name", "patience", "step",
+        "name", "patience", "step", "turns",
     )  # fmt: skip
 
     def __init__(self, phase: Phase) -> None:
-        self.membership = phase.membership
+        self.turns = phase.turns
         self.name = phase.name
         self.step = phase.step
         self.entry = phase.entry
@@ -162,7 +164,7 @@ class Departure:
     @property
     def latest(self) -> str:
         """The key of the latest step of its name that was broken."""
-        return self.membership.own.latest(self.name)
+        return self.turns.membership.own.latest(self.name)
 
 
 class Turns:
@@ -204,7 +206,7 @@ class Turns:
                 raise late
             sequence, keys = step, membership.own.phase(name, f"s{step}")
         entry = Entry(keys, membership.rank, membership.world_size, kind, leader)
-        phase = Phase(membership, name, sequence, step, entry)
+        phase = Phase(self, name, sequence, step, entry)
         phase.early = step is None and not self.complete
         return phase
 
