@@ -55,7 +55,7 @@ class Hearing(Early):
 
         :param came_late: it was broken already when this rank entered
         """
-        if phase.decided:
+        if phase.decided or phase not in self.open:
             return  # Its keys may be deleted already.
         with contextlib.suppress(BarrierConnectionError):
             entry = phase.entry
