@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
+from torch.distributed import HashStore
 from worlds import PREFIX, Tasks, World, drop, gather
 
-from async_barriers import BarrierClosedError, BrokenBarrierError, CommitObserver
+from async_barriers import BarrierClosedError, BrokenBarrierError, CommitObserver, StoreBarrier
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
@@ -79,3 +81,28 @@ async def test_a_leader_that_is_thrown_away_as_it_tells_of_its_commit(tcp: World
         await tcp.entered(1, name="c")
         await drop(ranks[0].commit(publish, payload=b"0", name="c"), when)
         assert await following.returned() == b"published"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+async def test_a_barrier_that_is_thrown_away_without_its_loop(closes: bool) -> None:
+    """Nothing is raised; it leaves with the loop, or at exit."""
+    found: list[BaseException] = []
+
+    def use() -> None:
+        barrier = StoreBarrier(HashStore(), rank=0, world_size=1, prefix=PREFIX)
+        loop = asyncio.new_event_loop()
+        entered = loop.create_future()
+        body = enters(barrier, lambda: entered.set_result(None))
+        task = loop.create_task(body)
+        loop.run_until_complete(entered)
+        if closes:
+            loop.close()
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        try:
+            body.close()
+        except BaseException as exc:
+            found.append(exc)
+        loop.close()
+
+    await anyio.to_thread.run_sync(use)
+    assert not found

@@ -112,6 +112,7 @@ async def close(closing: Coroutine[Any, Any, None], exc: BaseException | None) -
     if not isinstance(exc, GeneratorExit):
         await closing
         return
-    with contextlib.suppress(StopIteration):
+    # If no loop runs here, or no task, it leaves with its loop, or at exit.
+    with contextlib.suppress(StopIteration, RuntimeError):
         closing.send(None)
     closing.close()
