@@ -101,8 +101,7 @@ class Departing(Pool):
 
         Past two, so that none still reads there why it broke.
         """
-        passed, step = gone.turns.passed, gone.step
-        assert step is not None
+        passed, step = gone.turns.passed, gone.step or 0
         before, passed[gone.name] = passed.get(gone.name, 0), step
         if not self.unfinished:
             return  # Most often.

@@ -43,7 +43,7 @@ class TrioLoop(SelectorLoop):
         # The clock's own method, which saves a call.
         self.now: Callable[[], float] = trio.lowlevel.current_clock().current_time
         # Around the task's wait; its deadline is the time for which the task is set.
-        self._wait: Any = None
+        self._wait: Any = trio.CancelScope()
         self.rings_at = -math.inf
         trio.lowlevel.spawn_system_task(self._serve)
         self.of_run[self._token] = self
@@ -67,7 +67,7 @@ class TrioLoop(SelectorLoop):
 
     def ring_at(self, when: float) -> None:
         """See to it that what is due ``when`` rings then."""
-        if when < self.rings_at and self._wait is not None:
+        if when < self.rings_at:
             if self.elsewhere:
                 self.post(lambda: self.ring_at(when))
                 return
@@ -78,10 +78,15 @@ class TrioLoop(SelectorLoop):
         try:
             while True:
                 try:
-                    await self._serve_until_due()
+                    # Within it, since a handler may raise as a loop begins anew.
+                    while True:
+                        await self._serve_until_due()
                 except (self.trio.Cancelled, GeneratorExit):
                     raise
                 except BaseException as exc:
+                    # A handler may have raised before the scope was left, which then still cancels.
+                    with contextlib.suppress(RuntimeError):
+                        self._wait.__exit__(None, None, None)
                     self._hand_over(exc)
                     # trio may still take this task for one that waits.
                     with contextlib.suppress(self.trio.ClosedResourceError):
@@ -99,12 +104,9 @@ class TrioLoop(SelectorLoop):
         self.serve_due(self.now())
         self.rings_at = self.next_due()
         with self.trio.CancelScope(deadline=self.rings_at) as self._wait:
-            try:
-                while True:
-                    await self.trio.lowlevel.wait_readable(self._selector)
-                    self.serve_ready(0)
-            finally:
-                self._wait = None
+            while True:
+                await self.trio.lowlevel.wait_readable(self._selector)
+                self.serve_ready(0)
 
     def post(self, callback: Callback) -> None:
         with contextlib.suppress(RuntimeError):
