@@ -291,7 +291,7 @@ async def test_one_asks_for_all(
         return call(self, *requests, wait=wait)
 
     reported: list[BarrierProgress] = []
-    warn_secs = 1.5 if size > 64 else 0.6
+    warn_secs = 1.5
     ranks = await tcp.barriers(
         size, warn_after_secs=warn_secs, on_progress=reported.append, timeout_secs=60
     )
