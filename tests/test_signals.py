@@ -282,6 +282,30 @@ def test_struck_in_an_awaited_call(
     sweep(run)
 
 
+def of_trios_task(frame: FrameType) -> bool:
+    return of_ours(frame) and frame.f_code.co_name in ("_serve", "_serve_until_due")
+
+
+def test_struck_in_the_task_that_serves_trio(begin: Callable[[int], Trial]) -> None:
+    """Its loop goes on, also if it was about to leave a wait whose time was over."""
+
+    def run(at: int) -> Strike:
+        trial = begin(at)
+        trial.strike = Strike(at, of_trios_task)
+        try:
+            again = anyio.run(struck, trial, time_out, backend="trio")
+        except BaseException as exc:
+            raise AssertionError(trial.says("the end of all", exc)) from exc
+        assert again, trial.says("they do not meet", again)
+        trial.peer_closes()
+        return trial.strike
+
+    lines = run(0).lines
+    for at in range(2, 2 * lines, 1 if SWEEP else 3):
+        if not run(at).where:
+            break
+
+
 async def result_of(future: Future[Any]) -> Any:
     while not future.done():
         await anyio.sleep(0.003)
