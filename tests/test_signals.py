@@ -436,6 +436,10 @@ async def test_struck_where_nothing_else_wakes_it(
     def strike(first: Any, *args: Any, **options: Any) -> Any:
         if where == "told" and first.entry.rank != 0:
             return call(first, *args, **options)
+        if where == "connecting" and not sys._getframe(1).f_code.co_filename.endswith(
+            f"{where}.py"
+        ):
+            return call(first, *args, **options)  # A spare connection is closed just now.
         monkeypatch.undo()
         raise Struck
 
