@@ -169,7 +169,7 @@ class Entering(Departing):
                 phase.departure.last = phase.departure.looks_after = last
                 if last and self._rings:
                     # Another message said that all are in, and nobody has rung for that.
-                    connection.call(SetMany(phase.membership.bells, b"all in"))
+                    self._announce(phase, connection)
             return
         phase.counted = True
         stopping = phase.decided or phase.giving_up
@@ -208,9 +208,7 @@ class Entering(Departing):
         turns, step = phase.turns, phase.step
         # Also an earlier one, for other calls.
         turns.decided(phase.name, latest)
-        if step is None or latest <= step:
-            return
-        late = turns.too_late(phase.name, step)
+        late = None if step is None or latest <= step else turns.too_late(phase.name, step)
         if late is not None and turns is self.turns and not phase.decided:
             self._begin_giving_up(phase, Broken(self.rank, late.reason), False)
 

@@ -142,8 +142,9 @@ class Hearing(Early):
             if phase.differs and connection is not None:
                 # The count is full and cannot be broken, but nothing will be published either.
                 self.start(self._collect(phase, connection))
-            follows = not phase.entry.leads and connection is not None and connection.lost is None
-            if follows and connection is not None and connection.waits:
+            # A call that ends without the verdict needs its connection back.
+            hears = not (phase.entry.leads or phase.quits)
+            if hears and connection is not None and connection.lost is None and connection.waits:
                 self.start(self._hear(phase))
             phase.wake()
 
@@ -186,7 +187,7 @@ class Hearing(Early):
             said = encode_answer(self.rank, self.said.answer)
             await members.answer(bell, own, asked, said)
 
-    async def _see(self, bell: Connection, phase: Phase, arrived: bool, *news: Any) -> None:
+    async def _see(self, bell: Connection, phase: Phase, arrived: bool, news: list[Any]) -> None:
         """:param news: its count, why it broke, and the latest step of its name that did"""
         if phase.decided:
             return

@@ -116,7 +116,7 @@ class Listening(Breaking):
                 news.append(None if phase.step is None else next(answers))
                 # A phase that was begun too early may have another number by now.
                 if phase.entry is entry:
-                    await self._see(bell, phase, arrived, *news)
+                    await self._see(bell, phase, arrived, news)
         except BarrierConnectionError:
             return  # Another connection opens, and looks.
         if turns is not self.turns:
