@@ -11,20 +11,21 @@ The driver logs ``soak`` (size, init_secs), and what it did to ``rank``: ``stop`
 A rank (``rank``, and ``life``, one per process) logs
 
 * ``joined`` a ``generation``, and ``joining`` before it tries; ``ended`` when its program is over;
-* ``call``, before: a number, what it will ``do``, the ``name``, and ``within`` how many seconds
-  (None: no deadline) it has to return;
+* ``call``, before: a number, what it will ``do``, the ``name`` (and the ``step``, or None), and
+  ``within`` how many seconds (None: no deadline) it has to return;
 * ``enter`` or ``forgo``, before the store hears of it: in which ``generation`` and ``sequence``
   the call takes part, and whether it enters or only breaks the phase. An attempt before all have
   joined again has a number below 0; it is logged again when it counts;
 * ``cancel`` and ``fail``, before that is done to a call; ``publishing`` before its publish runs;
 * ``exit``: how the call ended, as ``outcome``: released (with ``detail``), broken (``detail``;
-  ``blamed``, or ``missing`` and ``timeout_secs``), done (it has no verdict), cancelled, failed,
+  ``blamed``, or ``missing`` and ``timeout_secs``; ``passed``, a later step that was decided), done (it has no verdict), cancelled, failed,
   closed, lost, refused, or foreign (an error that must not escape); with ``in_doubt``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class Call:
     number: int
     do: str
     name: str
+    step: int | None
     began: float
     within: float | None
     phase: Phase | None = None
@@ -167,7 +169,8 @@ class Record:
         what, t = event["event"], event["t"]
         key = (event["rank"], event["life"], event["call"])
         if what == "call":
-            self.calls[key] = Call(*key, event["do"], event["name"], t, event["within"])
+            of = event["do"], event["name"], event.get("step")
+            self.calls[key] = Call(*key, *of, t, event["within"])
             return
         call = self.calls[key]
         if what in ("enter", "forgo"):
@@ -233,6 +236,7 @@ def judge_record(record: Record) -> list[Violation]:
         one_verdict,
         who_gives_up_breaks,
         fail_fast,
+        steps_in_order,
         bounded,
         nothing_foreign,
     )
@@ -353,6 +357,8 @@ def _blamed(record: Record, call: Call, calls: list[Call]) -> Iterator[Violation
         or record.cut_off(blamed, began, learned)
         # All ranks that had joined again have left again, so nobody knows which one broke it.
         or (blamed is None and any(t <= learned for g, t, _ in record.joined if g))
+        # It came too late; see `steps_in_order`.
+        or "passed" in call.exit
     )
     if not excused:
         yield Violation(3, f"{call} blames a rank that did nothing: {call.exit['detail']}")
@@ -395,6 +401,28 @@ def _restarts(record: Record) -> Iterator[Violation]:
             if later and call.do != "commit":
                 t, rank = min(later)
                 yield from _heard(record, call, t, f"rank {rank} had joined again")
+
+
+def steps_in_order(record: Record) -> Iterator[Violation]:
+    """A step is decided only before a later one is, and a rank that waits there is told at once."""
+    of_name: dict[tuple[str, int], dict[int, list[Call]]] = defaultdict(dict)
+    for (name, generation, step), calls in record.phases.items():
+        if calls[0].step is not None:
+            of_name[name, generation][step] = calls
+    came: dict[str, set[int]] = defaultdict(set)
+    for (name, _), steps in of_name.items():
+        came[name] |= steps.keys()
+        since, by = math.inf, -1
+        for step, calls in sorted(steps.items(), reverse=True):
+            for call in calls:
+                yield from _heard(record, call, since, f"step {by} was decided")
+            known = [t for call in calls if (t := _break_known(record, call)) is not None]
+            if known and min(known) < since:
+                since, by = min(known), step
+    for call in record.calls.values():
+        passed = call.exit.get("passed")
+        if passed is not None and (passed <= (call.step or 0) or passed not in came[call.name]):
+            yield Violation(2, f"{call} was passed by step {passed}, for which nobody has come")
 
 
 def _heard(record: Record, call: Call, since: float, what: str) -> Iterator[Violation]:

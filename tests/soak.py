@@ -30,6 +30,8 @@ from processes import BACKENDS, CRASHES, PATIENCE_SECS, Forge, Rank
 from soak_rank import NAMES
 from worlds import free_port
 
+# How ranks speak to their store.
+CARRIERS = ("sockets", "threads")
 INIT_SECS = 3.0
 EPISODE_SECS = 45.0
 HOSTED_SECS = 8.0
@@ -73,7 +75,14 @@ class Episode:
     """One job of some ranks, from its start to its end."""
 
     def __init__(
-        self, forge: Forge, logs: Path, seed: str, size: int, backends: Sequence[str], hosted: bool
+        self,
+        forge: Forge,
+        logs: Path,
+        seed: str,
+        size: int,
+        backends: Sequence[str],
+        carriers: Sequence[str],
+        hosted: bool,
     ) -> None:
         self.faults: Counter[str] = Counter()
         self.violations: list[Violation] = []
@@ -82,6 +91,7 @@ class Episode:
         self._seed = seed
         self._size = size
         self._backends = backends
+        self._carriers = carriers
         self._hosted = hosted
         self._random = random.Random(seed)
         self._lives = 0
@@ -143,9 +153,12 @@ class Episode:
     def _start(self, number: int, port: int | None = None) -> None:
         life, self._lives = self._lives, self._lives + 1
         self._say("start", rank=number, life=life)
+        # So that each backend meets each carrier.
+        carrier = self._carriers[(number + life // 2) % len(self._carriers)]
         rank = self._fork(
             number,
             self._backends[(number + life) % len(self._backends)],
+            carrier,
             serves=False,
             rank=number,
             life=life,
@@ -154,6 +167,7 @@ class Episode:
             own_store=self._hosted,
             init_secs=INIT_SECS,
             log=str(self._logs / f"rank{number}-life{life}.jsonl"),
+            steps=str(self._logs / "steps"),
             seed=f"{self._seed}/{number}/{life}",
         )
         self._ranks[number] = rank
@@ -161,8 +175,11 @@ class Episode:
         self._starting.add(number)
         self._life_of[rank] = life
 
-    def _fork(self, number: int, backend: str, **options: Any) -> Rank:
-        program = {"program": "soak_rank", "environment": {}, "arguments": [options]}
+    def _fork(
+        self, number: int, backend: str, carrier: str = "sockets", **options: Any
+    ) -> Rank:
+        threads = {"ASYNC_BARRIERS_WORKER_THREADS": f"{int(carrier == 'threads')}"}
+        program = {"program": "soak_rank", "environment": threads, "arguments": [options]}
         rank = Rank(self._forge, {"rank": number, "backend": backend, **program})
         self._all.append(rank)
         return rank
@@ -385,12 +402,13 @@ def episode(
     secs: float,
     size: int,
     backends: Sequence[str] = BACKENDS,
+    carriers: Sequence[str] = CARRIERS[:1],
     *,
     hosted: bool,
 ) -> Tally:
     """Run one job with its logs in the directory ``logs``, and judge them."""
     logs.mkdir()
-    job = Episode(forge, logs, seed, size, backends, hosted)
+    job = Episode(forge, logs, seed, size, backends, carriers, hosted)
     job.run(secs)
     record = Record(lines(logs))
     return Tally(
@@ -406,9 +424,17 @@ def episode(
 
 
 def soak(
-    minutes: float, seed: str, size: int, backends: Sequence[str], logs: Path
+    minutes: float,
+    seed: str,
+    size: int,
+    backends: Sequence[str],
+    carriers: Sequence[str],
+    logs: Path,
 ) -> Iterator[Tally]:
-    """Run episodes of less than a minute until the time is over; rank 0 hosts every fourth."""
+    """Run episodes of less than a minute until the time is over; rank 0 hosts every fourth.
+
+    All ranks use sockets, then all use threads, then both are in one job.
+    """
     over = time.monotonic() + minutes * 60
     forge = Forge()
     try:
@@ -418,7 +444,8 @@ def soak(
             hosted = number % 4 == 3
             secs = min(left, HOSTED_SECS if hosted else EPISODE_SECS)
             place = logs / f"episode{number}"
-            tally = episode(forge, place, f"{seed}/{number}", secs, size, backends, hosted=hosted)
+            by = carriers[number % 3 : number % 3 + 1] or carriers
+            tally = episode(forge, place, f"{seed}/{number}", secs, size, backends, by, hosted=hosted)
             if not tally.violations:
                 shutil.rmtree(place)
             yield tally
@@ -432,12 +459,15 @@ def main() -> int:
     parser.add_argument("--seed", default=str(random.randrange(10**6)))
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--backend", choices=BACKENDS, help="of all ranks; else they are mixed")
+    parser.add_argument("--carrier", choices=CARRIERS, help="of all ranks; else they change")
     options = parser.parse_args()
     backends = (options.backend,) if options.backend else BACKENDS
-    print(f"seed {options.seed}, {options.ranks} ranks, {' and '.join(backends)}", flush=True)
+    carriers = (options.carrier,) if options.carrier else CARRIERS
+    used = " and ".join((*backends, *carriers))
+    print(f"seed {options.seed}, {options.ranks} ranks, {used}", flush=True)
     logs = Path(tempfile.mkdtemp(prefix=f"soak-{options.seed}-"))
     total, began = Tally(), time.monotonic()
-    for tally in soak(options.minutes, options.seed, options.ranks, backends, logs):
+    for tally in soak(options.minutes, options.seed, options.ranks, backends, carriers, logs):
         total.add(tally)
         print(f"{time.monotonic() - began:5.0f} s: {total}", flush=True)
         for violation in tally.violations:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 import traceback
@@ -29,6 +30,7 @@ from async_barriers import (
     BarrierClosedError,
     BarrierConnectionError,
     BarrierError,
+    BarrierResult,
     BarrierTimeoutError,
     BrokenBarrierError,
     StoreBarrier,
@@ -38,10 +40,16 @@ from async_barriers._client.phases import Phase, Turns
 
 PREFIX = "soak"
 # What each name is crossed by, on all ranks. Commits are led by the first and the last rank.
-NAMES = ("execute 0", "execute 1", "phase 0", "phase 1", "commit 0", "commit -1")
+NAMES = (
+    "execute 0", "execute 1", "phase 0", "phase 1", "commit 0", "commit -1",
+    "execute 0 by step", "phase 0 by step", "commit 0 by step",
+)  # fmt: skip
+# How often a rank leaves a step out, which the others come for.
+SKIPPED = 0.005
 CLOSE_SECS = 2.0
 # A host waits for its peers besides.
 CLOSE_HOST_SECS = 5.0
+_PASSED = re.compile(r"came for step \d+ when step (\d+), a later one, was")
 
 
 class Planned(Exception):
@@ -55,6 +63,7 @@ class Call:
     number: int
     do: str
     name: str
+    step: int | None
     scope: anyio.CancelScope
     breaks_only: bool = False
 
@@ -69,6 +78,39 @@ async def serve() -> None:
     await anyio.wait_readable(0)
 
 
+class Steps:
+    """The steps for which this rank comes, each once, and those that any rank has come for.
+
+    A process that begins goes on behind those, as one that has read the latest checkpoint.
+    """
+
+    _DIGITS = 12
+
+    def __init__(self, path: str) -> None:
+        self._shared = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._present: dict[str, int] = {}
+
+    def present(self, name: str) -> int | None:
+        """The step that it has come for."""
+        return self._present.get(name, 0) if name.endswith("by step") else None
+
+    def next(self, name: str, *, skips: bool) -> int | None:
+        """The next one; None for a name that is crossed without."""
+        if self.present(name) is None:
+            return None
+        at = self._DIGITS * NAMES.index(name)
+        latest = int(os.pread(self._shared, self._DIGITS, at).strip(b"\0 \n") or b"0")
+        step = self._present.get(name, latest) + 1 + skips
+        self._present[name] = step
+        if step > latest:
+            os.pwrite(self._shared, b"%*d\n" % (self._DIGITS - 1, step), at)
+        return step
+
+    def passed(self, name: str, step: int) -> None:
+        """The ranks are at a later one."""
+        self._present[name] = max(step, self._present[name])
+
+
 class SoakRank:
     """All that one process of one rank does."""
 
@@ -81,6 +123,7 @@ class SoakRank:
         self._numbers = itertools.count()
         self._open: dict[int, Call] = {}
         self._failing: set[str] = set()
+        self._steps = Steps(options["steps"])
         self._calls: WeakKeyDictionary[Phase, Call] = WeakKeyDictionary()
         self._refused = False
         self._leaving = False
@@ -139,7 +182,10 @@ class SoakRank:
     async def _abort(self, name: str) -> None:
         barrier, reason = self.barrier, f"told to abort by {self.options['seed']}"
         within = 2 * self.options["init_secs"]
-        await self._call("abort", name, within, lambda _: barrier.abort(reason, name))
+        step = self._steps.present(name)
+        await self._call(
+            "abort", name, within, lambda _: barrier.abort(reason, name, step=step), step
+        )
 
     async def _rebuild(self) -> None:
         # The former one has to be closed, or it would hold the rank.
@@ -243,7 +289,8 @@ class SoakRank:
     async def _cross_on(self, name: str) -> None:
         while True:
             await anyio.sleep(self._pause())
-            await self._cross(self.barrier, name, self._deadline())
+            step = self._steps.next(name, skips=self._random.random() < SKIPPED)
+            await self._cross(self.barrier, name, step, self._deadline())
 
     def _pause(self) -> float:
         return self._random.uniform(0.0, 0.05 if self._random.random() < 0.98 else 1.0)
@@ -254,24 +301,28 @@ class SoakRank:
             return None
         return self._random.uniform(0.01, 0.2) if at_random < 0.08 else self._random.uniform(1, 5)
 
-    async def _cross(self, barrier: AnyBarrier, name: str, within: float | None) -> None:
-        do, _, index = name.partition(" ")
+    async def _cross(
+        self, barrier: AnyBarrier, name: str, step: int | None, within: float | None
+    ) -> None:
+        do, index, *_ = name.split()
         fails = name in self._failing
         self._failing.discard(name)
         if do == "execute":
-            await self._call(
-                do, name, within, lambda _: barrier.execute_barrier(name, timeout_secs=within)
-            )
+
+            async def execute(call: Call) -> BarrierResult:
+                return await barrier.execute_barrier(name, step=step, timeout_secs=within)
+
+            await self._call(do, name, within, execute, step)
         elif do == "phase":
 
             async def body(call: Call) -> None:
-                async with barrier.phase(name, timeout_secs=within):
+                async with barrier.phase(name, step=step, timeout_secs=within):
                     if fails:
                         call.breaks_only = True
                         self.say("fail", call=call.number)
                         raise Planned("the body failed")
 
-            await self._call(do, name, within, body)
+            await self._call(do, name, within, body, step)
         else:
             leader = int(index) % self.size
 
@@ -289,23 +340,29 @@ class SoakRank:
                     publish,
                     payload=b"%d" % self.rank,
                     name=name,
+                    step=step,
                     timeout_secs=within,
                     leader=leader,
                 )
 
-            await self._call(do, name, within, commit)
+            await self._call(do, name, within, commit, step)
 
     async def _call(
-        self, do: str, name: str, within: float | None, make: Callable[[Call], Any]
+        self,
+        do: str,
+        name: str,
+        within: float | None,
+        make: Callable[[Call], Any],
+        step: int | None = None,
     ) -> bool:
         """Make one call and log it; whether it went well."""
         with anyio.CancelScope() as scope:
-            call = Call(next(self._numbers), do, name, scope, breaks_only=do == "abort")
+            call = Call(next(self._numbers), do, name, step, scope, breaks_only=do == "abort")
             if do not in ("close", "connect"):
                 self._open[call.number] = call
             _current.set(call)
             facts: dict[str, Any]
-            self.say("call", call=call.number, do=do, name=name, within=within)
+            self.say("call", call=call.number, do=do, name=name, step=step, within=within)
             if self._leaving and call.number in self._open:
                 # Its task was about to begin it when it was cancelled.
                 self.say("cancel", call=call.number)
@@ -313,6 +370,8 @@ class SoakRank:
                 value = await make(call)
             except BarrierError as exc:
                 facts = _facts(exc)
+                if "passed" in facts:
+                    self._steps.passed(name, facts["passed"])
                 self._refused = self._refused or facts["outcome"] == "refused"
                 self.say("exit", call=call.number, in_doubt=exc.in_doubt, **facts)
                 return False
@@ -352,10 +411,12 @@ def _facts(exc: BarrierError) -> dict[str, Any]:
             "timeout_secs": exc.timeout_secs,
         }
     if isinstance(exc, BrokenBarrierError):
+        found = _PASSED.search(exc.reason)
         return {
             "outcome": "broken",
             "detail": f"broken by {exc.rank}: {exc.reason}",
             "blamed": exc.rank,
+            **({} if found is None else {"passed": int(found[1])}),
         }
     if isinstance(exc, BarrierConnectionError | BarrierClosedError):
         kind = "closed" if isinstance(exc, BarrierClosedError) else "lost"

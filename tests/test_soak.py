@@ -42,6 +42,7 @@ class Log:
         outcome: str = "released",
         *,
         do: str = "execute",
+        step: int | None = None,
         within: float | None = 5.0,
         enters: bool = True,
         stopped: float | None = None,
@@ -54,7 +55,7 @@ class Log:
         """One call of a rank in phase x, from its beginning to its end."""
         self._calls += 1
         who: dict[str, Any] = {"call": self._calls, "life": rank if life is None else life}
-        self.rank(began, rank, "call", do=do, name="x", within=within, **who)
+        self.rank(began, rank, "call", do=do, name="x", step=step, within=within, **who)
         if phase is not None:
             took = "enter" if enters else "forgo"
             self.rank(began, rank, took, generation=phase[0], sequence=phase[1], **who)
@@ -251,6 +252,28 @@ def test_law_4_a_rank_that_leaves_unheard(log: Log) -> None:
     assert log.violations() == [4]
 
 
+def test_law_4_a_later_step_that_is_not_heard(log: Log) -> None:
+    """A rank that waits in a step is told when a later one has broken, or was released."""
+    late: dict[str, Any] = {"outcome": "broken", "detail": "too late", "blamed": 0, "passed": 6}
+    log.call(0, 1.0, 3.5, step=6, within=2.0, phase=(0, 6), **TIMED_OUT)
+    log.call(1, 1.0, 3.6, step=5, within=9.0, phase=(0, 5), **late)
+    assert log.violations() == []
+    log.call(0, 11.0, 11.5, step=8, phase=(0, 8))
+    log.call(1, 11.0, 11.4, step=8, phase=(0, 8))
+    log.call(1, 11.0, 12.6 + SLACK_SECS, step=7, phase=(0, 7), **late | {"passed": 8})
+    assert log.violations() == [4]
+
+
+def test_law_2_a_step_that_nothing_has_passed(log: Log) -> None:
+    """A rank that is refused a step is told of a later one that there was."""
+    late: dict[str, Any] = {"outcome": "broken", "detail": "too late", "blamed": 0}
+    log.call(0, 1.0, 1.1, step=3, phase=None, passed=4, **late)
+    log.call(1, 1.0, 1.1, step=4, phase=None, passed=4, **late)
+    assert log.violations() == [2, 2]
+    log.call(1, 0.5, 0.6, "done", do="abort", enters=False, step=4, phase=(0, 4))
+    assert log.violations() == [2]
+
+
 def test_law_5_a_deadline_that_is_missed(log: Log) -> None:
     """By a call that returns late, or that does not return while its process lives."""
     log.call(0, 1.0, 4.1 + SLACK_SECS, "lost", within=2.0, in_doubt=True)
@@ -285,13 +308,21 @@ def test_an_error_of_torch_that_escapes(log: Log) -> None:
 def test_a_short_soak(
     forge: Forge, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Ranks that are cancelled, killed, stopped, restarted and cut off keep all laws."""
+    """Ranks that are cancelled, killed, stopped, restarted and cut off keep all laws.
+
+    They use sockets; and then some of them use sockets, and some threads.
+    """
     # One that can be run again as it was; `make soak` picks others.
     seed = "7"
     total = soak.Tally()
-    for hosted, secs in ((False, SHARED_SECS), (True, HOSTED_SECS)):
-        logs = tmp_path / ("hosted" if hosted else "shared")
-        total.add(soak.episode(forge, logs, seed, secs, 4, BACKENDS, hosted=hosted))
+    sockets = soak.CARRIERS[:1]
+    for place, secs, by in (
+        ("shared", SHARED_SECS, sockets),
+        ("hosted", HOSTED_SECS, sockets),
+        ("mixed", HOSTED_SECS, soak.CARRIERS),
+    ):
+        hosted = place == "hosted"
+        total.add(soak.episode(forge, tmp_path / place, seed, secs, 4, BACKENDS, by, hosted=hosted))
     record_property("soak", f"seed {seed}: {total}")
     assert not total.violations, "\n".join(map(str, total.violations))
     assert total.outcomes["released"]
