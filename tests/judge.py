@@ -18,8 +18,8 @@ A rank (``rank``, and ``life``, one per process) logs
   joined again has a number below 0; it is logged again when it counts;
 * ``cancel`` and ``fail``, before that is done to a call; ``publishing`` before its publish runs;
 * ``exit``: how the call ended, as ``outcome``: released (with ``detail``), broken (``detail``;
-  ``blamed``, or ``missing`` and ``timeout_secs``; ``passed``, a later step that was decided), done (it has no verdict), cancelled, failed,
-  closed, lost, refused, or foreign (an error that must not escape); with ``in_doubt``.
+  ``blamed``, or ``missing`` and ``timeout_secs``; ``passed``, a later step that was decided),
+  done (it has no verdict), cancelled, failed, closed, lost, refused, or foreign (an error that must not escape); with ``in_doubt``.
 """
 
 from __future__ import annotations
@@ -416,9 +416,11 @@ def steps_in_order(record: Record) -> Iterator[Violation]:
         for step, calls in sorted(steps.items(), reverse=True):
             for call in calls:
                 yield from _heard(record, call, since, f"step {by} was decided")
-            known = [t for call in calls if (t := _break_known(record, call)) is not None]
-            if known and min(known) < since:
-                since, by = min(known), step
+            for call in calls:
+                released = call.ended if call.outcome == "released" else None
+                known = released or _break_known(record, call)
+                if known is not None and known < since:
+                    since, by = known, step
     for call in record.calls.values():
         passed = call.exit.get("passed")
         if passed is not None and (passed <= (call.step or 0) or passed not in came[call.name]):

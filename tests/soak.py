@@ -445,7 +445,8 @@ def soak(
             secs = min(left, HOSTED_SECS if hosted else EPISODE_SECS)
             place = logs / f"episode{number}"
             by = carriers[number % 3 : number % 3 + 1] or carriers
-            tally = episode(forge, place, f"{seed}/{number}", secs, size, backends, by, hosted=hosted)
+            of = f"{seed}/{number}"
+            tally = episode(forge, place, of, secs, size, backends, by, hosted=hosted)
             if not tally.violations:
                 shutil.rmtree(place)
             yield tally
