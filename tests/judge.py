@@ -19,7 +19,8 @@ A rank (``rank``, and ``life``, one per process) logs
 * ``cancel`` and ``fail``, before that is done to a call; ``publishing`` before its publish runs;
 * ``exit``: how the call ended, as ``outcome``: released (with ``detail``), broken (``detail``;
   ``blamed``, or ``missing`` and ``timeout_secs``; ``passed``, a later step that was decided),
-  done (it has no verdict), cancelled, failed, closed, lost, refused, or foreign (an error that must not escape); with ``in_doubt``.
+  done (it has no verdict), cancelled, failed, closed, lost, refused, or foreign (an error that
+  must not escape); with ``in_doubt``.
 """
 
 from __future__ import annotations
