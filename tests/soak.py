@@ -175,9 +175,7 @@ class Episode:
         self._starting.add(number)
         self._life_of[rank] = life
 
-    def _fork(
-        self, number: int, backend: str, carrier: str = "sockets", **options: Any
-    ) -> Rank:
+    def _fork(self, number: int, backend: str, carrier: str = "sockets", **options: Any) -> Rank:
         threads = {"ASYNC_BARRIERS_WORKER_THREADS": f"{int(carrier == 'threads')}"}
         program = {"program": "soak_rank", "environment": threads, "arguments": [options]}
         rank = Rank(self._forge, {"rank": number, "backend": backend, **program})
