@@ -1,4 +1,4 @@
-"""Networks as they are: names with a dead address, IPv6, and bytes that come in pieces."""
+"""Networks as they are: names with a dead address, IPv6, bytes that come in pieces, resets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import pytest
+from cuttable import Ways
 from processes import PATIENCE_SECS
 from rank_process import say
 from reports import attempt, client, interpreter, one, relay, serve
-from worlds import close, free_port, gather
+from worlds import Tasks, close, free_port, gather, until
 
 from async_barriers import BarrierResult, TCPStoreBarrier
 
@@ -159,3 +160,41 @@ async def test_bytes_that_come_in_pieces(
         )
         assert published == [b"x" * 2 * size] * 2
         await close(ranks)
+
+
+@pytest.mark.anyio
+async def test_a_reset_that_threads_notice_late() -> None:
+    """It costs no phase: c10d's client learns of it only as it is used, so none is used again that
+    was there when the one that listens was lost."""
+    server = serve()
+    ways = Ways()
+    way = ways.to(server.port)
+    ranks = [one(client(way.port), 0, 2, worker_threads=True), one(server, 1, 2)]
+
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        return b"published"
+
+    async def counted() -> bool:
+        return any(phase.counted for phase in ranks[0]._session.open)
+
+    async def listens_again() -> bool:
+        return ranks[0].statistics().reconnections > 0 and ranks[0]._session._bell is not None
+
+    try:
+        # One connection that is spare, and one that a phase uses.
+        async with Tasks() as tasks:
+            waiting = tasks.start(partial(ranks[0].execute_barrier, "x"))
+            await gather(partial(rank.execute_barrier, "y") for rank in ranks)
+            await until(counted)
+            way.cut("reset")
+            way.heal()
+            await until(listens_again)
+            await ranks[1].execute_barrier("x")
+            await waiting.returned()
+        for name in ("x", "y"):
+            await gather(partial(rank.execute_barrier, name) for rank in ranks)
+            await gather(partial(rank.commit, publish, name=name) for rank in ranks)
+        assert [rank.statistics().broken for rank in ranks] == [0, 0]
+    finally:
+        await close(ranks)
+        ways.close()

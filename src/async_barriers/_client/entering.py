@@ -65,9 +65,8 @@ class Entering(Departing):
     def awaited(self, name: str, step: int | None) -> Phase | None:
         """The oldest phase of ``name``, or of its ``step``, that this rank has begun."""
         for phase in self.open:
-            if phase.decided or phase.giving_up:
-                continue
-            if phase.name == name and (step is None or phase.step == step):
+            same = phase.name == name and (step is None or phase.step == step)
+            if same and not (phase.decided or phase.giving_up):
                 return phase
         return None
 
@@ -113,9 +112,8 @@ class Entering(Departing):
             error = exc if isinstance(exc, BarrierConnectionError) else None
             if not phase.decided:
                 phase.lost = error or BarrierConnectionError(told_by(exc))
-                self._begin_giving_up(
-                    phase, Broken(self.rank, "it could not reach the store"), False
-                )
+                broken = Broken(self.rank, "it could not reach the store")
+                self._begin_giving_up(phase, broken, False)
                 phase.wake()
             if error is None:
                 raise

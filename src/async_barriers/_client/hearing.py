@@ -162,8 +162,7 @@ class Hearing(Early):
         return await self._bell.call(*requests)
 
     async def ask_missing(self, phase: Phase) -> tuple[int, ...] | None:
-        bell = self._bell
-        if bell is None:
+        if (bell := self._bell) is None:
             return None
         return await self._using(phase, breaks.survey(bell, phase.entry))
 

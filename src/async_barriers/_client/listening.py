@@ -42,10 +42,16 @@ class Listening(Breaking):
             return
         self._bell = None
         self._salvage(bell)
-        for phase in self.open if not bell.waits else ():
-            # It learns of nothing any more, and waits for nothing else.
-            phase.lost = phase.lost or error
-            phase.wake()
+        if not bell.waits:
+            # The others may be lost, too; in threads only a call tells, and is lost with them.
+            while self._idle:
+                self._reset(self._idle.pop())
+            for connection in self._connections():
+                connection.suspect = True
+            for phase in self.open:
+                # It learns of nothing any more, and waits for nothing else.
+                phase.lost = phase.lost or error
+                phase.wake()
         reopens = self._reopening is not None and not self._reopening.done
         if not (reopens or self.closing or self.turns is None or self.closed_by is not None):
             self._reopening = self.start(self._reopen_bell())
@@ -213,12 +219,8 @@ class Listening(Breaking):
             self.settle(phase, judged)
         elif phase.entry.leader == broken.rank:
             # The leader may have published before it went; no other rank knows.
-            self.settle(
-                phase,
-                error=BrokenBarrierError(
-                    phase.name, phase.sequence, broken.rank, broken.reason, in_doubt=True
-                ),
-            )
+            of = phase.name, phase.sequence, broken.rank, broken.reason
+            self.settle(phase, error=BrokenBarrierError(*of, in_doubt=True))
         else:
             self._all_in(phase)
             self._wait_alone(phase)

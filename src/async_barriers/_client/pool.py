@@ -29,6 +29,9 @@ class Pool(SessionState):
         if self._over:
             connection.close()
             return
+        if connection.suspect:
+            self._reset(connection)
+            return
         connection.on_lost = lambda error: self._idle_lost(connection)
         connection.outbox += self._adrift
         self._adrift.clear()
@@ -48,6 +51,12 @@ class Pool(SessionState):
         announced = self._announced.pop(connection, None)
         if announced is not None and not self.closing:
             self.start(self._wake_again(*announced))
+
+    def _reset(self, connection: Connection) -> None:
+        """Close it so that nothing that was sent there arrives later."""
+        connection.on_lost = None
+        connection.close(reset=True)
+        self._salvage(connection)
 
     async def _wake_again(self, entry: Entry, membership: Membership) -> None:
         """Wake the others again: this rank entered last, and cannot know whether it woke them."""

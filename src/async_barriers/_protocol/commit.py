@@ -9,7 +9,7 @@ from . import count as counts
 from .count import COMMIT
 from .payloads import brought
 from .phase import Entry
-from .store import CompareSet, Read, Request, Set, Store
+from .store import CompareSet, Get, Read, Request, Set, Store
 from .verdict import (
     Broken,
     Verdict,
@@ -53,8 +53,9 @@ async def collect(store: Store, entry: Entry) -> dict[int, bytes] | Broken | Non
     :raises BarrierError: something else wrote there
     """
     keys = entry.keys
-    apart = [Read(keys.payloads)] if entry.apart else []
-    value, *logs = await store.call(Read(keys.count), Read(keys.log), *apart)
+    # Gets in a row are one request with one answer; see `wire`.
+    apart = [Get(keys.payloads)] if entry.apart else []
+    value, *logs = await store.call(Get(keys.count), Get(keys.log), *apart)
     if not counts.is_count(value):
         return None
     count = counts.of_value(value)

@@ -223,7 +223,9 @@ def host_store(port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
     """
     # If the port is taken, c10d writes a trace to stderr. So look before.
     if port and not (shared and hosted_here(port)):
-        _probe_port(port)
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        socket.create_server(("", port), family=family, backlog=1, dualstack_ipv6=dual).close()
     try:
         return TCPStore(
             _HERE,
@@ -237,9 +239,3 @@ def host_store(port: int, use_libuv: bool, *, shared: bool) -> TCPStore:
     except Exception as exc:
         taken = "EADDRINUSE" in str(exc) or "already in use" in str(exc)
         raise OSError(errno.EADDRINUSE if taken else errno.EIO, told_by(exc)) from exc
-
-
-def _probe_port(port: int) -> None:
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    socket.create_server(("", port), family=family, backlog=1, dualstack_ipv6=dual).close()

@@ -36,7 +36,7 @@ class SocketConnection:
     :ivar outbox: requests that may go out with the next message, each with its callback
     """
 
-    waits = True
+    waits, suspect = True, False
 
     def __init__(self, sock: socket.socket, loop: Loop, where: str) -> None:
         self.on_wake: Callable[[], object] | None = None

@@ -26,7 +26,7 @@ class ThreadedConnection:
     :param open_store: makes a store that nobody else uses; called in a thread, and blocks there
     """
 
-    waits = sent = False
+    waits = sent = suspect = False
 
     def __init__(self, open_store: Callable[[], Store], loop: Loop) -> None:
         self.on_wake: Callable[[], object] | None = None
