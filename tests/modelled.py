@@ -85,7 +85,7 @@ class Connection:
 
     def __init__(self, host: Host, number: int, *, waits: bool) -> None:
         self.number = number
-        self.waits = waits
+        self.waits, self.suspect = waits, False
         self.on_wake: Callable[[], object] | None = None
         self.on_lost: Callable[[BarrierConnectionError], object] | None = None
         self.outbox: list[tuple[list[Request], Callable[[list[Any]], object]]] = []
