@@ -31,7 +31,8 @@ from variants import HOST, TIMEOUT_SECS
 
 from async_barriers import BrokenBarrierError, StoreBarrier
 
-WAYS = ("abort", "cancel", "exception", "linear")
+# The first is the use that is recommended.
+WAYS = ("exception, step", "abort", "cancel", "exception", "linear")
 LATE = "(comes late)"
 # After so long all others wait.
 SETTLE_SECS = 0.25
@@ -57,36 +58,38 @@ class Breakable:
         """With the missing rank."""
         self._runner.run(self._barrier.execute_barrier(name))
 
-    def take_part(self, way: str, name: str) -> float:
+    def take_part(self, way: str, name: str, step: int | None) -> float:
         """The time at which the last rank began to break it; on the others, at which they knew."""
         if way == "linear":
             return self._linear(name)
-        breaks: Callable[[str], Coroutine[Any, Any, float]] = getattr(self, f"_{way}")
-        return self._runner.run(breaks(name) if self._breaks else self._wait(name))
+        part: Callable[[str, int | None], Coroutine[Any, Any, float]] = self._wait
+        if self._breaks:
+            part = getattr(self, f"_{way.partition(',')[0]}")
+        return self._runner.run(part(name, step))
 
-    def come_late(self, name: str) -> float:
+    def come_late(self, name: str, step: int | None) -> float:
         """As the missing rank: how long it took to learn that the phase is broken."""
         began = time.monotonic()
-        return self._runner.run(self._wait(name)) - began
+        return self._runner.run(self._wait(name, step)) - began
 
     def close(self) -> None:
         self._runner.run(self._barrier.aclose())
 
-    async def _wait(self, name: str) -> float:
+    async def _wait(self, name: str, step: int | None) -> float:
         try:
-            await self._barrier.execute_barrier(name)
+            await self._barrier.execute_barrier(name, step=step)
         except BrokenBarrierError:
             return time.monotonic()
         raise AssertionError("released, though a rank gave up")
 
-    async def _abort(self, name: str) -> float:
+    async def _abort(self, name: str, step: int | None) -> float:
         await asyncio.sleep(SETTLE_SECS)
         began = time.monotonic()
-        await self._barrier.abort("to see how long it takes", name)
+        await self._barrier.abort("to see how long it takes", name, step=step)
         return began
 
-    async def _cancel(self, name: str) -> float:
-        waiting = asyncio.create_task(self._barrier.execute_barrier(name))
+    async def _cancel(self, name: str, step: int | None) -> float:
+        waiting = asyncio.create_task(self._barrier.execute_barrier(name, step=step))
         await asyncio.sleep(SETTLE_SECS)
         began = time.monotonic()
         waiting.cancel()
@@ -94,10 +97,10 @@ class Breakable:
             await waiting
         return began
 
-    async def _exception(self, name: str) -> float:
+    async def _exception(self, name: str, step: int | None) -> float:
         began = 0.0
         with contextlib.suppress(LookupError):
-            async with self._barrier.phase(name):
+            async with self._barrier.phase(name, step=step):
                 await asyncio.sleep(SETTLE_SECS)
                 began = time.monotonic()
                 raise LookupError("to see how long it takes")
@@ -144,12 +147,13 @@ def measure(size: int, rounds: int) -> list[dict[str, Any]]:
             ranks.ask("cross", "warm-up")
             for number in range(rounds):
                 for way in random.sample(WAYS, len(WAYS)):
-                    name = f"{way}{number}"
-                    *knew, began = ranks.ask("take_part", way, name, ranks=range(size))
+                    by_step = way.endswith("step")
+                    phase = (way, number) if by_step else (f"{way}{number}", None)
+                    *knew, began = ranks.ask("take_part", way, *phase, ranks=range(size))
                     every[way] += [when - began for when in knew]
                     last[way].append(max(knew) - began)
                     if way != "linear":
-                        late = ranks.ask("come_late", name, ranks=[size])
+                        late = ranks.ask("come_late", *phase, ranks=[size])
                         every[LATE] += late
                         last[LATE] += late
             ranks.ask("close")

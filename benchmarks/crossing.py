@@ -24,8 +24,8 @@ from variants import LOOPS, STORES, USES, Burst, Crossers, Variant, is_commit
 
 # The goal, as a share of the best alternative's time: (of a barrier, of a commit).
 GOALS = {"asyncio": (0.8, 0.7), "uvloop": (0.85, 0.75), "trio": (0.95, 0.85)}
-# For comparison only: the floor is not safe (see docs/design.md).
-REFERENCES = [Variant("torch", "barrier"), Variant("floor", "barrier")]
+# For comparison only: these block their thread, and the floor is not safe (see docs/design.md).
+REFERENCES = [Variant("torch", "barrier"), Variant("torch", "commit"), Variant("floor", "barrier")]
 OTHERS = ["tc", "linear", "gloo"]
 # Time to clean up after the burst before.
 PAUSE_SECS = 0.005

@@ -38,6 +38,7 @@ def test_crossings_are_measured_side_by_side() -> None:
             for loop in ("asyncio", "uvloop", "trio"):
                 assert f"\n{use}, {store}, {loop} " in said
     assert "\ntorch barrier, bare, blocking " in said
+    assert "\ntorch commit, bare, blocking " in said
     assert "\ntorch commit, prefix, trio " in said
     assert " of 42 goals MISSED" in said
 
