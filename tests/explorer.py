@@ -462,6 +462,10 @@ def wander(system: System, *, runs: int, seed: int) -> Report:
     report = Report()
     random = Random(seed)
     for _ in range(runs):
+        for process in system.processes:
+            # It never comes back to a state, so it need not know one again.
+            process.merges = False
+            process.start_over()
         state, path, depth = system.begin(), None, 0
         last: Move | None = None
         try:
@@ -480,8 +484,7 @@ def wander(system: System, *, runs: int, seed: int) -> Report:
             raise Violation("\n".join(told)) from exc
         report.steps += depth
         report.longest = max(report.longest, depth)
-    report.nodes = sum(len(process.nodes) for process in system.processes)
-    report.replays = sum(process.replays for process in system.processes)
+        report.nodes += sum(len(process.nodes) for process in system.processes)
     return report
 
 

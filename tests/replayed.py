@@ -377,16 +377,28 @@ class Node(NamedTuple):
 
 
 class Process:
-    """All that may become of one process."""
+    """All that may become of one process.
+
+    :ivar merges: whether it is at one node, whatever the way there, if all that can follow is the
+        same; to find that out takes ten times as long as to go on
+    """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.nodes: list[Node] = []
         self.replays = 0
+        self.merges = True
         self._after: dict[tuple[int, Event], tuple[int, tuple[Effect, ...]]] = {}
         self._live: dict[int, Host] = {}
         self._known: dict[int, int] = {}
-        self._live[0] = Host(spec)
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget all nodes but the first."""
+        self.end()
+        for known in (self.nodes, self._after, self._known):
+            known.clear()
+        self._live[0] = Host(self.spec)
         self._add(-1, (), self._live[0])
 
     def after(self, node: int, event: Event) -> tuple[int, tuple[Effect, ...]]:
@@ -395,7 +407,7 @@ class Process:
         if known is None:
             host = self._host_at(node)
             effects = host.take(event)
-            mark = hash(host.fingerprint())
+            mark = hash(host.fingerprint()) if self.merges else len(self.nodes)
             child = self._known.get(mark)
             if child is None:
                 child = self._known[mark] = self._add(node, event, host)

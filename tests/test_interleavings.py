@@ -24,7 +24,7 @@ from async_barriers._signal.gate import Round
 
 DEEP = bool(os.environ.get("EXPLORE_DEEP"))
 # How often `make test` goes one way at random, and how many switches it has the time for.
-RUNS = 2000 if DEEP else 100
+RUNS = 10_000 if DEEP else 300
 SWITCHES = 3 if DEEP else 1
 
 pytestmark = pytest.mark.bound(600 if DEEP else 40)
@@ -34,7 +34,7 @@ ways = pytest.mark.parametrize("threads", ["", "012", "0"], ids=["sockets", "thr
 
 
 def wander(scenario: Scenario, **options: Any) -> None:
-    scenario.wander(runs=RUNS // 4 if scenario.threads else RUNS, **options)
+    scenario.wander(runs=RUNS // 2 if scenario.threads else RUNS, **options)
 
 
 @ways
