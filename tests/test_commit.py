@@ -12,11 +12,14 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import trio
+from cuttable import Ways
 from direct import DirectStore, run
+from reports import client, one, serve
 from stores import LISTS_KEYS, Data, PlainStore, keys_of
-from worlds import AnyBarrier, Outcome, Tasks, World, crash, drop, gather, until
+from worlds import AnyBarrier, Outcome, Tasks, World, close, crash, drop, gather, until
 
 from async_barriers import (
     Barrier,
@@ -212,6 +215,72 @@ async def test_the_leaders_deadline_stops_publishing(tcp: World) -> None:
     assert publish.was_cancelled
     await commits_again(ranks)
     await nothing_is_left(tcp)
+
+
+async def test_a_deadline_that_cannot_stop_publishing(tcp: World) -> None:
+    """That of a plain function's leader: all are in doubt, and told why."""
+    ranks = await tcp.barriers(2)
+    goes_on = threading.Event()
+
+    def publish(payloads: Mapping[int, bytes]) -> bytes:
+        goes_on.wait()
+        return b"published"
+
+    async with Tasks() as tasks:
+        outcomes = commits(tasks, ranks[1:], publish, timeout_secs=None)
+        await tcp.entered(1, name="x")
+        outcomes += commits(tasks, ranks[:1], publish, timeout_secs=0.4)
+        for outcome in outcomes:
+            error = await outcome.raised(BarrierTimeoutError)
+            assert error.in_doubt
+            assert "was still publishing, in a thread, and may yet publish" in str(error)
+        goes_on.set()
+
+
+async def test_a_store_that_is_silent_as_the_leader_tells() -> None:
+    """For longer than undoing may take: the leader waits for it, as its peers do, and all learn
+    what was published. Being stopped, or closing, is not held up by that."""
+    server = serve()
+    ways = Ways()
+    way = ways.to(server.port)
+    ranks = [one(client(way.port), 0, 2), one(server, 1, 2)]
+
+    async def publish(payloads: Mapping[int, bytes]) -> bytes:
+        await anyio.to_thread.run_sync(way.cut, "hold")
+        return b"published"
+
+    try:
+        await gather(rank.execute_barrier for rank in ranks)
+        async with Tasks() as tasks:
+            outcomes = commits(tasks, ranks, publish, timeout_secs=15)
+            await anyio.sleep(1.5)
+            assert not any(outcome.ended.is_set() for outcome in outcomes)
+            way.heal()
+            assert [await outcome.returned() for outcome in outcomes] == [b"published"] * 2
+        async with Tasks() as tasks:
+            leading, following = commits(tasks, ranks, publish, timeout_secs=15)
+            await anyio.sleep(0.5)
+            await ranks[0].aclose()
+            await leading.raised(BarrierConnectionError)
+            assert leading.secs < 3
+            way.heal()
+            await following.ended.wait()
+    finally:
+        way.heal()
+        await close(ranks)
+        ways.close()
+
+
+async def test_an_error_that_publish_raises_is_left_as_it_is(memory: World) -> None:
+    """It may be of another barrier, whose ranks have other numbers, or the user's own."""
+    ranks = await memory.barriers(2)
+    mine = BrokenBarrierError("mine", 3, 1, "of another barrier")
+    told = str(mine)
+    async with Tasks() as tasks:
+        leading, following = commits(tasks, ranks, Publisher(mine))
+        assert await leading.raised(BrokenBarrierError) is mine
+        assert (str(mine), mine.prefix, mine.global_rank) == (told, "", None)
+        assert "of another barrier" in (await following.raised(BrokenBarrierError)).reason
 
 
 async def test_one_register_settles_who_speaks(shared: World) -> None:

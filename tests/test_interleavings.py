@@ -7,6 +7,7 @@ A model of a store and of an event loop runs the library's own sessions; see `ex
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -113,6 +114,36 @@ def test_one_that_aborts_before_all_are_back(threads: str) -> None:
     scenario.rank("1", scenario.crosses_anew(2, cancels=1), joined=False)
     scenario.rank("2", scenario.crosses_anew(2), joined=False)
     wander(scenario, seed=1)
+
+
+@ways
+@pytest.mark.parametrize("call", ["crosses", "commits", "gathers"])
+def test_connections_that_are_lost(call: str, threads: str) -> None:
+    """Each rank that may have entered gives up, or is released: nobody waits for ever."""
+    scenario = Scenario(3, threads)
+    scenario.doubts = True
+    makes = {
+        "crosses": partial(scenario.crosses, times=3),
+        "commits": partial(scenario.commits, steps=True),
+        "gathers": scenario.gathers,
+    }[call]
+    scenario.rank("0", makes(), losses=1)
+    scenario.rank("1", makes(), losses=1)
+    scenario.rank("2", makes())
+    wander(scenario)
+
+
+@ways
+def test_connections_that_are_lost_around_a_restart(threads: str) -> None:
+    """All are back in the end, and in step."""
+    scenario = Scenario(3, threads)
+    scenario.doubts = True
+    scenario.rank("0", scenario.crosses_anew(2), losses=1)
+    scenario.rank("1")
+    scenario.rank("2", scenario.crosses_anew(2))
+    again = scenario.crosses_anew(2)
+    scenario.rank("1 again", again, joined=False, replaces="1", losses=1)
+    wander(scenario)
 
 
 @ways

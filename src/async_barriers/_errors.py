@@ -176,7 +176,7 @@ class BarrierTimeoutError(_PhaseError, TimeoutError):
                 f"{plural_ranks(missing_ranks)} had not entered; look for a crash or a stall "
                 "there, or allow a longer timeout_secs"
                 if missing_ranks
-                else "no rank was missing"
+                else "no rank was missing; a commit's leader did not begin to publish in time"
             )
         super().__init__(
             f"timed out after {seconds(timeout_secs)}: {in_one_line(detail)}", in_doubt=in_doubt

@@ -22,7 +22,10 @@ class Publishing:
 
     :param about: names the phase, for an error
     :ivar in_thread: it runs in a thread, which cannot be cancelled, and may yet publish
+    :ivar raised: the exception that it ended in
     """
+
+    raised: BaseException | None = None
 
     def __init__(self, publish: Publish, loop: Loop, about: Callable[[], str]) -> None:
         self.in_thread: bool = False
@@ -36,11 +39,15 @@ class Publishing:
         **Cancellation:** reaches a coroutine; a thread goes on by itself.
         """
         returned: Any
-        if is_async(self._publish):
-            returned = self._publish(payloads)
-        else:
-            returned = await self._called_in_thread(payloads)
-        result = await returned if inspect.isawaitable(returned) else returned
+        try:
+            if is_async(self._publish):
+                returned = self._publish(payloads)
+            else:
+                returned = await self._called_in_thread(payloads)
+            result = await returned if inspect.isawaitable(returned) else returned
+        except BaseException as exc:
+            self.raised = exc
+            raise
         return b"" if result is None else result
 
     async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:

@@ -45,6 +45,8 @@ class Attempt:
     deadline: float
     watch: Watch
     phase: Phase | None = None
+    # What publish raised, which may be another barrier's error, or the user's own.
+    foreign: BaseException | None = None
     _rejoined = False
     _asking: Effort[tuple[int, ...]] | None = None
 
@@ -123,10 +125,10 @@ class Attempt:
     def failed(self, exc: BaseException) -> None:
         """Count this crossing as failed, and put the barrier's prefix into the error."""
         session, phase = self.session, self.phase
-        if isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
-            # What publish raises may be of another barrier.
+        ours, self.foreign = exc is not self.foreign, None
+        if ours and isinstance(exc, BarrierTimeoutError | BrokenBarrierError):
             exc.prefix = exc.prefix or session.prefix
-            if isinstance(exc, BrokenBarrierError) and exc.prefix == session.prefix:
+            if isinstance(exc, BrokenBarrierError):
                 exc.global_rank = global_rank(exc.rank, self.watch.global_ranks)
         left = session.closed_by
         why = kind_of(

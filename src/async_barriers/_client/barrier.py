@@ -251,7 +251,7 @@ class CrossingBarrier(RankBarrier):
                 raise BarrierConnectionError(
                     f"{describe(phase.name, phase.sequence, session.prefix)}: the store did not "
                     "answer in time; its peers are told as soon as it does"
-                )
+                ) from session.why_not
             broke = giving_up.result()
             if broke and phase.waiter is None:
                 session.tally.broke(GAVE_UP)

@@ -215,6 +215,12 @@ class Breaking(Hearing):
         elif isinstance(phase.verdict, Broken) and phase.verdict.rank == self.rank:
             phase.error = error
 
+    def _reset(self, connection: Connection) -> None:
+        """Close it so that nothing that was sent there arrives later."""
+        connection.on_lost = None
+        connection.close(reset=True)
+        self._salvage(connection)
+
     def worry(self, phase: Phase) -> None:
         """The store left a call unanswered: close the connections that hang.
 

@@ -164,15 +164,8 @@ class Crossing(Attempt):
             detail, known = verdict.reason, verdict.known
             if verdict.missing and not detail:
                 detail = had_not_entered(verdict.missing, known, self.watch.global_ranks)
-            raise BarrierTimeoutError(
-                phase.name,
-                phase.sequence,
-                verdict.missing,
-                verdict.timeout_secs,
-                detail=detail,
-                in_doubt=verdict.in_doubt,
-                missing=known,
-            )
+            of = phase.name, phase.sequence, verdict.missing, verdict.timeout_secs
+            raise BarrierTimeoutError(*of, detail=detail, in_doubt=verdict.in_doubt, missing=known)
         if self.session.closing and verdict.rank == self.session.rank:
             raise BarrierClosedError(describe(phase.name, phase.sequence, self.session.prefix))
         raise BrokenBarrierError(
@@ -263,15 +256,12 @@ class Crossing(Attempt):
         effort = self.session.give_up(phase, "", self.timeout_secs, known=known)
         await self._give_up_or_doubt(phase, effort)
         if not phase.decided:
-            raise BarrierTimeoutError(
-                phase.name,
-                phase.sequence,
-                (),
-                self.timeout_secs,
-                detail=f"all ranks had entered and rank {phase.entry.leader} was publishing, or "
-                "died meanwhile; look there whether it has published",
-                in_doubt=True,
+            detail = (
+                f"all ranks had entered and rank {phase.entry.leader} was publishing, or died "
+                "meanwhile; look there whether it has published"
             )
+            of = phase.name, phase.sequence, (), self.timeout_secs
+            raise BarrierTimeoutError(*of, detail=detail, in_doubt=True)
 
     async def _miss(self, phase: Phase, absent: tuple[int, ...]) -> None:
         effort = self.session.give_up(

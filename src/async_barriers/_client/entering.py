@@ -157,7 +157,12 @@ class Entering(Departing):
         self, phase: Phase, entry: Entry, connection: Connection, said: Future[list[Any]]
     ) -> None:
         """The store has counted this rank's arrival."""
-        if said.error is not None or phase.entry is not entry:
+        if phase.entry is not entry:
+            return
+        if said.error is not None:
+            if self._rings and isinstance(phase.verdict, Released):
+                # This rank may have been the last one to enter, and knows from another message.
+                self.start(self._wake_again(entry, phase.membership))
             return
         count = phases.entered(entry, said.result())
         if phase.connection is not connection:

@@ -115,15 +115,12 @@ class Joining(Listening):
         opening = self._opening()
         self._claiming = True
         try:
+            of, waits = (
+                (self.keys, self.rank, self.world_size, life),
+                partial(self._wait_for, store),
+            )
             joined = await claiming.join(
-                store,
-                self.keys,
-                self.rank,
-                self.world_size,
-                life,
-                lives=process.lives,
-                wait_for=partial(self._wait_for, store),
-                before=before,
+                store, *of, lives=process.lives, wait_for=waits, before=before
             )
             self._claimed = joined
             if before is not None:

@@ -44,10 +44,11 @@ class Listening(Breaking):
         self._salvage(bell)
         if not bell.waits:
             # The others may be lost, too; in threads only a call tells, and is lost with them.
-            while self._idle:
-                self._reset(self._idle.pop())
             for connection in self._connections():
                 connection.suspect = True
+            idle, self._idle = self._idle, []
+            for connection in idle:
+                self._put_back(connection)
             for phase in self.open:
                 # It learns of nothing any more, and waits for nothing else.
                 phase.lost = phase.lost or error

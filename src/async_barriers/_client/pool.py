@@ -30,7 +30,9 @@ class Pool(SessionState):
             connection.close()
             return
         if connection.suspect:
-            self._reset(connection)
+            # Heard out, if it can be: an answer may say that this rank was the last one to enter.
+            self._salvage(connection)
+            self.start(self._retire(connection))
             return
         connection.on_lost = lambda error: self._idle_lost(connection)
         connection.outbox += self._adrift
@@ -51,12 +53,6 @@ class Pool(SessionState):
         announced = self._announced.pop(connection, None)
         if announced is not None and not self.closing:
             self.start(self._wake_again(*announced))
-
-    def _reset(self, connection: Connection) -> None:
-        """Close it so that nothing that was sent there arrives later."""
-        connection.on_lost = None
-        connection.close(reset=True)
-        self._salvage(connection)
 
     async def _wake_again(self, entry: Entry, membership: Membership) -> None:
         """Wake the others again: this rank entered last, and cannot know whether it woke them."""

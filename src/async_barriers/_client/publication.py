@@ -49,6 +49,7 @@ class Publication:
         self._stopped_for = reason
         self._closing = closing
         self._scope.cancel()
+        self._phase.wake()
 
     async def run(self, publish: Publish) -> bytes:
         """Publish, and settle the phase by the result."""
@@ -71,6 +72,7 @@ class Publication:
                 returned = await publishing.call(payloads)
                 published = True
         except BaseException as exc:
+            crossing.foreign, publishing.raised = publishing.raised, None
             if isinstance(phase.verdict, Broken):
                 raise  # It was settled already, since the ranks named different leaders.
             verdict = Broken(
@@ -90,6 +92,8 @@ class Publication:
                 verdict = Broken(rank, f"publish may have published, but {exc}", in_doubt=True)
         elif crossing.timeout_secs is not None and loop.now() >= crossing.deadline:
             reason = f"rank {rank} was still publishing, and was stopped"
+            if publishing.in_thread:
+                reason = f"rank {rank} was still publishing, in a thread, and may yet publish"
             verdict = Broken(rank, reason, crossing.timeout_secs, in_doubt=publishing.in_thread)
         else:
             verdict = Broken(rank, self._stopped_for, in_doubt=publishing.in_thread)
@@ -100,16 +104,25 @@ class Publication:
         session = crossing.session
         settling = session.give_word(phase, verdict)
         loop, patience_secs = crossing.loop, session.patience_secs
+        waiter, until = phase.waiter, loop.now() + patience_secs
+        assert waiter is not None
+        if published:
+            # A store that is silent may answer yet, and tell its peers.
+            until = max(until, crossing.deadline)
+        settling.when_done(phase.wake)
         try:
-            done = await settled(loop, settling, loop.now() + patience_secs)
+            while not settling.done and loop.now() < until:
+                if phase.lost is not None or self._stopped_for:
+                    until = min(until, loop.now() + patience_secs)
+                await waiter.wait(until)
         except BaseException as exc:
             # Shielded only now, since a scope for each commit costs as much as a round trip.
             if not isinstance(exc, GeneratorExit):
                 with anyio.CancelScope(shield=True):
                     await until_done(loop, settling, patience_secs)
             raise
-        if not done or settling.error is not None:
-            if not done:
+        if not settling.done or settling.error is not None:
+            if not settling.done:
                 session.worry(phase)
             raise BarrierConnectionError(
                 f"{self._about}: rank {session.rank} "

@@ -95,14 +95,8 @@ def _decode(line: bytes) -> Record | None:
     """The record in a line; None if something else wrote it."""
     try:
         generation, name, label, leader, world_size, result = json.loads(line)
-        found = Record(
-            generation,
-            name,
-            label,
-            leader,
-            world_size,
-            None if result is None else b64decode(result),
-        )
+        value = None if result is None else b64decode(result)
+        found = Record(generation, name, label, leader, world_size, value)
         right = isinstance(leader, int) and isinstance(world_size, int) and found.sequence >= 0
         return found if right and isinstance(name, str) and isinstance(generation, str) else None
     except RUBBISH:

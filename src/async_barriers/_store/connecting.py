@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch.distributed import Store, TCPStore
@@ -105,10 +106,8 @@ async def _resolve(loop: Loop, host: str, port: int) -> Addresses:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass
-    found = await in_thread(
-        loop, "names", lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    )
-    return list(found)
+    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    return list(await in_thread(loop, "names", look_up))
 
 
 async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket:

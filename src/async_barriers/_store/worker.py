@@ -241,8 +241,7 @@ class Living(Generic[T]):
 
 
 _to_end_first, _to_end_at_exit = Living[Any](), Living[Any]()
-_threads, _hanging = Living[threading.Thread](), Living[threading.Thread]()
-_users = Living[threading.Thread]()
+_threads, _hanging, _users = (Living[threading.Thread]() for _ in range(3))
 # Those in a call that ends at a known time, by `time.monotonic`, whatever happens.
 _ending: dict[threading.Thread, float] = {}
 
