@@ -7,10 +7,12 @@ A model of a store and of an event loop runs the library's own sessions; see `ex
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+from replayed import Job
 from scenarios import Scenario, Violation
 from signal_scenarios import ObservedGate, SignalScenario
 
@@ -122,14 +124,14 @@ def test_connections_that_are_lost(call: str, threads: str) -> None:
     """Each rank that may have entered gives up, or is released: nobody waits for ever."""
     scenario = Scenario(3, threads)
     scenario.doubts = True
-    makes = {
+    makes: dict[str, Callable[[], Job]] = {
         "crosses": partial(scenario.crosses, times=3),
         "commits": partial(scenario.commits, steps=True),
         "gathers": scenario.gathers,
-    }[call]
-    scenario.rank("0", makes(), losses=1)
-    scenario.rank("1", makes(), losses=1)
-    scenario.rank("2", makes())
+    }
+    scenario.rank("0", makes[call](), losses=1)
+    scenario.rank("1", makes[call](), losses=1)
+    scenario.rank("2", makes[call]())
     wander(scenario)
 
 
