@@ -115,10 +115,8 @@ class Joining(Listening):
         opening = self._opening()
         self._claiming = True
         try:
-            of, waits = (
-                (self.keys, self.rank, self.world_size, life),
-                partial(self._wait_for, store),
-            )
+            of = self.keys, self.rank, self.world_size, life
+            waits = partial(self._wait_for, store)
             joined = await claiming.join(
                 store, *of, lives=process.lives, wait_for=waits, before=before
             )
