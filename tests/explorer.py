@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple, Protocol
@@ -79,6 +79,9 @@ class Move(NamedTuple):
     process: int
     link: int = 0
     event: Event = ()
+
+
+Avoids = Callable[[Move, tuple[int, int]], bool]
 
 
 class View(NamedTuple):
@@ -454,9 +457,11 @@ def explore(system: System, *, shortest: bool = False, switches: int | None = No
     return report
 
 
-def wander(system: System, *, runs: int, seed: int) -> Report:
+def wander(system: System, *, runs: int, seed: int, avoids: Avoids | None = None) -> Report:
     """Follow random schedules, for scenarios with too many states to visit all.
 
+    :param avoids: whether a step, with the process and connection of an answer, is put off for as
+        long as there is another one
     :raises Violation: as `explore`
     """
     report = Report()
@@ -473,6 +478,8 @@ def wander(system: System, *, runs: int, seed: int) -> Report:
                 for crashed in system.crashed(state, moves):
                     report.crashes += bool(crashed)
                     system.laws.at_end(system.view(state, crashed))
+                if avoids is not None:
+                    moves = [m for m in moves if not avoids(m, system.place(state, m))] or moves
                 last = random.choice(moves)
                 state = system.step(state, last)
                 path, last, depth = (path, last), None, depth + 1  # type: ignore[assignment]

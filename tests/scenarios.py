@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from explorer import Report, System, Violation, explore, wander
+from explorer import Avoids, Report, System, Violation, explore, wander
 from phase_laws import PhaseLaws
 from replayed import Cancelled, CancelScope, Host, Job, Spec, get_cancelled_exc_class
 
@@ -294,9 +294,12 @@ class Scenario(PhaseLaws):
         print(f"\n  {self.world_size} ranks: {report}")
         return report
 
-    def wander(self, *, runs: int, seed: int = 0, **options: Any) -> Report:
+    def wander(
+        self, *, runs: int, seed: int = 0, avoids: Avoids | None = None, **options: Any
+    ) -> Report:
         with self.world():
-            report = wander(System(self.specs, self, **options), runs=runs, seed=seed)
+            system = System(self.specs, self, **options)
+            report = wander(system, runs=runs, seed=seed, avoids=avoids)
         print(f"\n  {self.world_size} ranks: {report}")
         return report
 

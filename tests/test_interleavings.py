@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from explorer import Move
 from replayed import Job
 from scenarios import Scenario, Violation
 from signal_scenarios import ObservedGate, SignalScenario
@@ -133,6 +134,21 @@ def test_connections_that_are_lost(call: str, threads: str) -> None:
     scenario.rank("1", makes[call](), losses=1)
     scenario.rank("2", makes[call]())
     wander(scenario)
+
+
+def test_an_answer_that_is_lost_with_its_connection() -> None:
+    """It would have said that this rank was the last one to enter. It learns from its bell that all
+    are in, and its peer, which uses threads, from nobody else."""
+    scenario = Scenario(2, "01")
+    scenario.doubts = True
+    scenario.rank("0", scenario.crosses(), losses=2)
+    scenario.rank("1", scenario.crosses())
+
+    def other_ways(move: Move, at: tuple[int, int]) -> bool:
+        loses = move.event[:1] == ("lose",) and move.event != ("lose", 2)
+        return loses or (move.kind == "deliver" and at == (0, 1))
+
+    scenario.wander(runs=RUNS, avoids=other_ways)
 
 
 @ways
