@@ -50,6 +50,11 @@ class Publishing:
             raise
         return b"" if result is None else result
 
+    def out_of_time(self, rank: int) -> str:
+        """Why the deadline of the leader, ``rank``, ends the commit."""
+        how = "in a thread, and may yet publish" if self.in_thread else "and was stopped"
+        return f"rank {rank} was still publishing, {how}"
+
     async def _called_in_thread(self, payloads: Mapping[int, bytes]) -> Any:
         try:
             called = begun_in_thread("publish", self._publish, payloads)

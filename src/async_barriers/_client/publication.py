@@ -91,9 +91,7 @@ class Publication:
             except (TypeError, ValueError) as exc:
                 verdict = Broken(rank, f"publish may have published, but {exc}", in_doubt=True)
         elif crossing.timeout_secs is not None and loop.now() >= crossing.deadline:
-            reason = f"rank {rank} was still publishing, and was stopped"
-            if publishing.in_thread:
-                reason = f"rank {rank} was still publishing, in a thread, and may yet publish"
+            reason = publishing.out_of_time(rank)
             verdict = Broken(rank, reason, crossing.timeout_secs, in_doubt=publishing.in_thread)
         else:
             verdict = Broken(rank, self._stopped_for, in_doubt=publishing.in_thread)

@@ -113,7 +113,7 @@ class Publication:
             error = BarrierClosedError(describe(name, sequence))
             error.in_doubt = in_doubt
             return error
-        reason = f"rank {calls.group.rank} was still publishing, and was stopped"
+        reason = publishing.out_of_time(calls.group.rank)
         error = BarrierTimeoutError(
             name, sequence, (), self._timeout, detail=reason, in_doubt=in_doubt
         )
