@@ -103,7 +103,10 @@ class Listening(Breaking):
         waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
         requests = members.around(membership)
         for phase, entry, _ in waiting:
-            requests += [Read(entry.keys.count), Read(entry.keys.reason)]
+            requests.append(Read(entry.keys.count))
+            if bell.waits:
+                # In threads each request takes its time, and the count says whether it matters.
+                requests.append(Read(entry.keys.reason))
             if phase.step is not None:
                 requests.append(Read(phase.membership.own.latest(phase.name)))
         try:
@@ -119,7 +122,7 @@ class Listening(Breaking):
                 await self._all_joined(turns, bell)
             answers = iter(found[5:])
             for phase, entry, arrived in waiting:
-                news = [next(answers), next(answers)]
+                news = [next(answers), next(answers) if bell.waits else None]
                 news.append(None if phase.step is None else next(answers))
                 # A phase that was begun too early may have another number by now.
                 if phase.entry is entry:
