@@ -104,7 +104,7 @@ class Publication:
         loop, patience_secs = crossing.loop, session.patience_secs
         waiter, until = phase.waiter, loop.now() + patience_secs
         assert waiter is not None
-        if published:
+        if published and crossing.timeout_secs is not None:
             # A store that is silent may answer yet, and tell its peers.
             until = max(until, crossing.deadline)
         settling.when_done(phase.wake)
