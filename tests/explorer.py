@@ -466,10 +466,11 @@ def wander(system: System, *, runs: int, seed: int, avoids: Avoids | None = None
     """
     report = Report()
     random = Random(seed)
+    for process in system.processes:
+        # It never comes back to a state, so it need not know one again.
+        process.merges = False
     for _ in range(runs):
         for process in system.processes:
-            # It never comes back to a state, so it need not know one again.
-            process.merges = False
             process.start_over()
         state, path, depth = system.begin(), None, 0
         last: Move | None = None

@@ -244,22 +244,26 @@ async def test_a_store_that_is_silent_as_the_leader_tells() -> None:
     ways = Ways()
     way = ways.to(server.port)
     ranks = [one(client(way.port), 0, 2), one(server, 1, 2)]
+    silent = anyio.Event()
 
     async def publish(payloads: Mapping[int, bytes]) -> bytes:
         await anyio.to_thread.run_sync(way.cut, "hold")
+        silent.set()
         return b"published"
 
     try:
         await gather(rank.execute_barrier for rank in ranks)
         async with Tasks() as tasks:
             outcomes = commits(tasks, ranks, publish, timeout_secs=15)
+            await silent.wait()
             await anyio.sleep(1.5)
             assert not any(outcome.ended.is_set() for outcome in outcomes)
             way.heal()
             assert [await outcome.returned() for outcome in outcomes] == [b"published"] * 2
+        silent = anyio.Event()
         async with Tasks() as tasks:
             leading, following = commits(tasks, ranks, publish, timeout_secs=15)
-            await anyio.sleep(0.5)
+            await silent.wait()
             await ranks[0].aclose()
             await leading.raised(BarrierConnectionError)
             assert leading.secs < 3

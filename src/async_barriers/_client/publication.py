@@ -110,7 +110,7 @@ class Publication:
         settling.when_done(phase.wake)
         try:
             while not settling.done and loop.now() < until:
-                if phase.lost is not None or self._stopped_for:
+                if phase.lost is not None or self._scope.cancel_called:
                     until = min(until, loop.now() + patience_secs)
                 await waiter.wait(until)
         except BaseException as exc:
