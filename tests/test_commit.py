@@ -237,7 +237,8 @@ async def test_a_deadline_that_cannot_stop_publishing(tcp: World) -> None:
         goes_on.set()
 
 
-async def test_a_store_that_is_silent_as_the_leader_tells() -> None:
+@pytest.mark.parametrize("closes", [True, False], ids=["closes", "aborts for no reason"])
+async def test_a_store_that_is_silent_as_the_leader_tells(closes: bool) -> None:
     """For longer than undoing may take: the leader waits for it, as its peers do, and all learn
     what was published. Being stopped, or closing, is not held up by that."""
     server = serve()
@@ -264,7 +265,7 @@ async def test_a_store_that_is_silent_as_the_leader_tells() -> None:
         async with Tasks() as tasks:
             leading, following = commits(tasks, ranks, publish, timeout_secs=15)
             await silent.wait()
-            await ranks[0].aclose()
+            await (ranks[0].aclose() if closes else ranks[0].abort("", "x"))
             await leading.raised(BarrierConnectionError)
             assert leading.secs < 3
             way.heal()
