@@ -41,14 +41,14 @@ class CancelScope:
     def __init__(self, *, deadline: float = math.inf, shield: bool = False) -> None:
         self.deadline = deadline
         self.shield = shield
-        self._called = False
+        self.cancel_called = False
         self._task: Task | None = None
 
     def __enter__(self) -> CancelScope:
         self._task = Host.running.task
         assert self._task is not None
         self._task.scopes.append(self)
-        if self._called:
+        if self.cancel_called:
             self._task.interrupt(Cancelled(self))
         return self
 
@@ -58,8 +58,8 @@ class CancelScope:
         return isinstance(exc, Cancelled) and exc.scope is self
 
     def cancel(self) -> None:
-        if not self._called:
-            self._called = True
+        if not self.cancel_called:
+            self.cancel_called = True
             if self._task is not None and self in self._task.scopes:
                 self._task.interrupt(Cancelled(self))
 
