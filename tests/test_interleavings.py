@@ -28,7 +28,7 @@ from async_barriers._signal.gate import Round
 
 DEEP = bool(os.environ.get("EXPLORE_DEEP"))
 # How often `make test` goes one way at random, and how many switches it has the time for.
-RUNS = 10_000 if DEEP else 200
+RUNS = 10_000 if DEEP else 100
 SWITCHES = 3 if DEEP else 1
 
 pytestmark = pytest.mark.bound(600 if DEEP else 40)

@@ -233,15 +233,38 @@ class BarrierConnectionError(BarrierError, ConnectionError):
     """
 
 
-def another(error: BarrierConnectionError, about: str = "") -> BarrierConnectionError:
+def caused(
+    cause: BaseException | None, text: str, *, in_doubt: bool = False
+) -> BarrierConnectionError:
+    """The error that says ``text``, with its ``__cause__``."""
+    error = BarrierConnectionError(text, in_doubt=in_doubt)
+    error.__cause__ = cause
+    return error
+
+
+def another(
+    error: BarrierConnectionError, about: str = "", *, in_doubt: bool | None = None
+) -> BarrierConnectionError:
     """The same error for another caller: an error that is raised twice has both tracebacks.
 
     :param about: the barrier or phase of the error, if its message does not say so
+    :param in_doubt: of the copy, if it differs
     """
     text = f"{about}: {error}" if about else str(error)
-    copy = BarrierConnectionError(text, in_doubt=error.in_doubt)
-    copy.__cause__ = error.__cause__
-    return copy
+    doubts = error.in_doubt if in_doubt is None else in_doubt
+    return caused(error.__cause__, text, in_doubt=doubts)
+
+
+def unanswered(why: BaseException | None, about: str = "") -> BarrierConnectionError:
+    """The error of a call that a store left unanswered, for a reason that may be known.
+
+    :param about: the barrier or phase that the call was to break
+    """
+    told = "" if why is None else f" ({told_by(why)})"
+    text = f"the store did not answer in time{told}"
+    if about:
+        text = f"{about}: {text}; its peers are told as soon as it does"
+    return caused(why, text)
 
 
 def of_another_process(what: str, built_in: int) -> BarrierError:

@@ -28,6 +28,7 @@ import anyio
 from ._errors import (
     BarrierClosedError,
     BarrierConnectionError,
+    caused,
     of_another_process,
     out_of_threads,
     told_by,
@@ -275,10 +276,7 @@ class Portal:
         return BarrierClosedError(self._name())
 
     def _lost(self, cause: BaseException) -> BarrierConnectionError:
-        why = f"no event loop can be started for {self._name()} ({told_by(cause)})"
-        error = BarrierConnectionError(why)
-        error.__cause__ = cause
-        return error
+        return caused(cause, f"no event loop can be started for {self._name()} ({told_by(cause)})")
 
 
 class _Ticket:

@@ -56,7 +56,8 @@ async def _ask(
                 session.outcomes.explain(log, session.prefix, name, sequence)
             return found
         except BarrierConnectionError:
-            if loop.now() >= deadline or session.closing:
+            # An attempt without time would only say that it had none.
+            if loop.now() + _RETRY_SECS >= deadline or session.closing:
                 raise
         finally:
             if connection is not None:

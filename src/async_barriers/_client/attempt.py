@@ -13,6 +13,7 @@ from .._errors import (
     BarrierTimeoutError,
     BrokenBarrierError,
     another,
+    caused,
     describe,
     seconds,
     told_by,
@@ -164,11 +165,10 @@ class Attempt:
         self, phase: Phase, exc: BaseException | None = None, *, in_doubt: bool | None = None
     ) -> BarrierConnectionError:
         why = "the store did not answer" if exc is None else str(exc)
-        error = BarrierConnectionError(
+        return caused(
+            None if exc is None else exc.__cause__,
             f"{describe(phase.name, phase.sequence, self.session.prefix)}: "
             f"rank {self.session.rank} waited {seconds(self.loop.now() - self.started)}, then "
             f"{why}; see whether the process that hosts the store is alive and can be reached",
             in_doubt=phase.entered if in_doubt is None else in_doubt,
         )
-        error.__cause__ = exc.__cause__ if exc is not None else None
-        return error

@@ -18,13 +18,7 @@ from .._checks import (
     check_timeout,
     check_world,
 )
-from .._errors import (
-    BarrierClosedError,
-    BarrierConnectionError,
-    BarrierError,
-    BrokenBarrierError,
-    describe,
-)
+from .._errors import BarrierClosedError, BarrierError, BrokenBarrierError, describe, unanswered
 from .._protocol.count import COMMIT, GATHER
 from .._protocol.keys import check_name
 from .._store.sources import Beside, PassedIn, StoreAt
@@ -146,7 +140,10 @@ class CrossingBarrier(RankBarrier):
             if step is not None and session.too_late(name, step):
                 passed = session.start(session.break_passed(name, step, reason))
                 await settled(crossing.loop, passed, crossing.started + session.init_secs)
-                return passed.done and passed.error is None and passed.result()
+                if not passed.done or passed.error is not None:
+                    what = describe(name, step, session.prefix)
+                    raise unanswered(session.why_not or passed.error, what)
+                return bool(passed.result())
             phase = session.begin(name, step)
         broke = await self._break(crossing, phase, reason, session.init_secs)
         publishing = phase.publishing
@@ -248,10 +245,8 @@ class CrossingBarrier(RankBarrier):
         try:
             if not await settled(loop, giving_up, loop.now() + within_secs):
                 session.worry(phase)
-                raise BarrierConnectionError(
-                    f"{describe(phase.name, phase.sequence, session.prefix)}: the store did not "
-                    "answer in time; its peers are told as soon as it does"
-                ) from session.why_not
+                what = describe(phase.name, phase.sequence, session.prefix)
+                raise unanswered(session.why_not or phase.lost, what)
             broke = giving_up.result()
             if broke and phase.waiter is None:
                 session.tally.broke(GAVE_UP)

@@ -112,6 +112,7 @@ class Breaking(Hearing):
                 if self._over:
                     raise
                 connection, again = None, True
+                phase.lost = phase.lost if phase.waiter else exc  # For the caller of `abort`.
         if isinstance(judged, Count) and final and phase.entry.leads and not phase.differs:
             # It does not publish while it gives up, and only the leader can say so.
             judged, ours = await self.settle_commit(phase, broken), True
@@ -168,14 +169,13 @@ class Breaking(Hearing):
         return connection
 
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
-        membership = phase.membership
-        tells = breaks.telling(membership.peers, phase.entry)
+        tells = breaks.telling(phase.membership.peers, phase.entry)
         if phase.step is None:
             await connection.call(*tells)
             return
         phase.turns.decided(phase.name, phase.step)  # It rings for all others.
         # A rank that comes for an earlier step finds this, until all are past this step.
-        key = membership.own.latest(phase.name)
+        key = phase.membership.own.latest(phase.name)
         held = b""
         while True:
             now, _ = await connection.call(CompareSet(key, held, b"%d" % phase.step), *tells)

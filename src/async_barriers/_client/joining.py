@@ -12,7 +12,7 @@ from .._errors import (
     BrokenBarrierError,
     another,
     describe,
-    told_by,
+    unanswered,
 )
 from .._protocol import claiming
 from .._protocol import membership as members
@@ -64,8 +64,9 @@ class Joining(Listening):
                 self.keys = Keys(self.prefix, self._source.namespace)
                 joined = self._joining_on = self.start(self._join_on(store))
                 if not await within(loop, joined, deadline - self._now()):
-                    # A connection that hangs must not delay the next attempt.
-                    joined.stop(self._out_of_time())
+                    # A connection that hangs must not delay the next attempt; perhaps another one
+                    # is missing.
+                    joined.stop(unanswered(self.why_not))
                 joined.result()
                 self._source.failures.clear()
                 return
@@ -87,14 +88,6 @@ class Joining(Listening):
                 until = deadline  # It is slow, or there: not refused.
             await sleep(loop, pause)
             pause = min(2 * pause, RETRY_SECS_AT_MOST)
-
-    def _out_of_time(self) -> BarrierConnectionError:
-        """The error of a join under way: another connection that it needed may be missing."""
-        why = self.why_not
-        told = "the store did not answer in time" + ("" if why is None else f" ({told_by(why)})")
-        error = BarrierConnectionError(told)
-        error.__cause__ = why
-        return error
 
     async def _join_on(self, store: Connection) -> None:
         before = self.membership or self._claimed or self._before

@@ -31,10 +31,13 @@ class Listening(Breaking):
 
     _reopening: Effort[None] | None = None
     _reopened_at = -math.inf
+    # The look under way, and whether there is more to see since.
+    _looking: Effort[None] | None = None
+    _rung = False
 
     def _listen(self, bell: Connection) -> None:
-        self._bell = bell
-        bell.on_wake = lambda: self.start(self._look_around()).when_done(self.on_look)
+        self._bell, self._looking = bell, None
+        bell.on_wake = self._look_soon
         bell.on_lost = partial(self._bell_lost, bell)
 
     def _bell_lost(self, bell: Connection, error: BarrierConnectionError) -> None:
@@ -90,6 +93,22 @@ class Listening(Breaking):
                 await self._look_around(first=True)
             self.on_look()
 
+    def _look_soon(self) -> None:
+        """Look around; once the look under way has ended, if there is one, since each takes all
+        news there is. Else they would queue in a thread, and each make the next one later."""
+        if self._looking is not None and not self._looking.done:
+            self._rung = True
+            return
+        self._looking = looking = self.start(self._look_around())
+        # Last, since a signal handler may raise before, and this is called again then.
+        self._rung = False
+        looking.when_done(self._look_ended)
+
+    def _look_ended(self) -> None:
+        self.on_look()
+        if self._rung:
+            self._look_soon()
+
     async def _look_around(self, *, first: bool = False) -> None:
         """Take the bell, and see what it was rung for."""
         bell, turns = self._bell, self.turns
@@ -98,21 +117,26 @@ class Listening(Breaking):
         if bell is None or turns is None:
             return
         membership = turns.membership
-        # Each phase, with whether the store has counted this rank: the arrival is on another
-        # connection, and may come after this answer.
-        waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
+        rings = membership.own.bell(self.rank)
         requests = members.around(membership)
-        for phase, entry, _ in waiting:
-            requests.append(Read(entry.keys.count))
-            if bell.waits:
-                # In threads each request takes its time, and the count says whether it matters.
-                requests.append(Read(entry.keys.reason))
-            if phase.step is not None:
-                requests.append(Read(phase.membership.own.latest(phase.name)))
         try:
-            found = await bell.call(*requests, wait=membership.own.bell(self.rank))
+            if not bell.waits:
+                # In threads each request takes its time. For what is entered after this one, it is
+                # rung again.
+                await bell.call(requests.pop(0), wait=rings)
+                self._bells_taken += 1
+                if turns is not self.turns:
+                    return
+            # Each phase, with whether the store has counted this rank: the arrival is on another
+            # connection, and may come after this answer.
+            waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
+            for phase, entry, _ in waiting:
+                requests += [Read(entry.keys.count), Read(entry.keys.reason)]
+                if phase.step is not None:
+                    requests.append(Read(phase.membership.own.latest(phase.name)))
+            found = await bell.call(*requests, wait=rings if bell.waits else None)
             # Not before the answer: until then, one ring may stand for several.
-            self._bells_taken += 1
+            self._bells_taken += bell.waits
             around = members.surroundings(membership, found[:5])
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
@@ -122,8 +146,8 @@ class Listening(Breaking):
                 await self._all_joined(turns, bell)
             answers = iter(found[5:])
             for phase, entry, arrived in waiting:
-                news = [next(answers), next(answers) if bell.waits else None]
-                news.append(None if phase.step is None else next(answers))
+                latest = phase.step is not None
+                news = [next(answers), next(answers), next(answers) if latest else None]
                 # A phase that was begun too early may have another number by now.
                 if phase.entry is entry:
                     await self._see(bell, phase, arrived, news)
@@ -140,10 +164,10 @@ class Listening(Breaking):
             self.host_left = True
             self.start(self._drain(membership))
         looked_at = {entry for _, entry, _ in waiting}
-        if any(phase.entry not in looked_at for phase in self.open if phase.hears):
+        if bell.waits and any(each.entry not in looked_at for each in self.open if each.hears):
             # The bell may have been rung for a phase that was entered after this look was put
             # together, and before it took the bell.
-            self.start(self._look_around())
+            self._look_soon()
 
     def _generation_over(
         self, membership: Membership, successor: State | None, bell: Connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, describe
+from .._errors import BarrierConnectionError, BarrierError, BrokenBarrierError, another, describe
 from .._protocol.count import GATHER
 from .._protocol.keys import PhaseKeys
 from .._protocol.membership import Membership
@@ -274,12 +274,8 @@ class Turns:
 
 
 def in_doubt(phase: Phase, exc: BarrierConnectionError) -> BarrierConnectionError:
-    error = BarrierConnectionError(
-        f"{describe(phase.name, phase.sequence, phase.membership.keys.prefix)}: {exc}",
-        in_doubt=phase.entered,
-    )
-    error.__cause__ = exc.__cause__
-    return error
+    what = describe(phase.name, phase.sequence, phase.membership.keys.prefix)
+    return another(exc, what, in_doubt=phase.entered)
 
 
 def nothing(answers: list[Any]) -> None:

@@ -15,6 +15,7 @@ from .._errors import (
     BarrierClosedError,
     BarrierConnectionError,
     BarrierError,
+    caused,
     describe,
     of_another_process,
     seconds,
@@ -138,13 +139,12 @@ class Watch:
         failures = self._source.failures
         why: BaseException | None = failures[-1] if failures else self.error
         within_secs = "" if secs is None else f" within {seconds(secs)}"
-        error = BarrierConnectionError(
+        return caused(
+            why,
             f"the observer of {describe(self.prefix)} had no answer from the store{within_secs}"
             + ("" if why is None else f" ({why})")
-            + "; is the process that hosts it up?"
+            + "; is the process that hosts it up?",
         )
-        error.__cause__ = why
-        return error
 
     # -- watching ------------------------------------------------------------------------
 

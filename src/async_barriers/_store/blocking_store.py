@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from .._errors import BarrierConnectionError, told_by
+from .._errors import BarrierConnectionError, caused, told_by
 from .._protocol.store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, SetMany
 from .._system import deafen, never_destroy, why_unusable
 from .wire import ABSENT
@@ -191,9 +191,7 @@ def lost(exc: BaseException) -> BarrierConnectionError:
     """The error that means ``exc``; itself, if it is one."""
     if isinstance(exc, BarrierConnectionError):
         return exc
-    error = BarrierConnectionError(f"the store was lost ({told_by(exc)})")
-    error.__cause__ = exc
-    return error
+    return caused(exc, f"the store was lost ({told_by(exc)})")
 
 
 def _bytes(value: bytes | str) -> bytes:

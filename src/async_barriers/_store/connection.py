@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .._errors import BarrierConnectionError, another, told_by
+from .._errors import BarrierConnectionError, another, caused, told_by
 from .._protocol.store import Request
 from .._system import UNHARMED, prepare, unsent
 from . import wire
@@ -250,11 +250,8 @@ class SocketConnection:
         self._end(BarrierConnectionError("this connection to the store was closed"), reset=reset)
 
     def _lose(self, exc: BaseException) -> None:
-        error = BarrierConnectionError(
-            f"the connection to the store at {self._where} was lost ({told_by(exc)})"
-        )
-        error.__cause__ = exc if isinstance(exc, Exception) else None
-        self._end(error, reset=True)
+        text = f"the connection to the store at {self._where} was lost ({told_by(exc)})"
+        self._end(caused(exc if isinstance(exc, Exception) else None, text), reset=True)
 
     def _end(self, error: BarrierConnectionError, *, reset: bool) -> None:
         if self.lost is not None:

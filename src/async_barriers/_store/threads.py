@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from .._errors import BarrierConnectionError, another, out_of_threads
+from .._errors import BarrierConnectionError, another, caused, out_of_threads
 from .._protocol.store import SILENT, Delete, Read, Request, Set
 from .blocking_store import BlockingStore, lost
 from .event_loop import Loop
@@ -294,7 +294,4 @@ class ThreadedConnection:
 
 
 def _no_thread(exc: BaseException) -> BarrierConnectionError:
-    why = f"no thread can be started for a call to the store {out_of_threads(exc)}"
-    error = BarrierConnectionError(why)
-    error.__cause__ = exc
-    return error
+    return caused(exc, f"no thread can be started for a call to the store {out_of_threads(exc)}")
