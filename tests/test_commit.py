@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -34,6 +35,7 @@ from async_barriers._client import lifetime
 from async_barriers._client.phases import Phase
 from async_barriers._client.publication import Publication
 from async_barriers._client.session import Session
+from async_barriers._errors import causes
 from async_barriers._protocol import breaking as breaks
 from async_barriers._protocol import commit as settling
 from async_barriers._protocol import phase as phases
@@ -973,6 +975,31 @@ async def test_the_store_is_lost_while_the_leader_publishes(memory: World, endin
     await commits_again(ranks)
     # The leader's word is given as soon as the store takes it.
     await nothing_is_left(memory)
+
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_what_a_store_raises_is_the_cause(memory: World, connected: bool) -> None:
+    """Of a call that breaks a phase, and of one that asks what became of it."""
+    lost = threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if lost.is_set():
+            raise OSError(errno.EIO, "the disk is gone")
+
+    data(memory).hook = hook
+    rank = memory.barrier(0, 1, timeout_barrier_init_secs=0.5)
+    if connected:
+        await rank.execute_barrier("x", step=5)
+    lost.set()
+    for call in (
+        partial(rank.abort, "no disk", "x", step=6),
+        partial(rank.abort, "no disk", "x", step=4),
+        partial(rank.outcome, "x", 5),
+    ):
+        with pytest.raises(BarrierConnectionError, match="the disk is gone") as raised:
+            await call()
+        assert errno.EIO in {getattr(each, "errno", None) for each in causes(raised.value)}
+    data(memory).hook = None
 
 
 async def test_a_peers_connection_is_lost_while_the_leader_publishes(tcp: World) -> None:

@@ -587,3 +587,34 @@ async def test_a_barrier_of_a_subgroup_names_the_global_rank(memory: World) -> N
     assert (error.rank, error.global_rank) == (1, 7)
     told = "barrier 'tests/x' #0 was broken by rank 1 (global rank 7): why"
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == told
+
+
+async def test_a_rank_in_threads_looks_as_often_as_it_is_rung(memory: World) -> None:
+    """Also for what it enters while it looks. Each look is many calls, and delays the next one."""
+    rank, peer = await memory.barriers(2)
+    bell, state = memory.membership().own.bell(0), memory.membership().keys.state
+    done: list[str] = []
+    looks, go_on = threading.Event(), threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if key == bell and operation in ("set", "delete_key"):
+            done.append(operation)
+        elif key == state and "delete_key" in done and not looks.is_set():
+            looks.set()
+            go_on.wait(10)
+
+    store: Any = memory.store
+    store.data.hook = hook
+    async with Tasks() as tasks:
+        one = tasks.start(partial(rank.execute_barrier, "one"))
+        await memory.entered(0, name="one")
+        await memory.call(store.set, bell, b"")
+        await memory.call(looks.wait, 10)
+        two = tasks.start(partial(rank.execute_barrier, "two"))
+        await memory.entered(0, name="two")
+        go_on.set()
+        for waiting, name in ((one, "one"), (two, "two")):
+            await peer.execute_barrier(name)
+            await waiting.returned()
+            await memory.gone(bell)
+    assert done == 3 * ["set", "delete_key"]

@@ -175,6 +175,15 @@ def test_steps_that_are_passed(threads: str) -> None:
 
 
 @ways
+def test_a_step_that_begins_as_the_bell_is_taken(threads: str) -> None:
+    """Its rank learns that a later one broke, from the bell or as it enters."""
+    scenario = Scenario(2, threads)
+    scenario.rank("0", scenario.crosses_steps("x 0", "x 1", "x 4", "x 5", cancels=1))
+    scenario.rank("1", scenario.crosses_steps("abort 3", "x 4", "x 5"))
+    scenario.wander(runs=RUNS)
+
+
+@ways
 def test_steps_that_are_skipped(threads: str) -> None:
     """Of those that broke, and to which not all came, no key is left two steps later."""
     scenario = Scenario(3, threads)

@@ -28,7 +28,7 @@ from reports import (
     until_told,
 )
 from torch.distributed import HashStore
-from worlds import Tasks, free_port, gather, until
+from worlds import Tasks, World, free_port, gather, until
 
 from async_barriers import (
     BarrierTimeoutError,
@@ -536,3 +536,26 @@ def test_a_loop_that_ends_while_it_connects(backend: str, after: int) -> None:
     thread.join(30)
     assert (told[0].rank, told[0].reason) == (0, "it closed its barrier (its event loop ended)")
     assert times[0] < ended + TOLD_SECS
+
+
+@in_process
+async def test_a_rank_that_left_is_named_after_an_attempt_that_failed(memory: World) -> None:
+    """By the attempt that reached the store, however the one before ended."""
+    one, other = await memory.barriers(2)
+    await other.aclose()
+    await told(one.execute_barrier("x"))
+    fails = 1
+
+    def hook(operation: str, key: str) -> None:
+        nonlocal fails
+        if fails and operation == "check":
+            fails -= 1
+            raise ConnectionResetError("gone for a moment")
+
+    store: Any = memory.store
+    store.data.hook = hook
+    # Nothing is known of its generation any more, as after a call that the store left unanswered.
+    one._session._doubtful = True
+    late = await told(one.execute_barrier("x"), 5.0)
+    assert late.rank == 1
+    assert not fails

@@ -71,16 +71,15 @@ class Joining(Listening):
                 self._source.failures.clear()
                 return
             except BarrierError as exc:
+                lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
+                # The last attempt may have had little time; the one before may know why.
+                why = before if before and lost and exc.__cause__ is None else exc
                 # To learn that a rank has left, it has reached the store.
-                self._source.failures[:] = [] if isinstance(exc, BrokenBarrierError) else [exc]
+                self._source.failures[:] = [] if isinstance(exc, BrokenBarrierError) else [why]
                 if store is not None:
                     store.close(reset=store.unsaid)
-                lost = isinstance(exc, BarrierConnectionError) and not isinstance(exc, CannotHost)
                 if not lost or self.closing or self._now() >= deadline:
-                    if before is None or exc.__cause__ is not None:
-                        raise
-                    # The last attempt had little time; the one before may know why.
-                    raise before from before.__cause__
+                    raise why from why.__cause__
                 before = exc
                 slow = exc.__cause__ is None or isinstance(exc.__cause__, TimeoutError)
                 if store is None and not slow and (closed := self.closed_by) is not None:
