@@ -106,7 +106,8 @@ class Listening(Breaking):
 
     def _look_ended(self) -> None:
         self.on_look()
-        if self._rung:
+        # Where the bell was told to wait no more, a look would begin a wait anew.
+        if self._rung and self._bell is not None and self._bell.on_wake is not None:
             self._look_soon()
 
     async def _look_around(self, *, first: bool = False) -> None:
