@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
 from reports import TOLD_SECS, attempt, job, serve
 from torch.distributed import HashStore
-from worlds import Tasks, until
+from worlds import Tasks, World, until
 
 from async_barriers import BarrierTimeoutError, BrokenBarrierError, CommitRecord, StoreBarrier
 from async_barriers.testing import FaultyStore
@@ -136,3 +138,29 @@ async def test_a_store_one_of_whose_calls_fails(call: str) -> None:
         assert store.calls - calls < 1_000
         assert late < 0.5
         store.heal()
+
+
+async def test_a_step_that_another_call_is_breaking(memory: World) -> None:
+    """Its rank may not come for it again, since it departs once, and the keys must not go before
+    the last peer has read them."""
+    rank, peer = await memory.barriers(2)
+    latest, log = memory.membership().own.latest("x"), memory.keys("x", "s5").log
+    telling, go_on = threading.Event(), threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        if operation == "compare_set" and key == latest and not telling.is_set():
+            telling.set()
+            go_on.wait(10)
+
+    store: Any = memory.store
+    store.data.hook = hook
+    async with Tasks() as tasks:
+        aborts = tasks.start(partial(rank.abort, "no disk", "x", step=5))
+        await memory.call(telling.wait, 10)
+        with pytest.raises(BrokenBarrierError, match="rank 0 came for step 5 when this step was"):
+            await rank.execute_barrier("x", step=5, timeout_secs=5)
+        assert await memory.read(log) is None
+        go_on.set()
+        assert await aborts.returned()
+    with pytest.raises(BrokenBarrierError, match="no disk"):
+        await peer.execute_barrier("x", step=5)

@@ -289,7 +289,7 @@ def test_keys_that_are_deleted_too_early_are_found(monkeypatch: pytest.MonkeyPat
     scenario.rank("0", scenario.crosses(times=3, cancels=1))
     scenario.rank("1", scenario.crosses(times=3, passes=1))
     with pytest.raises(Violation, match=r"law (5|10)"):
-        scenario.wander(runs=RUNS)
+        scenario.wander(runs=RUNS, seed=9)
 
 
 # -- agreeing on a step -------------------------------------------------------------------

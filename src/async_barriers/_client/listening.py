@@ -31,9 +31,9 @@ class Listening(Breaking):
 
     _reopening: Effort[None] | None = None
     _reopened_at = -math.inf
-    # The look under way, and whether there is more to see since.
+    # The look under way, whether to look again then, and whether the next one takes its bell first.
     _looking: Effort[None] | None = None
-    _rung = False
+    _rung = _apart = False
 
     def _listen(self, bell: Connection) -> None:
         self._bell, self._looking = bell, None
@@ -94,8 +94,7 @@ class Listening(Breaking):
             self.on_look()
 
     def _look_soon(self) -> None:
-        """Look around; once the look under way has ended, if there is one, since each takes all
-        news there is. Else they would queue in a thread, and each make the next one later."""
+        """Look around, or if a look is under way, after that: in a thread they would queue."""
         if self._looking is not None and not self._looking.done:
             self._rung = True
             return
@@ -120,14 +119,12 @@ class Listening(Breaking):
         membership = turns.membership
         rings = membership.own.bell(self.rank)
         requests = members.around(membership)
+        apart, self._apart = self._apart or not bell.waits, False
         try:
-            if not bell.waits:
-                # In threads each request takes its time. For what is entered after this one, it is
-                # rung again.
+            if apart:
+                # What is entered after it rings again. In threads, what follows takes its time.
                 await bell.call(requests.pop(0), wait=rings)
                 self._bells_taken += 1
-                if turns is not self.turns:
-                    return
             # Each phase, with whether the store has counted this rank: the arrival is on another
             # connection, and may come after this answer.
             waiting = [(phase, phase.entry, not phase.unsure) for phase in self.open if phase.hears]
@@ -135,9 +132,9 @@ class Listening(Breaking):
                 requests += [Read(entry.keys.count), Read(entry.keys.reason)]
                 if phase.step is not None:
                     requests.append(Read(phase.membership.own.latest(phase.name)))
-            found = await bell.call(*requests, wait=rings if bell.waits else None)
+            found = await bell.call(*requests, wait=None if apart else rings)
             # Not before the answer: until then, one ring may stand for several.
-            self._bells_taken += bell.waits
+            self._bells_taken += not apart
             around = members.surroundings(membership, found[:5])
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
@@ -165,9 +162,10 @@ class Listening(Breaking):
             self.host_left = True
             self.start(self._drain(membership))
         looked_at = {entry for _, entry, _ in waiting}
-        if bell.waits and any(each.entry not in looked_at for each in self.open if each.hears):
-            # The bell may have been rung for a phase that was entered after this look was put
-            # together, and before it took the bell.
+        if not apart and any(each.entry not in looked_at for each in self.open if each.hears):
+            # It may have rung for a phase that was entered after this look was put together, and
+            # before it took the bell. One more look finds out, however many enter meanwhile.
+            self._apart = True
             self._look_soon()
 
     def _generation_over(

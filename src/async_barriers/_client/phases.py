@@ -248,7 +248,8 @@ class Turns:
             how = "released" if isinstance(verdict, Released) else "broken"
             by, why = (verdict.rank, verdict.reason) if isinstance(verdict, Broken) else (None, "")
             self._decided[name] = step, how, by, why
-            later = {each for each in self._begun.pop(name, ()) if each > step}
+            first = step + (verdict is not None)  # Another call may still tell of the step itself.
+            later = {each for each in self._begun.pop(name, ()) if each >= first}
             if later:
                 self._begun[name] = later
 
@@ -259,7 +260,8 @@ class Turns:
     def too_late(self, name: str, step: int) -> BrokenBarrierError | None:
         """The error that ``step`` comes too late, or None if it can still be crossed."""
         decided, how, by, why = self._decided.get(name, _NONE)
-        if step > decided or (step == decided and (how, by, why) == _UNKNOWN):
+        unknown = (how, by, why) == _UNKNOWN and not self.had_begun(name, step)
+        if step > decided or (step == decided and unknown):
             return None
         which = "this step" if step == decided else f"step {decided}, a later one,"
         rank: int | None = self.membership.rank
