@@ -9,7 +9,7 @@ BENCH_STAMP := .venv/.bench-installed
 MINUTES ?= 5
 RANKS ?= 4
 BENCHMARKS = crossing round_trips scale event_loop staging break_latency deadlines waiting start \
-	step_signal
+	at_once step_signal
 SOURCES = $(wildcard src tests examples benchmarks tools)
 
 # c10d looks up its peer's host name in the DNS; where that is slow it takes seconds.

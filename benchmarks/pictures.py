@@ -27,6 +27,7 @@ TITLES = {
     "waiting": "Cost of waiting",
     "start": "Import and start",
     "step_signal": "Asking at each step",
+    "at_once": "Phases awaited at once",
 }
 
 

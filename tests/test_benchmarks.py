@@ -52,6 +52,15 @@ def test_many_ranks_are_set_against_torch() -> None:
 
 
 @pytest.mark.processes
+def test_phases_that_are_awaited_at_once() -> None:
+    """Over sockets, in worker threads, and torch's."""
+    said = run("at_once.py", "--ranks", "2", "--names", "1,3", "--rounds", "2", "--times", "2")
+    for way in ("sockets", "worker threads", "torch in threads"):
+        for names in (1, 3):
+            assert f"\n{way}, {names} " in said
+
+
+@pytest.mark.processes
 def test_one_deadline_for_all() -> None:
     """How late the last rank is told, in each use."""
     said = run("deadlines.py", "--sizes", "16", "--rounds", "1")
