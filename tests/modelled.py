@@ -109,7 +109,9 @@ class Connection:
         if wait is not None:
             self._awaited, self._awaited_since = wait, self._sent
         every = [*(request for earlier, _ in late for request in earlier), *requests]
-        replies = any(not isinstance(request, SILENT) for request in every)
+        # A deletion is answered, although nobody wants to know.
+        silent = [isinstance(each, SILENT) and not isinstance(each, Delete) for each in every]
+        replies = not all(silent)
         number, self._sent = self._sent, self._sent + 1
         if replies or not self.waits:
             sizes = [(_answers(earlier), heard) for earlier, heard in late]

@@ -239,7 +239,9 @@ class Scenario(PhaseLaws):
         options.setdefault("at_once", True)
         return Job("gathers", run, **options)
 
-    def crosses_anew(self, times: int = 1, *, aborts: bool = False, **options: Any) -> Job:
+    def crosses_anew(
+        self, times: int = 1, *, aborts: bool = False, tries_at_most: int = 7, **options: Any
+    ) -> Job:
         """Cross phases until so many are released after a restart; abort one before, or do not."""
 
         async def run(host: Host) -> None:
@@ -250,7 +252,7 @@ class Scenario(PhaseLaws):
                 call = self.barrier(host).execute_barrier("x")
                 await self.ends(host, f"x {tries}", call)
                 tries += 1
-                assert tries < 8, f"law 11: {host.name} tries in vain"
+                assert tries <= tries_at_most, f"law 11: {host.name} tries in vain"
 
         options.setdefault("at_once", True)
         return Job("crosses", run, **options)

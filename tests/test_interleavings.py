@@ -120,6 +120,17 @@ def test_one_that_aborts_before_all_are_back(threads: str) -> None:
 
 
 @ways
+def test_a_deadline_as_all_come_back(threads: str) -> None:
+    """What one rank gives up then, breaks one call of each, however that call is numbered."""
+    scenario = Scenario(3, threads)
+    scenario.restarted()
+    scenario.rank("0", scenario.crosses_anew(tries_at_most=2, passes=1), joined=False)
+    scenario.rank("1", scenario.crosses_anew(tries_at_most=2), joined=False)
+    scenario.rank("2", scenario.crosses_anew(tries_at_most=2), joined=False)
+    scenario.wander(runs=5 * RUNS)
+
+
+@ways
 @pytest.mark.parametrize("call", ["crosses", "commits", "gathers"])
 def test_connections_that_are_lost(call: str, threads: str) -> None:
     """Each rank that may have entered gives up, or is released: nobody waits for ever."""

@@ -255,16 +255,18 @@ def another(
     return caused(error.__cause__, text, in_doubt=doubts)
 
 
-def unanswered(why: BaseException | None, about: str = "") -> BarrierConnectionError:
+def unanswered(
+    why: BaseException | None, about: str = "", *, untold: bool = False
+) -> BarrierConnectionError:
     """The error of a call that a store left unanswered, for a reason that may be known.
 
-    :param about: the barrier or phase that the call was to break
+    :param about: the barrier or phase of the error, if another one does not say so
+    :param untold: whether the call goes on until the store takes it
     """
     told = "" if why is None else f" ({told_by(why)})"
-    text = f"the store did not answer in time{told}"
-    if about:
-        text = f"{about}: {text}; its peers are told as soon as it does"
-    return caused(why, text)
+    then = "; its peers are told as soon as it does" if untold else ""
+    text = f"the store did not answer in time{told}{then}"
+    return caused(why, f"{about}: {text}" if about else text)
 
 
 def of_another_process(what: str, built_in: int) -> BarrierError:

@@ -21,6 +21,7 @@ from .._checks import (
 from .._errors import BarrierClosedError, BarrierError, BrokenBarrierError, describe, unanswered
 from .._protocol.count import COMMIT, GATHER
 from .._protocol.keys import check_name
+from .._protocol.phase import Forgotten
 from .._store.sources import Beside, PassedIn, StoreAt
 from .._store.waiting import settled
 from .._values import BarrierResult, CommitRecord
@@ -140,10 +141,14 @@ class CrossingBarrier(RankBarrier):
             if step is not None and session.too_late(name, step):
                 passed = session.start(session.break_passed(name, step, reason))
                 await settled(crossing.loop, passed, crossing.started + session.init_secs)
-                if not passed.done or passed.error is not None:
-                    what = describe(name, step, session.prefix)
-                    raise unanswered(session.why_not or passed.error, what)
-                return bool(passed.result())
+                if session.closing:
+                    raise BarrierClosedError(describe(name, step, session.prefix))
+                if passed.done and passed.error is None:
+                    return bool(passed.result())
+                if isinstance(passed.error, Forgotten):
+                    return False  # It was broken, and its keys were deleted.
+                what = describe(name, step, session.prefix)
+                raise unanswered(session.why_not or passed.error, what)
             phase = session.begin(name, step)
         broke = await self._break(crossing, phase, reason, session.init_secs)
         publishing = phase.publishing
@@ -244,9 +249,9 @@ class CrossingBarrier(RankBarrier):
         giving_up = session.give_up(phase, reason)
         try:
             if not await settled(loop, giving_up, loop.now() + within_secs):
+                why, what = phase.lost, describe(phase.name, phase.sequence, session.prefix)
                 session.worry(phase)
-                what = describe(phase.name, phase.sequence, session.prefix)
-                raise unanswered(session.why_not or phase.lost, what)
+                raise unanswered(session.why_not or why, what, untold=True)
             broke = giving_up.result()
             if broke and phase.waiter is None:
                 session.tally.broke(GAVE_UP)

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-from .._errors import BarrierConnectionError, BrokenBarrierError, in_one_line
+from .._errors import BarrierConnectionError, BrokenBarrierError, another, in_one_line
 from .._protocol import breaking as breaks
 from .._protocol import commit as commits
 from .._protocol import membership as members
@@ -112,7 +112,7 @@ class Breaking(Hearing):
                 if self._over:
                     raise
                 connection, again = None, True
-                phase.lost = phase.lost if phase.waiter else exc  # For the caller of `abort`.
+                phase.lost = phase.lost if phase.waiter else another(exc)  # For `abort`.
         if isinstance(judged, Count) and final and phase.entry.leads and not phase.differs:
             # It does not publish while it gives up, and only the leader can say so.
             judged, ours = await self.settle_commit(phase, broken), True

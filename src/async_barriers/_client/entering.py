@@ -83,8 +83,10 @@ class Entering(Departing):
         A later step was decided, so all ranks that have yet to come are refused.
         """
         bell, turns = self._bell, self.turns
-        if bell is None or turns is None or turns.had_begun(name, step):
+        if turns is None or turns.had_begun(name, step):
             return False
+        if bell is None:
+            raise BarrierConnectionError("there is no connection to the store just now")
         own, peers = turns.membership.own, turns.membership.peers
         entry = Entry(own.phase(name, f"s{step}"), self.rank, self.world_size, EXECUTE, -1)
         (log,) = await bell.call(Read(entry.keys.log))

@@ -36,9 +36,9 @@ class Listening(Breaking):
     _rung = _apart = False
 
     def _listen(self, bell: Connection) -> None:
-        self._bell, self._looking = bell, None
         bell.on_wake = self._look_soon
         bell.on_lost = partial(self._bell_lost, bell)
+        self._bell, self._looking = bell, None
 
     def _bell_lost(self, bell: Connection, error: BarrierConnectionError) -> None:
         if bell is not self._bell:
@@ -118,7 +118,7 @@ class Listening(Breaking):
             return
         membership = turns.membership
         rings = membership.own.bell(self.rank)
-        requests = members.around(membership)
+        *requests, roll = members.around(membership)
         apart, self._apart = self._apart or not bell.waits, False
         try:
             if apart:
@@ -132,17 +132,18 @@ class Listening(Breaking):
                 requests += [Read(entry.keys.count), Read(entry.keys.reason)]
                 if phase.step is not None:
                     requests.append(Read(phase.membership.own.latest(phase.name)))
-            found = await bell.call(*requests, wait=None if apart else rings)
+            # The roll last: a phase that began too early counts by what is known then.
+            found = await bell.call(*requests, roll, wait=None if apart else rings)
             # Not before the answer: until then, one ring may stand for several.
             self._bells_taken += not apart
-            around = members.surroundings(membership, found[:5])
+            around = members.surroundings(membership, [*found[:4], found[-1]])
             if first and not await members.still_holds(bell, membership):
                 around = replace(around, over=True)
             await self._answer(bell, membership, around.asked)
             if around.complete and not around.over:
                 # Move the phases that were tried too early, however they ended.
                 await self._all_joined(turns, bell)
-            answers = iter(found[5:])
+            answers = iter(found[4:])
             for phase, entry, arrived in waiting:
                 latest = phase.step is not None
                 news = [next(answers), next(answers), next(answers) if latest else None]

@@ -59,16 +59,10 @@ class Phase:
     since = 0.0
     early = False
     alone = False
-    decided = False
-    entered = False
-    abandoned = False
-    giving_up = False
-    quits = False
-    full = False
-    rejoined = False
-    differs = False
-    counted = False
-    last = False
+    decided = entered = False
+    abandoned = giving_up = quits = False
+    full = rejoined = differs = False
+    counted = last = False
     latest: int | None = None
     departure: Departure | None = None
     large = False
@@ -249,9 +243,7 @@ class Turns:
             by, why = (verdict.rank, verdict.reason) if isinstance(verdict, Broken) else (None, "")
             self._decided[name] = step, how, by, why
             first = step + (verdict is not None)  # Another call may still tell of the step itself.
-            later = {each for each in self._begun.pop(name, ()) if each >= first}
-            if later:
-                self._begun[name] = later
+            self._begun[name] = {each for each in self._begun.get(name, ()) if each >= first}
 
     def had_begun(self, name: str, step: int) -> bool:
         """Whether an earlier call began this step."""

@@ -151,21 +151,21 @@ def bells_of(keys: Keys, state: State) -> list[str]:
 
 
 def around(membership: Membership) -> list[Request]:
-    """The requests that look around, after taking the bell."""
+    """The requests that look around: the first takes the bell, the last one reads the roll."""
     own = membership.own
     return [
         Delete([own.bell(membership.rank)]),
         Read(membership.keys.state),
-        Read(own.roll),
-        Read(own.closed),
         Read(own.host_leaves),
+        Read(own.closed),
         Read(own.asked(membership.rank)),
+        Read(own.roll),
     ]
 
 
 def surroundings(membership: Membership, replies: list[Any]) -> Surroundings:
     """The meaning of the answers to `around`."""
-    found, roll, closed, host_leaves, asked = replies
+    found, host_leaves, closed, asked, roll = replies
     over = found != membership.state.encoded
     successor = None
     if found and over:
