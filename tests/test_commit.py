@@ -43,6 +43,7 @@ from async_barriers._protocol.count import COMMIT, Count
 from async_barriers._protocol.payloads import IN_LOG, SMALL_BYTES
 from async_barriers._protocol.phase import Entry
 from async_barriers._protocol.verdict import Broken, Released
+from async_barriers._store.connection import SocketConnection
 from async_barriers._store.copies import copy_of
 from async_barriers._store.waiting import settled
 
@@ -1000,6 +1001,50 @@ async def test_what_a_store_raises_is_the_cause(memory: World, connected: bool) 
             await call()
         assert errno.EIO in {getattr(each, "errno", None) for each in causes(raised.value)}
     data(memory).hook = None
+
+
+async def test_a_silent_store_is_not_explained_by_what_the_call_closes(memory: World) -> None:
+    """`abort` closes the connection that hangs, and that is no cause."""
+    go_on = threading.Event()
+
+    def hook(operation: str, key: str) -> None:
+        go_on.wait(20)
+
+    rank = memory.barrier(0, 1, timeout_barrier_init_secs=0.5)
+    await rank.execute_barrier("x", step=5)
+    data(memory).hook = hook
+    try:
+        with pytest.raises(BarrierConnectionError, match="did not answer in time;") as silent:
+            await rank.abort("no disk", "x", step=6)
+        assert silent.value.__cause__ is None
+    finally:
+        data(memory).hook = None
+        go_on.set()
+
+
+@pytest.mark.parametrize("how", ["is lost", "was lost before"])
+async def test_an_abort_of_a_passed_step_says_that_it_told_nobody(
+    tcp: World, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot know whether peers wait there, and may be called again."""
+    rank, peer = await tcp.barriers(2)
+    await gather(partial(each.execute_barrier, "x", step=5) for each in (rank, peer))
+    session = rank._session
+    bell = session._bell
+    assert isinstance(bell, SocketConnection)
+    call = bell.call
+
+    def lose(*requests: Any, **wait: Any) -> Any:
+        bell.close(reset=True)
+        return call(*requests, **wait)
+
+    monkeypatch.setattr(bell, "call", lose)
+    if how == "was lost before":
+        session._bell = None
+    with pytest.raises(BarrierConnectionError, match="did not answer in time") as lost:
+        await rank.abort("no disk", "x", step=4)
+    assert "told" not in str(lost.value)
+    session._bell = bell
 
 
 async def test_a_peers_connection_is_lost_while_the_leader_publishes(tcp: World) -> None:
