@@ -141,10 +141,10 @@ class CrossingBarrier(RankBarrier):
             if step is not None and session.too_late(name, step):
                 passed = session.start(session.break_passed(name, step, reason))
                 await settled(crossing.loop, passed, crossing.started + session.init_secs)
-                if session.closing:
-                    raise BarrierClosedError(describe(name, step, session.prefix))
                 if passed.done and passed.error is None:
                     return bool(passed.result())
+                if session.closing:
+                    raise BarrierClosedError(describe(name, step, session.prefix))
                 if isinstance(passed.error, Forgotten):
                     return False  # It was broken, and its keys were deleted.
                 what = describe(name, step, session.prefix)
