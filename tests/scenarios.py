@@ -175,11 +175,13 @@ class Scenario(PhaseLaws):
 
         self.specs.append(Spec("past", 0, (), first))
 
-    def crosses(self, *names: str, times: int = 1, **options: Any) -> Job:
-        """Cross phases one after the other, and note the result of each."""
+    def crosses(self, *names: str, times: int = 1, aborts: bool = False, **options: Any) -> Job:
+        """Cross phases one after the other, and note the result of each; or abort the first."""
 
         async def run(host: Host) -> None:
-            for number in range(times):
+            if aborts:
+                await self.ends(host, "abort", self.barrier(host).abort("no disk", "x"))
+            for number in range(aborts, times):
                 for name in names or ("x",):
                     call = self.barrier(host).execute_barrier(name)
                     await self.ends(host, f"{name} {number}", call)

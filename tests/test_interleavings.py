@@ -7,7 +7,7 @@ A model of a store and of an event loop runs the library's own sessions; see `ex
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,10 @@ from async_barriers._client.departing import Departing
 from async_barriers._protocol import breaking, claiming, count, leaving, phase
 from async_barriers._protocol.keys import Keys
 from async_barriers._protocol.membership import Membership, State
+from async_barriers._protocol.phase import Entry
 from async_barriers._protocol.signal import Sent, sending
-from async_barriers._protocol.store import CompareSet, Read, Set, SetMany, Store
+from async_barriers._protocol.store import CompareSet, Read, Request, Set, SetMany, Store
+from async_barriers._protocol.verdict import Broken
 from async_barriers._signal import announcing
 from async_barriers._signal.gate import Round
 
@@ -57,6 +59,17 @@ def test_three_that_cross_again_and_again(threads: str) -> None:
     scenario.rank("0", scenario.crosses(times=3, cancels=1))
     scenario.rank("1", scenario.crosses(times=3, passes=1))
     scenario.rank("2", scenario.crosses(times=3))
+    wander(scenario)
+
+
+@ways
+def test_one_that_breaks_before_it_enters(threads: str) -> None:
+    """It looks at nothing. Others may give up at the same time, and all come to the next phase."""
+    scenario = Scenario(3, threads)
+    scenario.doubts = True
+    scenario.rank("0", scenario.crosses(times=2, aborts=True), losses=1)
+    scenario.rank("1", scenario.crosses(times=2, cancels=1))
+    scenario.rank("2", scenario.crosses(times=2, passes=1), losses=1)
     wander(scenario)
 
 
@@ -246,6 +259,20 @@ def test_a_break_that_does_not_compare_is_found(monkeypatch: pytest.MonkeyPatch)
         return CompareSet(key, Anything() if key.endswith("/count") else expected, desired)
 
     monkeypatch.setattr(breaking, "CompareSet", compare_set)
+    with pytest.raises(Violation, match="law 2"):
+        two_that_cross().wander(runs=RUNS)
+
+
+def test_a_break_that_does_not_look_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a rank that has not entered may break a phase so."""
+
+    async def give_up(
+        store: Store, entry: Entry, broken: Broken, *, tells: Sequence[Request] = (), **rest: Any
+    ) -> tuple[Any, bool]:
+        judged, ours, _ = await breaking.break_unentered(store, entry, broken, tells)
+        return judged, ours
+
+    monkeypatch.setattr(breaking, "give_up", give_up)
     with pytest.raises(Violation, match="law 2"):
         two_that_cross().wander(runs=RUNS)
 

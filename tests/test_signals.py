@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -37,14 +38,16 @@ from async_barriers._client.joining import Joining
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._protocol import breaking as breaks
 from async_barriers._protocol import phase as phases
-from async_barriers._store.asyncio_loop import AsyncioLoop
+from async_barriers._store.asyncio_loop import AsyncioLoop, AsyncioWaiter
 from async_barriers._store.connection import SocketConnection
+from async_barriers._store.trio_loop import TrioWaiter
 
 OURS = str(Path(async_barriers.__file__).parent)
 TRIOS = str(Path(trio.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
 EVENT = "opcode" if SWEEP == "instructions" else "line"
 POINTS = 8
+WAITS = {AsyncioWaiter.wait.__code__, TrioWaiter.wait.__code__}
 DEADLINE_SECS = 2.0
 # How long the peer waits for a rank that may have been struck before it entered, and either of
 # the two for the other, afterwards.
@@ -356,6 +359,23 @@ async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
         if not isinstance(mine, BarrierError):
             return True
     return False
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("call", [time_out, cancel])
+def test_struck_as_a_wait_ends(
+    begin: Callable[[int], Trial], backend: str, call: Callable[[StoreBarrier], Awaitable[Any]]
+) -> None:
+    """At each line of a task's waiting: what is left of a wait keeps nothing from being served."""
+    for at in itertools.count(1):
+        trial = begin(at)
+        trial.strike = Strike(at, lambda frame: frame.f_code in WAITS)
+        if not anyio.run(struck, trial, call, backend=backend):
+            anyio.run(comes_back, trial, backend=backend)
+        trial.peer_closes()
+        if not trial.strike.where:
+            break
+    assert at > 10
 
 
 def test_struck_inside_trio(begin: Callable[[int], Trial]) -> None:

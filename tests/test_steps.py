@@ -27,6 +27,7 @@ from async_barriers import (
 )
 from async_barriers._client.breaking import Breaking
 from async_barriers._client.phases import Phase
+from async_barriers._protocol.verdict import Broken
 from async_barriers._store.future import Future
 from async_barriers._store.sources import Connection
 from async_barriers.blocking import BlockingBarrier
@@ -216,25 +217,40 @@ async def test_who_breaks_a_step_comes_for_an_earlier_one(monkeypatch: pytest.Mo
     """It is told at once, also while it tells the others."""
     told: Future[None] = Future()
     held: Future[None] = Future()
-    tell = Breaking._tell_of_break
+    tell = Breaking._break_unentered
 
-    async def slow(self: Breaking, connection: Connection, phase: Phase) -> None:
-        await tell(self, connection, phase)
+    async def slow(self: Breaking, connection: Connection, phase: Phase, broken: Broken) -> Any:
+        ours = await tell(self, connection, phase, broken)
         told.resolve(None)
         await held
+        return ours
 
     async def has_told() -> bool:
         return told.done
 
     async with job(serve(), 2) as ranks, Tasks() as tasks:
         await gather(partial(rank.execute_barrier, "x", step=0) for rank in ranks)
-        monkeypatch.setattr(Breaking, "_tell_of_break", slow)
+        monkeypatch.setattr(Breaking, "_break_unentered", slow)
         aborting = tasks.start(partial(ranks[0].abort, "no disk", "x", step=5))
         await until(has_told)
         error = await over_at_once(ranks[0].execute_barrier("x", step=3))
         assert "step 5, a later one, was broken" in error.reason
         held.resolve(None)
         assert await aborting.returned()
+
+
+async def test_the_note_of_a_broken_step_never_goes_back(memory: World) -> None:
+    """Whatever a rank last saw there: a note of a later step, or one that was deleted since."""
+    ranks = await memory.barriers(2)
+    note = memory.membership().own.latest("x")
+    assert await ranks[1].abort("no disk", "x", step=12)
+    assert await ranks[0].abort("no disk", "x", step=10)
+    assert await ranks[0].abort("no disk", "x", step=11)
+    assert await memory.read(note) == b"12"
+    for step in (13, 14):
+        await gather(partial(rank.execute_barrier, "x", step=step) for rank in ranks)
+    assert await ranks[0].abort("no disk", "x", step=15)
+    assert await memory.read(note) == b"15"
 
 
 @pytest.mark.parametrize("how", ["deadline", "body"])

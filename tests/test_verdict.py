@@ -157,6 +157,12 @@ class Register:
         self.value = int(seen.broken_by(rank))
         return True
 
+    def break_unentered(self) -> bool:
+        """As `breaking.break_unentered`; whether this broke it."""
+        self.value += counts.BREAKING
+        assert -(1 << 63) <= self.value < 0
+        return not counts.of_sum(self.value - counts.BREAKING).broken
+
 
 @given(kinds, st.permutations(range(WORLD)), st.lists(st.booleans(), min_size=9, max_size=9))
 def test_what_is_full_is_not_broken_nor_the_reverse(
@@ -179,6 +185,33 @@ def test_what_is_full_is_not_broken_nor_the_reverse(
     assert register.count.full(WORLD, kind) != broke
     # All have entered: whoever breaks it now has read what it was before.
     assert register.count.full(WORLD, kind) or not register.break_from(stale, 0)
+
+
+@example((counts.FEW, [0] * (counts.FEW - 1)), counts.EXECUTE)
+@given(
+    st.sampled_from([1, 2, 3, WORLD, counts.FEW]).flatmap(
+        lambda size: st.tuples(st.just(size), st.lists(st.integers(0, 2), max_size=size))
+    ),
+    kinds,
+)
+def test_who_has_not_entered_breaks_without_looking(
+    world: tuple[int, list[int]], kind: int
+) -> None:
+    """Whatever the others do meanwhile, and all of them: it never is full, and one broke it."""
+    size, does = world
+    code = counts.code(kind, 0, size)
+    register, ours, entered = Register(), 0, 0
+    for rank, what in enumerate([*does, *[1] * (size - len(does))]):
+        if what == 0:
+            register.enter(rank, code)
+            entered += 1
+        elif what == 1:
+            ours += register.break_unentered()
+        elif not register.count.broken:
+            ours += register.break_from(register.count, rank)
+        assert not register.count.full(size, code) or entered == size
+        assert register.count.arrived == entered
+    assert ours == (entered < size) == register.count.broken
 
 
 @given(

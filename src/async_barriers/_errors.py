@@ -17,7 +17,9 @@ _WRITTEN_IN_C = type(BaseException.__str__)
 
 def in_one_line(text: str, most: int = _MOST_TOLD) -> str:
     """Shorten a text of others, and remove the characters that could break a log line."""
-    shown = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
+    shown = text[: 4 * most]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else " " for c in shown)
     shown = " ".join(shown.split())
     return shown if len(shown) <= most else shown[: most - 3] + "..."
 

@@ -10,10 +10,10 @@ from .._errors import BarrierConnectionError, BrokenBarrierError, another, in_on
 from .._protocol import breaking as breaks
 from .._protocol import commit as commits
 from .._protocol import membership as members
-from .._protocol.count import Count
+from .._protocol.count import FEW, Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import CompareSet, Read, SetMany
-from .._protocol.verdict import Broken, Verdict, number
+from .._protocol.store import CompareSet, Read, Request, SetMany
+from .._protocol.verdict import Broken, Verdict
 from .._store.future import Future
 from .._store.sources import Connection
 from .._store.waiting import sleep
@@ -71,11 +71,15 @@ class Breaking(Hearing):
         at_once = not names and phase.step is None
         # An exception of a signal handler may have ended the attempt before.
         again, phase.gave_up_before = phase.gave_up_before, True
+        unentered = not (phase.entered or phase.early or names or self.world_size > FEW)
         while True:
             try:
                 if connection is None or connection.lost is not None:
                     connection = None
                     connection = await self._reopen_for(phase)
+                if unentered and not again:
+                    judged, ours = await self._break_unentered(connection, phase, broken)
+                    break
                 # On the connection that it entered on, its arrival comes first. A phase that began
                 # too early is deleted when all have joined.
                 sure = phase.entered and connection is phase.entered_on and not phase.early
@@ -168,21 +172,27 @@ class Breaking(Hearing):
                 raise Forgotten
         return connection
 
+    async def _break_unentered(
+        self, connection: Connection, phase: Phase, broken: Broken
+    ) -> tuple[Verdict | Count, bool]:
+        """Break a phase that this rank does not enter, and tell of it, in one message."""
+        turns, note = phase.turns, self._note(phase)
+        tells: list[Request] = [*note, SetMany(phase.membership.peers, b"broken")]
+        judged, ours, told = await breaks.break_unentered(connection, phase.entry, broken, tells)
+        if note and not turns.has_noted(phase.name, note[0], told[0]) and ours:
+            await self._tell_of_break(connection, phase)
+        return judged, ours
+
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
         tells = breaks.telling(phase.membership.peers, phase.entry)
-        if phase.step is None:
-            await connection.call(*tells)
-            return
-        phase.turns.decided(phase.name, phase.step)  # It rings for all others.
-        # A rank that comes for an earlier step finds this, until all are past this step.
-        key = phase.membership.own.latest(phase.name)
-        held = b""
         while True:
-            now, _ = await connection.call(CompareSet(key, held, b"%d" % phase.step), *tells)
-            if (number(now) or 0) >= phase.step:
+            note = self._note(phase)
+            now, *_ = await connection.call(*note, *tells)
+            if not note or phase.turns.has_noted(phase.name, note[0], now):
                 return
-            # This is the answer for an absent key: the key was deleted meanwhile.
-            held = b"" if now == held else now
+
+    def _note(self, phase: Phase) -> list[CompareSet]:
+        return [] if phase.step is None else [phase.turns.note(phase.name, phase.step)]
 
     def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:
         if phase.decided:
@@ -214,31 +224,6 @@ class Breaking(Hearing):
                 connection.call(wait=phase.entry.awaited)
         elif isinstance(phase.verdict, Broken) and phase.verdict.rank == self.rank:
             phase.error = error
-
-    def _reset(self, connection: Connection) -> None:
-        """Close it so that nothing that was sent there arrives later."""
-        connection.on_lost = None
-        connection.close(reset=True)
-        self._salvage(connection)
-
-    def worry(self, phase: Phase) -> None:
-        """The store left a call unanswered: close the connections that hang.
-
-        This rank tells its peers what it owes them on new ones, once the store can be reached.
-        """
-        self._doubtful = True
-        # The bell first: salvaging the other one asks on it, and would make it look as if it hung.
-        bell = self._bell
-        if bell is not None and bell.unsaid:
-            bell.close(reset=True)
-            self._bell_lost(bell, BarrierConnectionError("the store did not answer in time"))
-        hang = [each for each in self._idle if each.unsaid]
-        self._idle = [each for each in self._idle if each not in hang]
-        for connection in (phase.connection, *hang):
-            if connection is not None and connection.lost is None:
-                self._reset(connection)
-        if not self.closing:
-            self.join()
 
     async def payloads(self, phase: Phase) -> dict[int, bytes]:
         """The payloads of all ranks, over another connection if its own is lost."""

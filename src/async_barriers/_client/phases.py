@@ -12,7 +12,8 @@ from .._protocol.membership import Membership
 from .._protocol.payloads import SMALL_BYTES
 from .._protocol.phase import Entry
 from .._protocol.records import Record
-from .._protocol.verdict import Broken, Released, Verdict
+from .._protocol.store import CompareSet
+from .._protocol.verdict import Broken, Released, Verdict, number
 from .._store.event_loop import Waiter
 from .._store.future import Effort
 from .._store.sources import Connection
@@ -183,6 +184,8 @@ class Turns:
         self.passed: dict[str, int] = {}
         # By name: how many bells were taken when the latest broken step was last read.
         self.read_at: dict[str, int] = {}
+        # By name: the note of the latest broken step, as this rank last saw it.
+        self._noted: dict[str, bytes] = {}
         # By name: steps that were begun, and whose verdict is not known.
         self._begun: dict[str, set[int]] = {}
 
@@ -244,6 +247,19 @@ class Turns:
             self._decided[name] = step, how, by, why
             first = step + (verdict is not None)  # Another call may still tell of the step itself.
             self._begun[name] = {each for each in self._begun.get(name, ()) if each >= first}
+
+    def note(self, name: str, step: int) -> CompareSet:
+        """For ranks that come for an earlier step: ``step`` broke. Until all are past this one."""
+        self.decided(name, step)  # This rank does not ring for itself.
+        held = self._noted.get(name, b"")
+        expected = held if (number(held) or 0) <= step else b""  # A later one stays.
+        return CompareSet(self.membership.own.latest(name), expected, b"%d" % step)
+
+    def has_noted(self, name: str, note: CompareSet, now: bytes) -> bool:
+        """Whether the answer to ``note`` says that its step, or a later one, is noted."""
+        # What was expected is the answer for an absent key, too: it was deleted meanwhile.
+        self._noted[name] = b"" if now == note.expected else now
+        return (number(now) or 0) >= int(note.desired)
 
     def had_begun(self, name: str, step: int) -> bool:
         """Whether an earlier call began this step."""

@@ -14,6 +14,7 @@ from .._store.future import Future
 from .._store.sources import Connection
 from .._store.threads import ThreadedConnection
 from .._store.waiting import sleep, within
+from .phases import Phase
 from .state import RETRY_SECS, SessionState
 
 # How long the last departure of a burst waits for a next message, and spare connections are kept.
@@ -53,6 +54,31 @@ class Pool(SessionState):
         announced = self._announced.pop(connection, None)
         if announced is not None and not self.closing:
             self.start(self._wake_again(*announced))
+
+    def _reset(self, connection: Connection) -> None:
+        """Close it so that nothing that was sent there arrives later."""
+        connection.on_lost = None
+        connection.close(reset=True)
+        self._salvage(connection)
+
+    def worry(self, phase: Phase) -> None:
+        """The store left a call unanswered: close the connections that hang.
+
+        This rank tells its peers what it owes them on new ones, once the store can be reached.
+        """
+        self._doubtful = True
+        # The bell first: salvaging the other one asks on it, and would make it look as if it hung.
+        bell = self._bell
+        if bell is not None and bell.unsaid:
+            bell.close(reset=True)
+            self._bell_lost(bell, BarrierConnectionError("the store did not answer in time"))
+        hang = [each for each in self._idle if each.unsaid]
+        self._idle = [each for each in self._idle if each not in hang]
+        for connection in (phase.connection, *hang):
+            if connection is not None and connection.lost is None:
+                self._reset(connection)
+        if not self.closing:
+            self.join()
 
     async def _wake_again(self, entry: Entry, membership: Membership) -> None:
         """Wake the others again: this rank entered last, and cannot know whether it woke them."""

@@ -19,14 +19,8 @@ _MACHINE = this_machine()
 
 def new_life(run_id: str | None) -> Life:
     """A new claim of this process."""
-    return Life(
-        secrets.token_hex(8),
-        socket.gethostname(),
-        os.getpid(),
-        _MACHINE,
-        started(os.getpid()),
-        run_id,
-    )
+    pid = os.getpid()
+    return Life(secrets.token_hex(8), socket.gethostname(), pid, _MACHINE, started(pid), run_id)
 
 
 def lives(life: Life) -> bool | None:

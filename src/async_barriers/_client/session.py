@@ -15,8 +15,8 @@ from functools import cached_property, partial
 
 from .._errors import BarrierClosedError, BarrierConnectionError, BarrierError, describe
 from .._protocol import leaving
+from .._protocol.count import FEW
 from .._protocol.membership import Membership
-from .._protocol.phase import FEW
 from .._protocol.store import Read
 from .._store.event_loop import Loop
 from .._store.future import Future

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from . import count as counts
 from . import phase
-from .count import COMMIT, Count
-from .phase import FEW, Entry
-from .store import CompareSet, Delete, Read, Request, SetMany, Store
+from .count import COMMIT, FEW, Count
+from .phase import Entry
+from .store import Add, CompareSet, Delete, Read, Request, SetMany, Store
 from .verdict import (
     Broken,
     Verdict,
@@ -77,6 +78,24 @@ async def give_up(
         # Another rank entered or broke it meanwhile: look again.
 
 
+async def break_unentered(
+    store: Store, entry: Entry, broken: Broken, tells: Sequence[Request]
+) -> tuple[Verdict | Count, bool, list[Any]]:
+    """As `give_up`, for a rank that has not entered and never will; and the answers to ``tells``.
+
+    Without it no count is full, so nothing is read before. In worlds of up to `count.FEW` ranks.
+    """
+    reason, total, *told = await store.call(
+        CompareSet(entry.keys.reason, b"", encode_reason(broken)),
+        Add(entry.keys.count, counts.BREAKING),
+        *tells,
+    )
+    if total >= 0:
+        # Something else wrote there.
+        return *await give_up(store, entry, broken, entered=False, tells=tells), told
+    return decode_reason(reason), not counts.of_sum(total - counts.BREAKING).broken, told
+
+
 def telling(bells: list[str], entry: Entry) -> tuple[Request, ...]:
     """Ring these bells, since the phase is broken; the last request is answered."""
     return SetMany(bells, b"broken"), Read(entry.keys.count)
@@ -85,8 +104,8 @@ def telling(bells: list[str], entry: Entry) -> tuple[Request, ...]:
 async def survey(store: Store, entry: Entry) -> tuple[int, ...]:
     """The ranks that have not entered.
 
-    In worlds of up to 256 ranks, each rank reads the log. In larger ones one rank reads it and
-    leaves a summary, which the others use until another rank enters.
+    In worlds of up to `count.FEW` ranks, each rank reads the log. In larger ones one rank reads it
+    and leaves a summary, which the others use until another rank enters.
     """
     keys = entry.keys
     if entry.world_size <= FEW:

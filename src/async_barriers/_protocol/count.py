@@ -3,9 +3,9 @@
 An `add` is atomic, and its answer shows all that came before it. Each rank adds once, in three
 fields: 1, the code of its call, and its own number plus one. The phase is *full* when each field
 has the sum over all ranks. A duplicate or rubbish cannot replace a missing rank: it makes the
-register *foul*. A negative value is *broken*: a `compare_set` negates a value that is not full. A
-full register cannot become broken, and a broken one cannot become full, so the verdict of a phase
-is a function of this one register.
+register *foul*. A negative value is *broken*: a `compare_set` negates a value that is not full, or
+a rank that will never enter adds `BREAKING`. A full register cannot become broken, and a broken one
+cannot become full, so the verdict of a phase is a function of this one register.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ CALLS = ("execute_barrier()", "commit()", "all_gather()")
 _CODE = 1 << 15
 _RANK = 1 << 35
 _CODES = _RANK // _CODE
-_BROKEN = -(1 << 63)
+# Below minus the sum of all ranks, and far enough from the least number for what is added to it.
+_BROKEN = -(3 << 61)
+# A rank that will never enter breaks a phase by adding this. In worlds of up to so many ranks it is
+# below minus the sum of all ranks, and they all can add it.
+FEW = 256
+BREAKING = -(1 << 52)
 _DIGITS = 20
 
 

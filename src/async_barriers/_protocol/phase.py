@@ -13,7 +13,7 @@ from typing import Any
 
 from .._errors import BarrierConnectionError
 from . import count as counts
-from .count import CALLS, COMMIT, EXECUTE, Count
+from .count import CALLS, COMMIT, EXECUTE, FEW, Count
 from .keys import PhaseKeys
 from .payloads import IN_LOG, SMALL_BYTES, carried
 from .store import Add, Append, CompareSet, Delete, Get, Read, Request, Set, Store
@@ -28,9 +28,6 @@ from .verdict import (
     number,
     show,
 )
-
-# In worlds up to this size, each rank reads all arrivals to learn which ranks are missing.
-FEW = 256
 
 
 class Forgotten(BarrierConnectionError):

@@ -75,7 +75,9 @@ def decode_reason(value: bytes | None) -> Broken:
             entry.get("timeout_secs"),
             unranged(entry.get("missing", "")),
             bool(entry.get("in_doubt", False)),
-            tuple(each.rank for each in decode_rows(entry.get("known", "[]")).values()),
+            tuple(each.rank for each in decode_rows(entry["known"]).values())
+            if "known" in entry
+            else (),
         )
         if not (
             isinstance(broken.rank, int | None)

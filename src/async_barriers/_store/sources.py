@@ -1,4 +1,8 @@
-"""The places of a barrier's store: passed in, or at an address where one rank hosts it."""
+"""The places of a barrier's store: passed in, or at an address where one rank hosts it.
+
+Each opens connections to one store. It keeps the latest *failure* to connect while none has worked
+since, and knows the *namespace*, the beginning of all our keys there, once a connection is open.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import errno
 import os
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore
 
@@ -36,35 +40,6 @@ class CannotHost(BarrierConnectionError):
     """The store cannot be hosted here, and another attempt would fail, too."""
 
 
-class Source(Protocol):
-    """Opens connections to one store.
-
-    :ivar failures: the latest failure to connect, while none has worked since
-    """
-
-    failures: list[BaseException]
-
-    @property
-    def namespace(self) -> str:
-        """The beginning of all our keys there; known once a connection is open."""
-        ...
-
-    async def open(self, loop: Loop, deadline: float) -> Connection:
-        """A new connection, by the time the loop's clock says ``deadline``.
-
-        :raises BarrierConnectionError: no connection was possible
-        """
-        ...
-
-    async def hosts(self, loop: Loop) -> bool:
-        """Whether the store ends with this process."""
-        ...
-
-    def let_go(self) -> None:
-        """End its use, since the barrier is closed."""
-        ...
-
-
 class Beside:
     """Leads to the store of another source, with keys of its own; the other one ends the store.
 
@@ -83,11 +58,16 @@ class Beside:
         return f"{self._client.namespace}async_barriers.beside/{measured(self._what)}/"
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
+        """A new connection, by the time the loop's clock says ``deadline``.
+
+        :raises BarrierConnectionError: no connection was possible
+        """
         # Its port may be known only once it is hosted.
         self._client = self._source.client()
         return await self._client.open(loop, deadline)
 
     async def hosts(self, loop: Loop) -> bool:
+        """Whether the store ends with this process."""
         return await self._source.hosts(loop)
 
     def let_go(self) -> None:
@@ -247,3 +227,6 @@ async def _reach(
     threaded = await connecting.connect_by_threads(loop, client, deadline, what)
     source.threads = True
     return threaded
+
+
+Source = PassedIn | StoreAt | Beside

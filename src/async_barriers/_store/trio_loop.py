@@ -156,7 +156,10 @@ class TrioWaiter:
         elif not self._loop.ended:
             self._reschedule()
 
-    ring = wake
+    def ring(self) -> None:
+        if not self._reschedule():
+            # A handler's exception left it here. Due for ever, it would keep the sockets waiting.
+            self._loop.due.pop(self, None)
 
     def fail(self, exc: BaseException) -> bool:
         """Raise ``exc`` where it waits, if it does."""
@@ -166,8 +169,7 @@ class TrioWaiter:
     def _reschedule(self, *outcome: Any) -> bool:
         task = self._task
         # trio takes this mark off as it reschedules a task, which may be done only once.
-        waits = task is not None and task.custom_sleep_data is self
-        if waits:
+        if waits := task is not None and task.custom_sleep_data is self:
             self._loop.trio.lowlevel.reschedule(task, *outcome)
         return waits
 

@@ -74,45 +74,16 @@ def _set_many(request: SetMany) -> bytes:
     return _MULTI_SET + _SIZE.pack(len(request.keys)) + pairs
 
 
-def _append(request: Append) -> bytes:
-    return _APPEND + _key(request[0]) + _text(request[1])
-
-
-def _set(request: Set) -> bytes:
-    return _SET + _key(request[0]) + _text(request[1])
-
-
-def _add(request: Add) -> bytes:
-    return _ADD + _key(request[0]) + _NUMBER.pack(request[1])
-
-
-def _compare_set(request: CompareSet) -> bytes:
-    key, expected, desired = request
-    return _COMPARE_SET + _key(key) + _text(expected) + _text(desired)
-
-
-def _read(request: Read) -> bytes:
-    return _COMPARE_SET + _key(request[0]) + _READ_IT
-
-
-def _get(request: Get) -> bytes:
-    return _GET + _key(request[0])
-
-
-def _delete(request: Delete) -> bytes:
-    return b"".join([_DELETE + _key(key) for key in request[0]])
-
-
 # How each request is encoded, and what kind of answer it gets.
 _SAID: dict[type, tuple[Callable[[Any], bytes], int]] = {
-    Append: (_append, SILENT),
-    Set: (_set, SILENT),
+    Append: (lambda s: _APPEND + _key(s[0]) + _text(s[1]), SILENT),
+    Set: (lambda s: _SET + _key(s[0]) + _text(s[1]), SILENT),
     SetMany: (_set_many, SILENT),
-    Add: (_add, NUMBER),
-    CompareSet: (_compare_set, VALUE),
-    Read: (_read, READ),
-    Get: (_get, VALUE),
-    Delete: (_delete, UNWANTED),
+    Add: (lambda s: _ADD + _key(s[0]) + _NUMBER.pack(s[1]), NUMBER),
+    CompareSet: (lambda s: _COMPARE_SET + _key(s[0]) + _text(s[1]) + _text(s[2]), VALUE),
+    Read: (lambda s: _COMPARE_SET + _key(s[0]) + _READ_IT, READ),
+    Get: (lambda s: _GET + _key(s[0]), VALUE),
+    Delete: (lambda s: b"".join([_DELETE + _key(key) for key in s[0]]), UNWANTED),
 }
 
 
