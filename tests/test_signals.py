@@ -12,6 +12,7 @@ import gc
 import itertools
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -494,27 +495,61 @@ async def test_struck_where_nothing_else_wakes_it(
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("step", [None, 1], ids=["counted", "a step"])
+@pytest.mark.parametrize("how", ["give_up", "break_unentered"])
 async def test_struck_as_it_tells_of_a_break(
-    monkeypatch: pytest.MonkeyPatch, step: int | None
+    monkeypatch: pytest.MonkeyPatch, how: str, step: int | None
 ) -> None:
     """It is told again, and who broke the phase knows that it did (laws 3 and 4)."""
-    gives_up = breaks.give_up
+    breaks_it = getattr(breaks, how)
 
     async def struck_after(*args: Any, **options: Any) -> Any:
-        await gives_up(*args, **options)
+        await breaks_it(*args, **options)
+        monkeypatch.undo()
+        raise Struck
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    async with job(serve(), 3) as ranks, Tasks() as tasks:
+        await gather(rank.execute_barrier for rank in ranks)
+        # Who has entered looks whether all are in.
+        waiting = [
+            tasks.start(partial(rank.execute_barrier, "x", step=step))
+            for rank in ranks[how == "break_unentered" : 2]
+        ]
+        await anyio.sleep(0.2)
+        monkeypatch.setattr(breaks, how, struck_after)
+        assert await attempt(ranks[0].abort("because", "x", step=step)) is True
+        assert getattr(breaks, how) is breaks_it, "it was not struck"
+        for each in waiting:
+            error = await each.raised(BrokenBarrierError)
+            assert each.secs < 1.2
+            assert (error.rank, error.reason) == (0, "because")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_struck_as_it_listens_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that lost the connection of its bell hears of a break all the same (law 5)."""
+    hello = SocketConnection.say_hello
+
+    def strike(*_: Any) -> Any:
         monkeypatch.undo()
         raise Struck
 
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     async with job(serve(), 2) as ranks, Tasks() as tasks:
         await gather(rank.execute_barrier for rank in ranks)
-        waiting = tasks.start(partial(ranks[1].execute_barrier, "x", step=step))
-        await anyio.sleep(0.2)
-        monkeypatch.setattr(breaks, "give_up", struck_after)
-        assert await attempt(ranks[0].abort("because", "x", step=step)) is True
+        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", timeout_secs=None))
+        while not ranks[0]._session.open:
+            await anyio.sleep(0)
+        monkeypatch.setattr(SocketConnection, "say_hello", strike)
+        bell = ranks[0]._session._bell
+        assert isinstance(bell, SocketConnection)
+        bell._socket.shutdown(socket.SHUT_RDWR)
+        while SocketConnection.say_hello is not hello:
+            await anyio.sleep(0)
+        assert await ranks[1].abort("because", "x")
         error = await waiting.raised(BrokenBarrierError)
-        assert waiting.secs < 1.2
-        assert (error.rank, error.reason) == (0, "because")
+        assert (error.rank, error.reason) == (1, "because")
 
 
 @pytest.mark.anyio

@@ -16,7 +16,7 @@ from .._protocol.membership import Closed, Membership, State
 from .._protocol.phase import Forgotten
 from .._protocol.store import Append, Read
 from .._protocol.verdict import Broken
-from .._store.future import Effort
+from .._store.future import Effort, Future
 from .._store.sources import Connection
 from .._store.waiting import sleep
 from .breaking import Breaking
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Listening(Breaking):
     """Looks around when its bell is rung."""
 
-    _reopening: Effort[None] | None = None
+    _reopening: Future[None] | None = None
     _reopened_at = -math.inf
     # The look under way, whether to look again then, and whether the next one takes its bell first.
     _looking: Effort[None] | None = None
@@ -58,7 +58,7 @@ class Listening(Breaking):
                 phase.wake()
         reopens = self._reopening is not None and not self._reopening.done
         if not (reopens or self.closing or self.turns is None or self.closed_by is not None):
-            self._reopening = self.start(self._reopen_bell())
+            self._reopening = self.owe(self._reopen_bell)
 
     async def _reopen_bell(self) -> None:
         """Listen again: a waiting rank must learn of changes."""
