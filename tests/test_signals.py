@@ -527,8 +527,9 @@ async def test_struck_as_it_tells_of_a_break(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_struck_as_it_listens_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that lost the connection of its bell hears of a break all the same (law 5)."""
+@pytest.mark.parametrize("lost", ["bell", "phase"])
+async def test_struck_as_it_connects_again(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """A rank that lost a connection hears of a break all the same, or tells of its own (law 5)."""
     hello = SocketConnection.say_hello
 
     def strike(*_: Any) -> Any:
@@ -536,20 +537,25 @@ async def test_struck_as_it_listens_again(monkeypatch: pytest.MonkeyPatch) -> No
         raise Struck
 
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    async with job(serve(), 2) as ranks, Tasks() as tasks:
+    async with job(serve(), 3) as ranks, Tasks() as tasks:
         await gather(rank.execute_barrier for rank in ranks)
-        waiting = tasks.start(partial(ranks[0].execute_barrier, "x", timeout_secs=None))
-        while not ranks[0]._session.open:
-            await anyio.sleep(0)
+        crosses = [partial(rank.execute_barrier, "x", timeout_secs=None) for rank in ranks]
+        mine, peer = map(tasks.start, crosses[:2])
+        await anyio.sleep(0.2)
+        (phase,) = ranks[0]._session.open
+        connection = ranks[0]._session._bell if lost == "bell" else phase.connection
+        assert isinstance(connection, SocketConnection)
         monkeypatch.setattr(SocketConnection, "say_hello", strike)
-        bell = ranks[0]._session._bell
-        assert isinstance(bell, SocketConnection)
-        bell._socket.shutdown(socket.SHUT_RDWR)
+        connection._socket.shutdown(socket.SHUT_RDWR)
         while SocketConnection.say_hello is not hello:
             await anyio.sleep(0)
-        assert await ranks[1].abort("because", "x")
-        error = await waiting.raised(BrokenBarrierError)
-        assert (error.rank, error.reason) == (1, "because")
+        if lost == "bell":
+            assert await ranks[2].abort("because", "x")
+            told = mine, (2, "because")
+        else:
+            told = peer, (0, "it lost its connection to the store")
+        error = await told[0].raised(BrokenBarrierError)
+        assert (error.rank, error.reason) == told[1]
 
 
 @pytest.mark.anyio

@@ -203,7 +203,7 @@ class Breaking(Hearing):
             return
         phase.lost = error
         if not phase.giving_up:
-            self.start(self._recover(phase, error))
+            self.owe(partial(self._recover, phase, error))
         phase.wake()
 
     async def _recover(self, phase: Phase, error: BarrierConnectionError) -> None:

@@ -40,7 +40,7 @@ class Entering(Departing):
             phase = self.turns.begin(name, step, kind, leader)
         except BrokenBarrierError as late:
             assert step is not None
-            self.start(self.break_passed(name, step, late.reason))
+            self.owe(partial(self.break_passed, name, step, late.reason))
             raise
         if step is not None and self.open and self.awaited(name, step) is not None:
             reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
@@ -164,7 +164,7 @@ class Entering(Departing):
         if said.error is not None:
             if self._rings and isinstance(phase.verdict, Released):
                 # This rank may have been the last one to enter, and knows from another message.
-                self.start(self._wake_again(entry, phase.membership))
+                self.owe(partial(self._wake_again, entry, phase.membership))
             return
         count = phases.entered(entry, said.result())
         if phase.connection is not connection:

@@ -202,7 +202,7 @@ class Listening(Breaking):
         logger.info("barrier %r: %s", self.prefix, broken.reason)
         for phase in list(self.open):
             if phase.membership is membership and not phase.decided:
-                self.start(self._break_for(phase, store, broken))
+                self.owe(partial(self._break_for, phase, store, broken))
 
     def _left(self, membership: Membership, closed: Closed, bell: Connection) -> None:
         """Break the waiting phases: a rank left, so its generation releases none any more."""
@@ -218,10 +218,12 @@ class Listening(Breaking):
             return
         for phase in list(self.open):
             if phase.membership is self.membership and not phase.decided:
-                self.start(self._break_for(phase, store, Broken(closed.rank, closed.reason)))
+                self.owe(partial(self._break_for, phase, store, Broken(closed.rank, closed.reason)))
 
     async def _break_for(self, phase: Phase, store: Connection, broken: Broken) -> None:
         """Break a phase for what another rank did."""
+        if phase.decided:
+            return  # A signal handler may have raised after that.
         entry = phase.entry
         try:
             # If its arrival was sent on a connection that is lost, and nobody is counted, the store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 from .._errors import BarrierConnectionError
 from .._protocol.count import Count
@@ -53,7 +54,7 @@ class Pool(SessionState):
         connection.outbox.clear()
         announced = self._announced.pop(connection, None)
         if announced is not None and not self.closing:
-            self.start(self._wake_again(*announced))
+            self.owe(partial(self._wake_again, *announced))
 
     def _reset(self, connection: Connection) -> None:
         """Close it so that nothing that was sent there arrives later."""
@@ -62,10 +63,7 @@ class Pool(SessionState):
         self._salvage(connection)
 
     def worry(self, phase: Phase) -> None:
-        """The store left a call unanswered: close the connections that hang.
-
-        This rank tells its peers what it owes them on new ones, once the store can be reached.
-        """
+        """The store left a call unanswered: close what hangs; new connections take what is owed."""
         self._doubtful = True
         # The bell first: salvaging the other one asks on it, and would make it look as if it hung.
         bell = self._bell
