@@ -35,10 +35,13 @@ from worlds import Tasks, gather, library_threads
 
 import async_barriers
 from async_barriers import BarrierError, BrokenBarrierError, StoreBarrier
+from async_barriers._client.crossing import Crossing
 from async_barriers._client.joining import Joining
 from async_barriers._client.phases import Phase, Turns
 from async_barriers._protocol import breaking as breaks
+from async_barriers._protocol import count as counts
 from async_barriers._protocol import phase as phases
+from async_barriers._protocol.store import Append
 from async_barriers._store.asyncio_loop import AsyncioLoop, AsyncioWaiter
 from async_barriers._store.connection import SocketConnection
 from async_barriers._store.trio_loop import TrioWaiter
@@ -48,7 +51,7 @@ TRIOS = str(Path(trio.__file__).parent)
 SWEEP = os.environ.get("ASYNC_BARRIERS_SWEEP", "")
 EVENT = "opcode" if SWEEP == "instructions" else "line"
 POINTS = 8
-WAITS = {AsyncioWaiter.wait.__code__, TrioWaiter.wait.__code__}
+WAITS = {AsyncioWaiter.wait.__code__, TrioWaiter.wait.__code__, Crossing.decided.__code__}
 DEADLINE_SECS = 2.0
 # How long the peer waits for a rank that may have been struck before it entered, and either of
 # the two for the other, afterwards.
@@ -224,6 +227,15 @@ async def close_in_mid_phase(barrier: StoreBarrier) -> None:
         await barrier.aclose()
 
 
+async def abort_x(barrier: StoreBarrier) -> None:
+    await barrier.abort("no disk", "x")
+
+
+async def fail_in_x(barrier: StoreBarrier) -> None:
+    async with barrier.phase("x"):
+        raise LookupError("no disk")
+
+
 @pytest.fixture
 def portal() -> Iterator[BlockingPortal]:
     """A loop in another thread."""
@@ -362,12 +374,14 @@ async def meets(trial: Trial, barrier: StoreBarrier) -> bool:
     return False
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-@pytest.mark.parametrize("call", [time_out, cancel])
+@pytest.mark.parametrize(
+    ("backend", "call"), [("asyncio", cancel), ("trio", cancel), ("trio", time_out)]
+)
 def test_struck_as_a_wait_ends(
     begin: Callable[[int], Trial], backend: str, call: Callable[[StoreBarrier], Awaitable[Any]]
 ) -> None:
-    """At each line of a task's waiting: what is left of a wait keeps nothing from being served."""
+    """At each line of a task's waiting, and of the call around it: its peer is not released alone,
+    and what is left of a wait keeps nothing from being served."""
     for at in itertools.count(1):
         trial = begin(at)
         trial.strike = Strike(at, lambda frame: frame.f_code in WAITS)
@@ -508,7 +522,8 @@ async def test_struck_as_it_tells_of_a_break(
         raise Struck
 
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    async with job(serve(), 3) as ranks, Tasks() as tasks:
+    server = serve()
+    async with job(server, 3) as ranks, Tasks() as tasks:
         await gather(rank.execute_barrier for rank in ranks)
         # Who has entered looks whether all are in.
         waiting = [
@@ -519,10 +534,89 @@ async def test_struck_as_it_tells_of_a_break(
         monkeypatch.setattr(breaks, how, struck_after)
         assert await attempt(ranks[0].abort("because", "x", step=step)) is True
         assert getattr(breaks, how) is breaks_it, "it was not struck"
+        if how == "break_unentered":
+            # It was added once.
+            membership = ranks[0]._session.membership
+            assert membership is not None
+            label = "0" if step is None else f"s{step}"
+            count = membership.own.phase("x", label).count
+            value = await anyio.to_thread.run_sync(server.get, count)
+            assert value == b"%d" % (counts.entry(1, 0) + counts.BREAKING)
         for each in waiting:
             error = await each.raised(BrokenBarrierError)
             assert each.secs < 1.2
             assert (error.rank, error.reason) == (0, "because")
+
+
+def test_struck_as_it_has_entered(portal: BlockingPortal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrival has been sent, and all are in before it gives up: what was published stays
+    published, on all other ranks (laws 1 to 3)."""
+    server = serve()
+    ranks = [one(server, number, 3, timeout_secs=DEADLINE_SECS) for number in range(3)]
+    call, said_at, steps = SocketConnection.call, list[float](), set[str]()
+
+    async def publish_slowly(payloads: object) -> bytes:
+        steps.add("published")
+        while "struck" not in steps:
+            await anyio.sleep(0.003)
+        return b"done"
+
+    async def commits(number: int) -> bytes:
+        while number and not said_at:
+            await anyio.sleep(0.003)
+        return await ranks[number].commit(publish_slowly, leader=1)
+
+    def has_entered(connection: SocketConnection, *requests: Any, **options: Any) -> Any:
+        said = call(connection, *requests, **options)
+        if any(isinstance(each, Append) for each in requests) and not said_at:
+            said_at.append(time.monotonic())
+            # A handler that takes its time; the peers have another loop.
+            while "published" not in steps and time.monotonic() < said_at[0] + 10:
+                pass
+            raise Struck
+        return said
+
+    async def program() -> None:
+        await ranks[0].connect()
+        of_peers = [portal.start_task_soon(commits, number) for number in (1, 2)]
+        monkeypatch.setattr(SocketConnection, "call", has_entered)
+        with pytest.raises(Struck):
+            await commits(0)
+        steps.add("struck")
+        assert [await result_of(each) for each in of_peers] == [b"done", b"done"]
+        await ranks[0].aclose()
+
+    for rank in ranks[1:]:
+        portal.call(rank.connect)
+    anyio.run(program)
+    for rank in ranks[1:]:
+        portal.call(rank.aclose)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("gives_up", [abort_x, fail_in_x])
+async def test_struck_as_a_turn_is_counted(
+    monkeypatch: pytest.MonkeyPatch, gives_up: Callable[[StoreBarrier], Awaitable[Any]]
+) -> None:
+    """The turn is used up, once, and its peer learns that (laws 2, 5 and 11)."""
+
+    def strike(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise Struck
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    async with job(serve(), 2) as ranks:
+        await gather(rank.execute_barrier for rank in ranks)
+        monkeypatch.setattr(Turns, "use", strike)
+        with pytest.raises(Struck):
+            await gives_up(ranks[0])
+        with pytest.raises(BrokenBarrierError, match="by rank 0: it was interrupted"):
+            await ranks[1].execute_barrier("x", timeout_secs=None)
+        results = await gather(partial(rank.execute_barrier, "x") for rank in ranks)
+        assert [result.sequence for result in results] == [1, 1]
+        # Nor is another turn to be broken when the store is reached again.
+        assert not ranks[0]._session._owed
 
 
 @pytest.mark.anyio

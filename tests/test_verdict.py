@@ -234,6 +234,14 @@ def test_breaking_keeps_who_arrived(size: int, kind: int, by: list[int]) -> None
     assert later.arrived == size + 1
 
 
+@given(st.integers(0, (1 << 63) - 1), st.integers(0, MAX_RANKS - 1))
+def test_whatever_was_counted_can_be_broken(total: int, by: int) -> None:
+    """Also a number that no ranks add up to."""
+    broken = counts.of_value(counts.of_sum(total).broken_by(by))
+    assert broken.broken
+    assert broken.value >= -(1 << 63)
+
+
 @given(st.binary(max_size=25) | st.integers().map(lambda n: b"%d" % n))
 def test_what_is_no_count(value: bytes) -> None:
     """It is not read as one; what is, is a number that a store could add to."""

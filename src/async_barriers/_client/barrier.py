@@ -179,22 +179,21 @@ class CrossingBarrier(RankBarrier):
         if self._closed:
             # Leaving has told the peers already.
             return
-        owes = True
+        owes, begun = True, list[Phase]()
         try:
             crossing = Crossing(session, name, step, UNDO_SECS, self._watch)
             if not session.stands:
                 await crossing.ready()
-            phase = session.begin(name, step)
-            owes = False
+            phase = session.begin(name, step, hold=begun.append)
             until = crossing.started + session.patience_secs
             await self._break(crossing, phase, reason, max(LEAST_SECS, until - crossing.loop.now()))
         except BarrierError as exc:
             # The caller's own exception is being raised, and matters more than this one.
             what = describe(name, None, session.prefix)
             logger.warning("%s could not be broken for its peers: %s", what, exc)
-            owes = owes and not isinstance(exc, BrokenBarrierError)
+            owes = not isinstance(exc, BrokenBarrierError)
         finally:
-            if owes and not self._closed:
+            if owes and not (begun or self._closed):
                 session.owe_turn(name, step, reason)
 
     def _fail_soon(self, reason: str, name: str, step: int | None = None) -> None:

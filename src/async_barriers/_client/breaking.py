@@ -71,7 +71,7 @@ class Breaking(Hearing):
         at_once = not names and phase.step is None
         # An exception of a signal handler may have ended the attempt before.
         again, phase.gave_up_before = phase.gave_up_before, True
-        unentered = not (phase.entered or phase.early or names or self.world_size > FEW)
+        unentered = not (phase.entered_on or phase.early or names or self.world_size > FEW)
         while True:
             try:
                 if connection is None or connection.lost is not None:

@@ -43,7 +43,7 @@ class Crossing(Attempt):
     _watching: Watching | None = None
     _lost_until = math.inf
     _lead_secs = 0.0
-    _publishes = False
+    _publishes = _stops = False
     waited_secs = 0.0
     brought: tuple[bytes, ...] = ()
 
@@ -102,22 +102,16 @@ class Crossing(Attempt):
             self.was_released()
             return released
         except BaseException as exc:
-            try:
-                await self._stopped(exc)
-            except anyio.get_cancelled_exc_class():
-                raise
-            except BaseException as another:
-                # A signal handler raised while the phase was being broken.
-                await self._stopped(another)
-                raise
-            finally:
-                self.failed(exc)
+            await self._ended_by(exc)
             raise
         finally:
             if self._watching is not None:
                 self._watching.stop()
-            if self.phase is not None and not self._publishes:
-                session.forget(self.phase)
+            if (begun := self.phase) is not None and not self._publishes:
+                if not (begun.decided or self._stops):
+                    # A signal handler raised before `_stopped` could begin.
+                    await self._stopped(InterruptedError("its call was interrupted"))
+                session.forget(begun)
 
     def was_released(self) -> None:
         """Count this crossing as released."""
@@ -237,9 +231,21 @@ class Crossing(Attempt):
         await self._give_up_or_doubt(phase, effort)
         # If all ranks have entered meanwhile, it waits on.
 
+    async def _ended_by(self, exc: BaseException) -> None:
+        try:
+            await self._stopped(exc)
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as another:
+            # A signal handler raised while the phase was being broken.
+            await self._stopped(another)
+            raise
+        finally:
+            self.failed(exc)
+
     async def _stopped(self, exc: BaseException) -> None:
         """Break the phase, since ``exc`` ended the waiting; ``exc`` goes on."""
-        phase, session = self.phase, self.session
+        phase, session, self._stops = self.phase, self.session, True
         if phase is None or phase.decided or isinstance(exc, BarrierError):
             return
         # The turn is used up, even if the rank has not entered.

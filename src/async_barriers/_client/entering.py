@@ -42,19 +42,24 @@ class Entering(Departing):
             assert step is not None
             self.owe(partial(self.break_passed, name, step, late.reason))
             raise
-        if step is not None and self.open and self.awaited(name, step) is not None:
-            reason = f"rank {self.rank} awaits step {step} already, in another call; a step is once"
-            raise BrokenBarrierError(name, step, self.rank, reason, prefix=self.prefix)
         if step is not None and self.turns.had_begun(name, step):
             # Two arrivals of one rank could stand for one that is missing.
-            reason = f"rank {self.rank} came for step {step} before, in a call that gave it up"
-            raise BrokenBarrierError(
-                name, step, self.rank, reason, prefix=self.prefix, in_doubt=True
-            )
+            awaits = self.awaited(name, step) is not None
+            how = f"came for step {step} before, in a call that gave it up"
+            if awaits:
+                how = f"awaits step {step} already, in another call; a step is once"
+            of = name, step, self.rank, f"rank {self.rank} {how}"
+            raise BrokenBarrierError(*of, prefix=self.prefix, in_doubt=not awaits)
         if hold is not None:
             hold(phase)
-        self.open[phase] = None
-        self.turns.use(phase)
+        try:
+            self.hold(phase)
+        except BaseException:
+            # Of a signal handler: no other call may have the same turn.
+            self.hold(phase)
+            self._begin_giving_up(phase, Broken(self.rank, "it was interrupted"), False)
+            self.forget(phase)
+            raise
         return phase
 
     def hold(self, phase: Phase) -> None:

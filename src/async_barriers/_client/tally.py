@@ -13,6 +13,10 @@ from .._values import BarrierStatistics
 
 TIMEOUT, GAVE_UP, PEER = "timeout", "gave_up", "peer"
 LEFT, RESTART, CONNECTION, CLOSED = "left", "restart", "connection", "closed"
+_KINDS = (
+    (BarrierTimeoutError, TIMEOUT), (BarrierConnectionError, CONNECTION),
+    (BarrierClosedError, CLOSED),
+)  # fmt: skip
 
 
 class Tally:
@@ -44,14 +48,9 @@ class Tally:
         # Another thread may ask: both values are of one moment.
         broken_by = self._broken.copy()
         return BarrierStatistics(
-            self.released,
-            sum(broken_by.values()),
-            broken_by,
-            self.waited_secs,
-            self.waited_secs_at_most,
-            self.came_last,
-            self.reconnections,
-        )
+            self.released, sum(broken_by.values()), broken_by, self.waited_secs,
+            self.waited_secs_at_most, self.came_last, self.reconnections,
+        )  # fmt: skip
 
 
 def kind_of(exc: BaseException, rank: int, *, left: bool, over: bool) -> str:
@@ -60,12 +59,9 @@ def kind_of(exc: BaseException, rank: int, *, left: bool, over: bool) -> str:
     :param left: whether a rank has left the phase's generation, and is to blame
     :param over: whether that generation is over
     """
-    if isinstance(exc, BarrierTimeoutError):
-        return TIMEOUT
-    if isinstance(exc, BarrierConnectionError):
-        return CONNECTION
-    if isinstance(exc, BarrierClosedError):
-        return CLOSED
+    for kind, counts_as in _KINDS:
+        if isinstance(exc, kind):
+            return counts_as
     if isinstance(exc, BrokenBarrierError):
         if over:
             return RESTART

@@ -179,14 +179,9 @@ class Watching:
     def _report(self, found: Found) -> None:
         phase, world_size = self._phase, self._phase.entry.world_size
         progress = BarrierProgress(
-            phase.name,
-            phase.sequence,
-            world_size - len(found.missing),
-            world_size,
-            found.missing,
-            found.since - self._started,
-            found.known(found.missing),
-        )
+            phase.name, phase.sequence, world_size - len(found.missing), world_size,
+            found.missing, found.since - self._started, found.known(found.missing),
+        )  # fmt: skip
         watch = self._watch
         _progress.report(progress, watch.on_progress, self._session.prefix, watch.global_ranks)
 

@@ -106,7 +106,8 @@ class Count:
 
         It is no other rank's, so that of many that break it at once each knows whether it did.
         """
-        return b"%d" % (self.value + _BROKEN + (rank + 1) * _RANK)
+        # No ranks add up to so much: something else was counted.
+        return b"%d" % (min(self.value, 5 << 60) + _BROKEN + (rank + 1) * _RANK)
 
 
 of_sum = Count

@@ -174,13 +174,9 @@ def surroundings(membership: Membership, replies: list[Any]) -> Surroundings:
         except RUBBISH:
             successor = None
     return Surroundings(
-        over,
-        successor,
-        all_joined(membership, roll),
-        None if closed is None else _closed(closed),
-        host_leaves is not None,
-        asked or b"",
-    )
+        over, successor, all_joined(membership, roll), None if closed is None else _closed(closed),
+        host_leaves is not None, asked or b"",
+    )  # fmt: skip
 
 
 def all_joined(membership: Membership, roll: bytes | None) -> bool:
