@@ -83,12 +83,12 @@ class PassedIn:
     """A store of the caller, which is used only for its address."""
 
     def __init__(self, store: Store, worker_threads: bool = False) -> None:
-        self.namespace = ""
+        self.namespace: str = ""
         self.failures: list[BaseException] = []
         self._store = store
         base = innermost(store)
         self._tcp = base if isinstance(base, TCPStore) else None
-        self.threads = self._tcp is None or by_threads(worker_threads)
+        self.threads: bool = self._tcp is None or by_threads(worker_threads)
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
         tcp, connection = self._tcp, None
@@ -135,7 +135,7 @@ class StoreAt:
         all get the same server, which lives as long as one of them
     """
 
-    namespace = ""
+    namespace: str = ""
 
     def __init__(
         self,
@@ -148,11 +148,11 @@ class StoreAt:
         worker_threads: bool = False,
     ) -> None:
         self.failures: list[BaseException] = []
-        self.address = (host, port)
+        self.address: tuple[str, int] = (host, port)
         self._use_libuv = use_libuv
         self._hosts = hosts
         self._shared = shared
-        self.threads = by_threads(worker_threads)
+        self.threads: bool = by_threads(worker_threads)
         self._server: TCPStore | None = None
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
