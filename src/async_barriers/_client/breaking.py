@@ -208,6 +208,8 @@ class Breaking(Hearing):
 
     async def _recover(self, phase: Phase, error: BarrierConnectionError) -> None:
         """Break the phase: its connection was lost, so this rank cannot know whether it entered."""
+        if phase.decided and not phase.giving_up:
+            return  # A signal handler raised after that.
         broken = Broken(self.rank, "it lost its connection to the store")
         phase.giving_up = True
         try:
