@@ -253,6 +253,26 @@ async def test_the_note_of_a_broken_step_never_goes_back(memory: World) -> None:
     assert await memory.read(note) == b"15"
 
 
+async def test_the_note_goes_with_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if no other rank has heard of it: the one that wrote it remembers (law 10)."""
+    server = serve()
+    async with job(server, 2) as ranks:
+        await gather(partial(rank.execute_barrier, "x", step=1) for rank in ranks)
+        membership, bell = ranks[0]._session.membership, ranks[1]._session._bell
+        assert membership is not None
+        assert bell is not None
+        monkeypatch.setattr(bell, "on_wake", None)
+        assert await ranks[0].abort("no disk", "x", step=2)
+        await gather(partial(rank.execute_barrier, "x", step=3) for rank in ranks)
+        latest = membership.own.latest("x")
+
+        async def is_gone() -> bool:
+            return not await anyio.to_thread.run_sync(server.check, [latest])
+
+        assert not await is_gone()
+        await until(is_gone)
+
+
 @pytest.mark.parametrize("how", ["deadline", "body"])
 async def test_who_comes_late_for_several_steps_that_broke(how: str) -> None:
     """It learns of each what its peers have learned, also of one that it was told of before."""

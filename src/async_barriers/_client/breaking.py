@@ -12,7 +12,7 @@ from .._protocol import commit as commits
 from .._protocol import membership as members
 from .._protocol.count import FEW, Count
 from .._protocol.phase import Forgotten
-from .._protocol.store import CompareSet, Read, Request, SetMany
+from .._protocol.store import Read, SetMany
 from .._protocol.verdict import Broken, Verdict
 from .._store.future import Future
 from .._store.sources import Connection
@@ -176,8 +176,8 @@ class Breaking(Hearing):
         self, connection: Connection, phase: Phase, broken: Broken
     ) -> tuple[Verdict | Count, bool]:
         """Break a phase that this rank does not enter, and tell of it, in one message."""
-        turns, note = phase.turns, self._note(phase)
-        tells: list[Request] = [*note, SetMany(phase.membership.peers, b"broken")]
+        turns, note = phase.turns, phase.turns.note(phase.name, phase.step)
+        tells = [*note, *breaks.telling(phase.membership.peers, phase.entry)]
         judged, ours, told = await breaks.break_unentered(connection, phase.entry, broken, tells)
         if note and not turns.has_noted(phase.name, note[0], told[0]) and ours:
             await self._tell_of_break(connection, phase)
@@ -186,13 +186,10 @@ class Breaking(Hearing):
     async def _tell_of_break(self, connection: Connection, phase: Phase) -> None:
         tells = breaks.telling(phase.membership.peers, phase.entry)
         while True:
-            note = self._note(phase)
+            note = phase.turns.note(phase.name, phase.step)
             now, *_ = await connection.call(*note, *tells)
             if not note or phase.turns.has_noted(phase.name, note[0], now):
                 return
-
-    def _note(self, phase: Phase) -> list[CompareSet]:
-        return [] if phase.step is None else [phase.turns.note(phase.name, phase.step)]
 
     def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:
         if phase.decided:

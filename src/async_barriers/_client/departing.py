@@ -86,7 +86,7 @@ class Departing(Pool):
             connection.outbox.append(([Delete([own])], nothing))
         if phase.step is not None and not gone.broken:
             self._delete_skipped(gone, connection)
-        if phase.latest is not None and not gone.broken:
+        if not gone.broken and phase.latest is not None and phase.latest < (phase.step or 0):
             # All ranks are past the earlier steps.
             self._forget_latest(gone, phase.latest, connection)
 
@@ -201,7 +201,7 @@ class Departing(Pool):
 
     def _forget_latest(self, gone: Departure, step: int, connection: Connection) -> None:
         """All are past this step, and refuse those before it by themselves."""
-        latest = gone.latest
+        latest, _ = gone.latest, gone.turns.noted.pop(gone.name, None)
 
         def emptied(answers: list[Any]) -> None:
             # At once, since a later step may be written there.

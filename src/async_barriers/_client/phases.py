@@ -47,7 +47,7 @@ class Phase:
     :ivar since: when its call began, by the loop's clock
     :ivar counted: this rank has learned whether it was the last one to enter
     :ivar last: it was
-    :ivar latest: the latest step of its name that was broken, when this rank entered
+    :ivar latest: the latest step of its name that was broken, as this rank knew when it entered
     :ivar departure: what is left of it, once nobody waits for it any more
     :ivar record: what its leader writes in the log of commits, once it has begun to
     :ivar lost: the error that ended the connection on which this rank had entered
@@ -185,7 +185,7 @@ class Turns:
         # By name: how many bells were taken when the latest broken step was last read.
         self.read_at: dict[str, int] = {}
         # By name: the note of the latest broken step, as this rank last saw it.
-        self._noted: dict[str, bytes] = {}
+        self.noted: dict[str, bytes] = {}
         # By name: steps that were begun, and whose verdict is not known.
         self._begun: dict[str, set[int]] = {}
 
@@ -205,6 +205,7 @@ class Turns:
         entry = Entry(keys, membership.rank, membership.world_size, kind, leader)
         phase = Phase(self, name, sequence, step, entry)
         phase.early = step is None and not self.complete
+        phase.latest = number(self.noted[name]) if name in self.noted else None
         return phase
 
     def use(self, phase: Phase) -> None:
@@ -248,17 +249,19 @@ class Turns:
             first = step + (verdict is not None)  # Another call may still tell of the step itself.
             self._begun[name] = {each for each in self._begun.get(name, ()) if each >= first}
 
-    def note(self, name: str, step: int) -> CompareSet:
+    def note(self, name: str, step: int | None) -> list[CompareSet]:
         """For ranks that come for an earlier step: ``step`` broke. Until all are past this one."""
+        if step is None:
+            return []
         self.decided(name, step)  # This rank does not ring for itself.
-        held = self._noted.get(name, b"")
+        held = self.noted.get(name, b"")
         expected = held if (number(held) or 0) <= step else b""  # A later one stays.
-        return CompareSet(self.membership.own.latest(name), expected, b"%d" % step)
+        return [CompareSet(self.membership.own.latest(name), expected, b"%d" % step)]
 
     def has_noted(self, name: str, note: CompareSet, now: bytes) -> bool:
         """Whether the answer to ``note`` says that its step, or a later one, is noted."""
         # What was expected is the answer for an absent key, too: it was deleted meanwhile.
-        self._noted[name] = b"" if now == note.expected else now
+        self.noted[name] = b"" if now == note.expected else now
         return (number(now) or 0) >= int(note.desired)
 
     def had_begun(self, name: str, step: int) -> bool:

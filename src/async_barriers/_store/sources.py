@@ -1,7 +1,7 @@
 """The places of a barrier's store: passed in, or at an address where one rank hosts it.
 
-Each opens connections to one store. It keeps the latest *failure* to connect while none has worked
-since, and knows the *namespace*, the beginning of all our keys there, once a connection is open.
+Each opens connections to one store, and keeps the latest *failure* while none has worked since. It
+knows the *namespace*, the beginning of all our keys there, once a connection is open.
 """
 
 from __future__ import annotations
