@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median_low
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import anyio
@@ -56,26 +56,32 @@ class Taken:
         self.received: Counter[int] = Counter()
         self.each: list[tuple[Counter[int], Counter[int]]] = []
         self._ranks = ranks
-        self._functions: set[tuple[str, str]] = set()
+        self._codes: set[CodeType] = set()
 
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE):
-            room = str(Path(code.co_filename).relative_to(PACKAGE).with_suffix(""))
+        # No more here: it makes those wait for long that are to wait for a moment.
+        if event == "call":
+            self._codes.add(frame.f_code)
+
+    def functions(self) -> Iterator[tuple[str, str]]:
+        """Those of ours that ran."""
+        for code in self._codes:
             # A comprehension is part of its function, and has a frame in some Pythons only.
-            if code.co_name not in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"):
-                self._functions.add((room, f"{code.co_name}:{code.co_firstlineno}"))
+            inner = code.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
+            if code.co_filename.startswith(PACKAGE) and not inner:
+                room = str(Path(code.co_filename).relative_to(PACKAGE).with_suffix(""))
+                yield room, f"{code.co_name}:{code.co_firstlineno}"
 
     @contextmanager
     def crossing(self) -> Iterator[None]:
         """One of them."""
-        self._functions = set()
+        self._codes = set()
         sys.setprofile(self.profile)
         try:
             yield
         finally:
             sys.setprofile(None)
-            self.seen.update(self._functions)
+            self.seen.update(set(self.functions()))
 
     def count(self, patch: pytest.MonkeyPatch) -> None:
         """Count what is sent and received."""
