@@ -179,7 +179,7 @@ class Breaking(Hearing):
         turns, note = phase.turns, phase.turns.note(phase.name, phase.step)
         tells = [*note, *breaks.telling(phase.membership.peers, phase.entry)]
         judged, ours, told = await breaks.break_unentered(connection, phase.entry, broken, tells)
-        if note and not turns.has_noted(phase.name, note[0], told[0]) and ours:
+        if note and not turns.take_noted(phase.name, note[0], told[0]) and ours:
             await self._tell_of_break(connection, phase)
         return judged, ours
 
@@ -188,7 +188,7 @@ class Breaking(Hearing):
         while True:
             note = phase.turns.note(phase.name, phase.step)
             now, *_ = await connection.call(*note, *tells)
-            if not note or phase.turns.has_noted(phase.name, note[0], now):
+            if not note or phase.turns.take_noted(phase.name, note[0], now):
                 return
 
     def _phase_lost(self, phase: Phase, error: BarrierConnectionError) -> None:

@@ -201,7 +201,8 @@ class Departing(Pool):
 
     def _forget_latest(self, gone: Departure, step: int, connection: Connection) -> None:
         """All are past this step, and refuse those before it by themselves."""
-        latest, _ = gone.latest, gone.turns.noted.pop(gone.name, None)
+        latest = gone.latest
+        gone.turns.noted.pop(gone.name, None)
 
         def emptied(answers: list[Any]) -> None:
             # At once, since a later step may be written there.

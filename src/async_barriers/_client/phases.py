@@ -258,8 +258,8 @@ class Turns:
         expected = held if (number(held) or 0) <= step else b""  # A later one stays.
         return [CompareSet(self.membership.own.latest(name), expected, b"%d" % step)]
 
-    def has_noted(self, name: str, note: CompareSet, now: bytes) -> bool:
-        """Whether the answer to ``note`` says that its step, or a later one, is noted."""
+    def take_noted(self, name: str, note: CompareSet, now: bytes) -> bool:
+        """Remember the answer to ``note``; return whether its step, or a later one, is noted."""
         # What was expected is the answer for an absent key, too: it was deleted meanwhile.
         self.noted[name] = b"" if now == note.expected else now
         return (number(now) or 0) >= int(note.desired)

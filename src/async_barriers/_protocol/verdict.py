@@ -69,15 +69,14 @@ def decode_reason(value: bytes | None) -> Broken:
         return Broken(None, "no reason was given")
     try:
         entry: dict[str, Any] = json.loads(value)
+        known = decode_rows(entry["known"]) if "known" in entry else {}
         broken = Broken(
             entry["rank"],
             entry["reason"],
             entry.get("timeout_secs"),
             unranged(entry.get("missing", "")),
             bool(entry.get("in_doubt", False)),
-            tuple(each.rank for each in decode_rows(entry["known"]).values())
-            if "known" in entry
-            else (),
+            tuple(each.rank for each in known.values()),
         )
         if not (
             isinstance(broken.rank, int | None)
