@@ -17,6 +17,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import anyio
+from fork_server import python
 from processes import Forge, Rank
 from rank_process import say
 from torch.distributed import Store, TCPStore
@@ -242,13 +243,14 @@ def interpreter(
     backend: str = "asyncio",
     wrapper: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """As `Programs.start`, in an interpreter that begins and ends as any does, and that ``wrapper``
-    may start; its caller waits for it."""
+    """As `Programs.start`, in an interpreter that ends as slowly as any does, and that ``wrapper``
+    may start, also in other namespaces than the fork server's; its caller waits for it."""
     what = (function.__module__, function.__name__, *arguments)
-    code = f"import anyio, reports; anyio.run(reports.main, *{what!r}, backend={backend!r})"
+    code = "import anyio, gc, reports; gc.unfreeze();"
+    code += f"anyio.run(reports.main, *{what!r}, backend={backend!r})"
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [*wrapper, sys.executable, "-c", code],
+        [*wrapper, sys.executable if wrapper else python(), "-c", code],
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,

@@ -30,7 +30,7 @@ def train(step: int) -> None:
     if BLOCKED:
         dist.all_reduce(torch.ones(1000))
     if step == 3:
-        print("trains", flush=True)
+        print("trains", os.getpid(), flush=True)
     time.sleep(PACE_SECS)
 
 

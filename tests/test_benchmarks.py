@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fork_server import python
 
 import async_barriers
 
@@ -18,7 +18,7 @@ SOURCE = Path(async_barriers.__file__).parents[1]
 def run(benchmark: str, *args: str) -> str:
     """What it printed."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / benchmark), *args],
+        [python(), str(ROOT / "benchmarks" / benchmark), *args],
         env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fork_server import python
 from on_a_loop import OnALoop
 from stores import MemoryStore, PlainStore
 from torch.distributed import DistStoreError, FileStore, Store, TCPStore
@@ -316,7 +317,7 @@ sys.ends_late = EndsLate()
 def test_a_call_that_returns_as_the_interpreter_ends() -> None:
     """A call that expects no answer cannot be kept from returning, so the end waits for it."""
     ran = subprocess.run(
-        [sys.executable, "-c", RETURNS_LATE],
+        [python(), "-c", RETURNS_LATE],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,

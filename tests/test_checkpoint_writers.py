@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import python
 from processes import GRACE_SECS, Job, StartJob
 from worlds import free_port
 
@@ -39,6 +40,7 @@ def start_writers(start_job: StartJob) -> StartWriters:
             doings="writer_rank",
             imports=["writer_rank", *imports],
             other_port=free_port(),
+            python=python(),
             given={"timeout_secs": 60.0},
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fork_server import python
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "dcp_async_save.py"
 BOUND_SECS = 38
@@ -18,7 +18,7 @@ BOUND_SECS = 38
 def test_only_whole_checkpoints_are_the_latest(tmp_path: Path) -> None:
     """DCP's futures and our commit, awaited together: what one rank could not finish does not
     count, both know why, and the next one does and can be loaded."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone"]
     options = ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     # Without a pause: the next save would begin while this one is uploaded.
     faults = ["--fail-rank", "1", "--fail-at", "2", "--step-secs", "0"]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ import anyio.to_thread
 import pytest
 import torch
 import torch.distributed as dist
+from fork_server import python
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import CRASHES, EXIT_SECS, GRACE_SECS, Call, Job, StartJob, until
@@ -379,19 +380,19 @@ async def test_nothing_is_published_once_it_is_closed() -> None:
 async def test_a_store_that_is_silent_holds_up_nobody(as_it: str) -> None:
     """c10d would wait for it without end, in a thread that nothing could end."""
     program = (
-        "import signal; from torch.distributed import TCPStore; "
+        "import os, signal; from torch.distributed import TCPStore; "
         "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
-        "print(store.port, flush=True); signal.pause()"
+        "print(store.port, os.getpid(), flush=True); signal.pause()"
     )
-    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    server = subprocess.Popen([python(), "-c", program], stdout=subprocess.PIPE)
     try:
         assert server.stdout is not None
-        port = int(await anyio.to_thread.run_sync(server.stdout.readline))
+        port, pid = map(int, (await anyio.to_thread.run_sync(server.stdout.readline)).split())
         with default_group(dist.TCPStore("127.0.0.1", port, wait_for_workers=False)):
             barrier = DistBarrier(timeout_secs=0.2 if as_it == "connects" else 20.0)
             if as_it == "leaves":
                 await barrier.execute_barrier()
-            server.send_signal(signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
             if as_it == "connects":
                 with pytest.raises(BarrierConnectionError, match="store does not answer"):
                     await barrier.connect()

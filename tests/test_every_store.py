@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import python
 from on_a_loop import OnALoop
 from worlds import OVER_A_STORE, library_threads, open_store
 
@@ -264,7 +265,8 @@ else:
 
 def runs(program: str, *arguments: str, within: tuple[str, ...] = ()) -> None:
     """A program of its own ends well, in time."""
-    command = [*within, sys.executable, "-c", program, *arguments]
+    # The fork server is not in the namespaces of others.
+    command = [*within, sys.executable if within else python(), "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert done.returncode == 0, done.stderr
 

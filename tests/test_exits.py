@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from signal import SIGCONT, SIGINT
 
 import pytest
+from fork_server import python
 from processes import BACKENDS, CRASHES, EXIT_SECS, GRACE_SECS, Rank, StartJob
 
 pytestmark = pytest.mark.processes
@@ -102,10 +102,13 @@ def test_worker_threads_are_silent_as_the_host_leaves(start_job: StartJob, late:
 
 
 RETURNS = """
-import asyncio, sys
+import asyncio, gc, sys
 from torch.distributed import HashStore
 from async_barriers import StoreBarrier
 from async_barriers.testing import FaultyStore
+
+# It is to take its time to end.
+gc.unfreeze()
 
 async def main():
     store = FaultyStore(HashStore())
@@ -125,6 +128,6 @@ asyncio.run(main())
 @pytest.mark.parametrize("secs", [0.4, 0.5])
 def test_a_wait_that_ends_by_itself_as_the_interpreter_does(secs: float) -> None:
     """A thread that returned from C++ just then would end the process with SIGABRT."""
-    command = [sys.executable, "-c", RETURNS, str(secs)]
+    command = [python(), "-c", RETURNS, str(secs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stderr) == (0, "")

@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import launched_rank
 import pytest
 import torch.distributed as dist
+from fork_server import python
 from processes import BACKENDS, PATIENCE_SECS, Forge, Rank
 from torch.distributed import FileStore, HashStore, TCPStore
 from worlds import free_port, gather
@@ -90,7 +90,7 @@ def test_under_torchrun(agent_hosts: bool) -> None:
     within a phase and all are started anew, what the old ones had entered is history."""
     ended = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(python(), "-m", "torch.distributed.run", "--standalone"),
             *("--local-addr", "127.0.0.1", "--nproc-per-node", "2"),
             *("--max-restarts", "1" if agent_hosts else "0"),
             *(launched_rank.__file__, "barrier first"),

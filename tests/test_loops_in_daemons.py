@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from signal import SIGCONT
 
 import pytest
+from fork_server import python
 from processes import EXIT_SECS, NO_HOST_NAME, Forge
 from reports import TOLD_SECS, Programs, client, host_store, one
 from worlds import Tasks
@@ -58,7 +59,7 @@ def program(
     """Rank 0 of two, which has crossed, and goes on with that; it ends once it is told a line."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, backend, str(port), way, "again" * again],
+        [python(), "-c", PROGRAM, backend, str(port), way, "again" * again],
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,

@@ -19,6 +19,7 @@ import anyio
 import pytest
 from blocking_world import World as BlockingWorld
 from blocking_world import interrupted
+from fork_server import python
 from torch.distributed import TCPStore
 from worlds import Tasks, World, gather, library_threads
 
@@ -358,7 +359,7 @@ class Ranks:
         script = str(Path(__file__).with_name("signal_rank.py"))
         pace = str(0.002 * (1 + rank))
         process = subprocess.Popen(
-            [sys.executable, script, str(rank), "3", str(self._store.port), pace, *blocked],
+            [python(), script, str(rank), "3", str(self._store.port), pace, *blocked],
             env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -377,11 +378,12 @@ def ranks() -> Iterator[Ranks]:
         process.communicate()
 
 
-def trains(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+def trains(process: subprocess.Popen[str]) -> int:
+    """Wait until it trains; its process id: what was started is a client of the fork server."""
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line == "trains\n", line + (process.communicate()[1])
-    return process
+    assert line.startswith("trains "), line + (process.communicate()[1])
+    return int(line.split()[1])
 
 
 def last_words(process: subprocess.Popen[str]) -> str:
@@ -410,7 +412,8 @@ def test_a_real_signal(ranks: Ranks, blocked: str, signalled: list[int]) -> None
 @pytest.mark.processes
 def test_a_process_that_waits_exits(ranks: Ranks) -> None:
     """Its peers never come; Ctrl-C ends it, though its thread is amid an agreement."""
-    process = trains(ranks.start(0))
+    process = ranks.start(0)
+    trains(process)
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
@@ -423,8 +426,8 @@ def test_a_process_that_waits_exits(ranks: Ranks) -> None:
 @pytest.mark.processes
 def test_a_rank_that_dies_in_the_agreement(ranks: Ranks) -> None:
     """It stands still while the others wait for it, is killed, and comes back: they are told."""
-    processes = [trains(each) for each in [ranks.start(rank) for rank in range(3)]]
-    processes[2].send_signal(signal.SIGSTOP)
+    processes = [ranks.start(rank) for rank in range(3)]
+    os.kill([trains(each) for each in processes][2], signal.SIGSTOP)
     processes[0].send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         processes[1].wait(1)

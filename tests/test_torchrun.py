@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torchrun_rank
+from fork_server import python
 
 from async_barriers import BarrierTimeoutError, BrokenBarrierError, torchrun
 from async_barriers.torchrun import record
@@ -22,7 +22,7 @@ def test_the_root_cause_is_the_rank_that_failed(fault: str) -> None:
     """It may take its time to end: those that waited for it end later, or name it."""
     ended = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(python(), "-m", "torch.distributed.run", "--standalone"),
             *("--local-addr", "127.0.0.1", "--nproc-per-node", "2"),
             *(torchrun_rank.__file__, fault),
         ],

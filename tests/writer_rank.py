@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,8 @@ class Doings(blocking_rank.Doings):
 
     def __init__(self, barrier: BlockingBarrier, options: Mapping[str, Any]) -> None:
         super().__init__(barrier, options)
+        # Of its subprocesses, which would import torch for as long as all else takes.
+        multiprocessing.set_executable(options["python"])
         self.rank, self.size = options["rank"], options["size"]
         self._info = RankInfo(self.rank, self.size)
         self._process: CheckpointProcess | None = None
