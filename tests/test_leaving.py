@@ -39,8 +39,9 @@ from async_barriers import (
 )
 from async_barriers._protocol import leaving
 from async_barriers._protocol.membership import FIELD, GONE
-from async_barriers._protocol.store import Read
+from async_barriers._protocol.store import Read, Request
 from async_barriers._store import sources
+from async_barriers._store.blocking_store import BlockingStore
 from async_barriers._store.connection import SocketConnection
 from async_barriers.testing import FaultyStore
 
@@ -393,8 +394,17 @@ def test_the_host_of_a_store_that_was_passed_in_leaves_last(forge: Forge, backen
         assert not any(crash in peer.stderr for crash in CRASHES), peer.stderr
 
 
-async def listens(rank: int, port: int) -> None:
-    """A program: a rank whose signal listens in a thread, with c10d's client."""
+async def listens(rank: int, port: int, slow_secs: float) -> None:
+    """A program: a rank whose signal listens in a thread, with c10d's client.
+
+    :param slow_secs: how long each call of the host takes as it leaves
+    """
+    do = BlockingStore.do
+
+    def slowly(self: BlockingStore, request: Request) -> Any:
+        time.sleep(slow_secs)
+        return do(self, request)
+
     async with TCPStoreBarrier(rank, 2, PREFIX, 20, True, port, "127.0.0.1", 20) as barrier:
         stop = StepSignal(barrier)
         assert not await stop.reached(0)
@@ -406,16 +416,20 @@ async def listens(rank: int, port: int) -> None:
         await barrier.execute_barrier("both")
         say(event="listens")
         await until_told()
+        if rank == 0:
+            BlockingStore.do = slowly  # type: ignore[method-assign]
 
 
 @as_processes
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_signal_listens_as_the_host_leaves(forge: Forge, backend: str) -> None:
-    """c10d prints where its server goes while a thread waits for it (law 12)."""
+@pytest.mark.parametrize("slow_secs", [0.0, 0.2], ids=["", "slow"])
+def test_a_signal_listens_as_the_host_leaves(forge: Forge, backend: str, slow_secs: float) -> None:
+    """c10d prints where its server goes while a thread uses it (law 12): one of a peer, or one of
+    the host, whose calls may take longer than it has time to leave."""
     with Programs(forge) as programs:
         port = free_port()
         ranks = [
-            programs.start(listens, rank, port, backend=backend, **{BY_THREADS: "1"})
+            programs.start(listens, rank, port, slow_secs, backend=backend, **{BY_THREADS: "1"})
             for rank in range(2)
         ]
         for rank in ranks:

@@ -111,9 +111,8 @@ class Entering(Departing):
             self.start(self._open_and_enter(phase, payload))
 
     async def _open_and_enter(self, phase: Phase, payload: bytes) -> None:
-        loop = self.running
         try:
-            connection = await self._open(loop, self._now() + self.init_secs)
+            connection = await self._open(self.running, self._now() + self.init_secs)
         except BaseException as exc:
             # Else a signal handler raised it.
             error = exc if isinstance(exc, BarrierConnectionError) else None

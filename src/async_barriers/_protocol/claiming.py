@@ -100,7 +100,8 @@ async def _join(
             # If this rank was a member in another store, its peers may have been, too.
             first = number(found) or (0 if before is None else before.state.number + 1)
             by = rank if first else None
-            state = State(first, _identity(first), world_size, life.run_id, by, life)
+            identity = f"{first}-{secrets.token_hex(8)}"
+            state = State(first, identity, world_size, life.run_id, by, life)
             if await _replaced(store, keys, found, state) is None:
                 continue
             found, told = state.encoded, state.identity
@@ -124,15 +125,12 @@ async def _join(
             continue
         holder = member_of(held) if held else None
         ours = holder is None or holder.left or holder == (before and before.claim)
-        if (
-            holder is not None
-            and not ours
-            and await _living(store, keys, {rank: holder}, lives, wait_for) is not None
-        ):
+        taken = {} if holder is None or ours else {rank: holder}
+        if await _living(store, keys, taken, lives, wait_for) is not None:
             raise BarrierError(
-                f"rank {rank} of barrier {keys.prefix!r} is held by {holder.life}, which is alive; "
-                f"{life} is refused. Look for two processes with this rank, or for another job on "
-                "this port; close a barrier before you build it again"
+                f"rank {rank} of barrier {keys.prefix!r} is held by {taken[rank].life}, which is "
+                f"alive; {life} is refused. Look for two processes with this rank, or for another "
+                "job on this port; close a barrier before you build it again"
             )
         if holder is not None and holder.generation == state.identity:
             told = await _end(store, keys, state, rank, world_size, life)
@@ -190,10 +188,6 @@ def _check_run(keys: Keys, rank: int, life: Life, state: State) -> None:
         )
 
 
-def _identity(number: int) -> str:
-    return f"{number}-{secrets.token_hex(8)}"
-
-
 async def _replaced(store: Store, keys: Keys, found: bytes | None, state: State) -> State | None:
     """Put ``state`` in place of the one found; None if another process was faster."""
     (now,) = await store.call(CompareSet(keys.state, found or b"", state.encoded))
@@ -223,10 +217,10 @@ async def _end(
     store: Store, keys: Keys, state: State, by: int, world_size: int, life: Life, died: bool = False
 ) -> str | None:
     """End a generation, and tell its members; the one after it, unless another rank was faster."""
-    after_it = state.number + 1
+    identity = f"{state.number + 1}-{secrets.token_hex(8)}"
     # A run's name outlives its generations.
     run_id = state.run_id if life.run_id is None else life.run_id
-    after = State(after_it, _identity(after_it), world_size, run_id, by, life, died)
+    after = State(state.number + 1, identity, world_size, run_id, by, life, died)
     if await _replaced(store, keys, state.encoded, after) is None:
         return None
     own = keys.generation(state.identity)

@@ -12,6 +12,7 @@ A member has a *bell*, a key that wakes it. Being woken says only: look around.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,13 +51,8 @@ class Life:
         return f"process {self.pid} on {self.host}{run}"
 
 
-@dataclass(frozen=True)
-class Member:
-    """The entry of a rank: the life that holds it, and the generation that it joined last."""
-
-    life: Life
-    generation: str
-    left: bool = False
+class Record:
+    """What is written as JSON."""
 
     @cached_property
     def encoded(self) -> bytes:
@@ -64,7 +60,16 @@ class Member:
 
 
 @dataclass(frozen=True)
-class State:
+class Member(Record):
+    """The entry of a rank: the life that holds it, and the generation that it joined last."""
+
+    life: Life
+    generation: str
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class State(Record):
     """The generation in force.
 
     :ivar number: counts generations, for people
@@ -79,10 +84,6 @@ class State:
     by: int | None = None
     life: Life | None = None
     died: bool = False
-
-    @cached_property
-    def encoded(self) -> bytes:
-        return json.dumps(vars(self), default=vars).encode()
 
 
 @dataclass(frozen=True)
@@ -111,21 +112,15 @@ class Membership:
     @property
     def peers(self) -> list[str]:
         """The bells of all other ranks."""
-        bells = self.bells
-        del bells[self.rank]
-        return bells
+        return [bell for rank, bell in enumerate(self.bells) if rank != self.rank]
 
 
 @dataclass(frozen=True)
-class Closed:
+class Closed(Record):
     """A rank left first: no phase of its generation will be released any more."""
 
     rank: int
     reason: str
-
-    @property
-    def encoded(self) -> bytes:
-        return json.dumps(vars(self)).encode()
 
 
 @dataclass(frozen=True)
@@ -169,10 +164,8 @@ def surroundings(membership: Membership, replies: list[Any]) -> Surroundings:
     over = found != membership.state.encoded
     successor = None
     if found and over:
-        try:
+        with contextlib.suppress(*RUBBISH):
             successor = state_of(found)
-        except RUBBISH:
-            successor = None
     return Surroundings(
         over, successor, all_joined(membership, roll), None if closed is None else _closed(closed),
         host_leaves is not None, asked or b"",

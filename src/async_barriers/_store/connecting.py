@@ -22,7 +22,7 @@ from .event_loop import Loop
 from .future import Effort, Future
 from .threads import ThreadedConnection
 from .waiting import sleep, within, writable
-from .worker import in_own_thread
+from .worker import Living, in_own_thread
 
 _RETRY_SECS = 0.1
 # How long to try one address before the next one is tried as well.
@@ -113,7 +113,6 @@ async def _resolve(loop: Loop, host: str, port: int) -> Addresses:
 async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket:
     """A socket to the first address that accepts one; tries several at the same time."""
     deadline = loop.now() + secs
-    failure: OSError = TimeoutError(errno.ETIMEDOUT, "connecting timed out")
     opened: Future[socket.socket] = Future()
     failed: list[OSError] = []
     attempts: list[Effort[None]] = []
@@ -167,7 +166,7 @@ async def _first(loop: Loop, addresses: Addresses, secs: float) -> socket.socket
             if len(failed) == len(addresses):
                 raise failed[0]
             if not await within(loop, opened, deadline - loop.now()):
-                raise failed[0] if failed else failure
+                raise failed[0] if failed else TimeoutError(errno.ETIMEDOUT, "connecting timed out")
         return opened.result()
     finally:
         for other in attempts:
@@ -195,13 +194,19 @@ async def _greet(loop: Loop, sock: socket.socket, where: str, secs: float) -> So
 
 
 async def connect_by_threads(
-    loop: Loop, open_store: Callable[[], Store], deadline: float, what: str
+    loop: Loop,
+    open_store: Callable[[], Store],
+    deadline: float,
+    what: str,
+    clients: Living[ThreadedConnection],
 ) -> ThreadedConnection:
     """Open a connection whose calls c10d's own client makes, in threads.
 
+    :param clients: it is one of these from now on
     :raises BarrierConnectionError: it was not open by ``deadline``
     """
     connection = ThreadedConnection(open_store, loop)
+    clients.add(connection)
     try:
         opened = connection.open()
         if not await within(loop, opened, deadline - loop.now()):

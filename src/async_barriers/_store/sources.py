@@ -25,6 +25,7 @@ from .event_loop import Loop
 from .future import Effort
 from .threads import ThreadedConnection
 from .waiting import sleep, within
+from .worker import Living
 
 Connection = SocketConnection | ThreadedConnection
 
@@ -89,6 +90,7 @@ class PassedIn:
         base = innermost(store)
         self._tcp = base if isinstance(base, TCPStore) else None
         self.threads: bool = self._tcp is None or by_threads(worker_threads)
+        self.clients: Living[ThreadedConnection] = Living()
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
         tcp, connection = self._tcp, None
@@ -104,7 +106,7 @@ class PassedIn:
                     connection.close()
                 raise
         return connection or await connecting.connect_by_threads(
-            loop, partial(copies.copy_of, self._store), deadline, "the store"
+            loop, partial(copies.copy_of, self._store), deadline, "the store", self.clients
         )
 
     async def _agreed(self, loop: Loop) -> str:
@@ -153,6 +155,7 @@ class StoreAt:
         self._hosts = hosts
         self._shared = shared
         self.threads: bool = by_threads(worker_threads)
+        self.clients: Living[ThreadedConnection] = Living()
         self._server: TCPStore | None = None
 
     async def open(self, loop: Loop, deadline: float) -> Connection:
@@ -205,13 +208,18 @@ class StoreAt:
         return self._hosts
 
     def let_go(self) -> None:
-        self._server = None
+        server, self._server = self._server, None
+        for ended in (each for client in self.clients.latest_first() for each in client.ended):
+            # c10d prints what a thread says to a server that has gone.
+            ended.when_settled(partial(id, server))
 
     def client(self) -> StoreAt:
         """A source that leads to the same store and does not host it."""
         host, port = self.address
         at = port if self._server is None else self._server.port
-        return StoreAt(host, at, self._use_libuv, hosts=False, worker_threads=self.threads)
+        client = StoreAt(host, at, self._use_libuv, hosts=False, worker_threads=self.threads)
+        client.clients = self.clients
+        return client
 
 
 async def _reach(
@@ -224,7 +232,7 @@ async def _reach(
             return connection
         connection.close()
     client, what = partial(copies.client_of, host, port), f"the store at {host}:{port}"
-    threaded = await connecting.connect_by_threads(loop, client, deadline, what)
+    threaded = await connecting.connect_by_threads(loop, client, deadline, what, source.clients)
     source.threads = True
     return threaded
 
