@@ -26,19 +26,12 @@ settings.load_profile("tests")
 BOUND_SECS = 40
 CLEARING_UP_SECS = 10
 LOOPS = ("asyncio", "trio")
-# Of the files that start processes: those that have time, and half of those in which each second
-# counts. Each set runs one by one, beside the other half and the rest.
-GROUPS = {
-    "programs": [
-        *("test_benchmarks", "test_checkpoint_writers", "test_dcp_example", "test_docs"),
-        *("test_doctor", "test_launch", "test_packaging", "test_saver", "test_system"),
-        "test_torchrun",
-    ],
-    "faults": [
-        *("test_exits", "test_odd_networks", "test_partitions", "test_processes"),
-        *("test_scarcity", "test_soak"),
-    ],
-}
+# Of what starts processes, what has time: these run beside those of which each second counts.
+PROGRAMS = [
+    *("test_benchmarks", "test_checkpoint_writers", "test_dcp_example", "test_docs"),
+    *("test_doctor", "test_launch", "test_packaging", "test_saver", "test_system"),
+    "test_torchrun",
+]
 # Everything of a store that talks to it.
 STORE_CALLS = (
     "add append barrier check clone compare_set delete_key get list_keys multi_get multi_set "
@@ -60,8 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     # Now, since xdist looks for groups before `pytest_collection_modifyitems` is called here.
     if _needs_processes(item):
-        stem = item.path.stem
-        group = next((name for name, files in GROUPS.items() if stem in files), "processes")
+        group = "programs" if item.path.stem in PROGRAMS else "processes"
         item.add_marker(pytest.mark.xdist_group(group))
 
 
@@ -70,8 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What differs between the loops does not depend on the store, and the time is short.
     """
-    # If several tests run at a time (-n 4): those that start processes begin at once, since they
-    # take the longest.
+    # If several tests run at a time (-n 3): those that start processes do so one by one (in two
+    # groups), beside the others, and begin at once, since they take the longest.
     items.sort(key=lambda item: not _needs_processes(item))
     if not config.getoption("every_loop"):
         spared = [item for item in items if _spared(getattr(item, "callspec", None))]
