@@ -13,7 +13,8 @@ from typing import Any
 import anyio
 import pytest
 import torch.distributed as dist
-from reports import TOLD_SECS, attempt, job, one, serve
+from processes import Forge
+from reports import TOLD_SECS, Programs, attempt, client, host_store, job, one, serve
 from torch.distributed import HashStore
 from worlds import Tasks, World, gather, until
 
@@ -72,13 +73,13 @@ async def test_the_step_is_the_sequence() -> None:
 
 async def test_different_steps_never_meet() -> None:
     """Two ranks that wait for different steps time out, each missing the other, and meet in the
-    next one."""
+    next one. The one of the earlier step does so first: else it is told that a later one broke."""
     async with job(serve(), 2) as ranks:
         said = await gather(
-            lambda r=rank, s=step: attempt(  # type: ignore[misc]
-                ranks[r].execute_barrier("x", step=s, timeout_secs=0.5)
+            lambda r=rank, s=step, secs=secs: attempt(  # type: ignore[misc]
+                ranks[r].execute_barrier("x", step=s, timeout_secs=secs)
             )
-            for rank, step in ((0, 3), (1, 4))
+            for rank, step, secs in ((0, 3, 0.4), (1, 4, 0.5))
         )
         for rank, error in enumerate(said):
             assert isinstance(error, BarrierTimeoutError), error
@@ -155,21 +156,24 @@ async def test_two_calls_of_one_rank_for_one_step() -> None:
         assert (await first.returned()).sequence == 3
 
 
-async def test_what_is_decided_now_for_who_has_not_connected() -> None:
+@pytest.mark.processes
+async def test_what_is_decided_now_for_who_has_not_connected(forge: Forge) -> None:
     """The store is reached, for which law 5 leaves a second; only then can it be told."""
-    server = serve()
-    late = one(server, 1, 2)
-    async with one(server, 0, 2) as early, Tasks() as tasks:
-        waiting = tasks.start(partial(early.execute_barrier, "x"))
-        await anyio.sleep(0.1)
-        assert (await late.execute_barrier("x", timeout_secs=0)).sequence == 0
-        await waiting.returned()
-        await late.aclose()
-    alone = one(server, 0, 2, prefix="alone")
-    with pytest.raises(BarrierTimeoutError) as caught:
-        await alone.execute_barrier(timeout_secs=0)
-    assert caught.value.missing_ranks == (1,)
-    await alone.aclose()
+    with Programs(forge) as programs:
+        # Such a server does not look up who connects, which may take that second.
+        server = client(programs.start(host_store).event()["port"])
+        late = one(server, 1, 2)
+        async with one(server, 0, 2) as early, Tasks() as tasks:
+            waiting = tasks.start(partial(early.execute_barrier, "x"))
+            await anyio.sleep(0.1)
+            assert (await late.execute_barrier("x", timeout_secs=0)).sequence == 0
+            await waiting.returned()
+            await late.aclose()
+        alone = one(server, 0, 2, prefix="alone")
+        with pytest.raises(BarrierTimeoutError) as caught:
+            await alone.execute_barrier(timeout_secs=0)
+        assert caught.value.missing_ranks == (1,)
+        await alone.aclose()
 
 
 async def test_who_comes_for_a_step_when_a_later_one_is_decided() -> None:
