@@ -24,9 +24,9 @@ demo: $(STAMP)
 	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
 		--nproc-per-node 4 examples/async_checkpoint.py $(ARGS)
 
-# Four at a time on two processors: tests wait more than they compute.
+# Three at a time on two processors: tests wait more than they compute.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # Traced, which takes half as long again; fails below the floor in pyproject.toml.
 coverage: $(STAMP)

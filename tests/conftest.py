@@ -28,9 +28,9 @@ CLEARING_UP_SECS = 10
 LOOPS = ("asyncio", "trio")
 # Of what starts processes, what has time: these run beside those of which each second counts.
 PROGRAMS = [
-    *("test_benchmarks", "test_checkpoint_writers", "test_coming_back", "test_dcp_example"),
-    *("test_docs", "test_doctor", "test_forks", "test_launch", "test_loops_in_daemons"),
-    *("test_packaging", "test_saver", "test_scarcity", "test_system", "test_torchrun"),
+    *("test_benchmarks", "test_checkpoint_writers", "test_dcp_example", "test_docs"),
+    *("test_doctor", "test_launch", "test_packaging", "test_saver", "test_system"),
+    "test_torchrun",
 ]
 # Everything of a store that talks to it.
 STORE_CALLS = (
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What differs between the loops does not depend on the store, and the time is short.
     """
-    # If several tests run at a time (-n 4): those that start processes do so one by one (in two
+    # If several tests run at a time (-n 3): those that start processes do so one by one (in two
     # groups), beside the others, and begin at once, since they take the longest.
     items.sort(key=lambda item: not _needs_processes(item))
     if not config.getoption("every_loop"):

@@ -160,6 +160,7 @@ def serve(place: str) -> Program | None:
             return None
         connection = listening.accept()[0]
         if not os.fork():
+            listening.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return _keep(connection, str(client))
         connection.close()

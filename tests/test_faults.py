@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 DEADLINE_SECS = 0.5
 # Law 5 allows one second; a little more for a machine that runs several worlds at once.
 BOUND_SECS = DEADLINE_SECS + 1 + 0.3
-WORLDS_AT_ONCE = 6
+WORLDS_AT_ONCE = 4
 
 
 Scenario = Callable[[list[StoreBarrier]], list[Callable[[], Awaitable[object]]]]
