@@ -7,7 +7,9 @@ its environment, its directory and its open files, passes signals on, and ends a
 
 The program has an interpreter's whole life, with a ``__main__`` of its own, also at the end. What
 differs: it is not the client's process, so who kills the client kills it a moment later, and to
-stop the client does not stop it; and it runs in the server's namespaces.
+stop the client does not stop it. It has the server's namespaces, limits, session and process group.
+Its streams are buffered, whatever its options say; what torch reads of the environment when it is
+imported is the server's. And it ends faster, unless it calls ``gc.unfreeze``.
 """
 
 from __future__ import annotations
@@ -47,11 +49,21 @@ except OSError:
 numbers = [int(name) for name in os.listdir("/proc/self/fd")]
 # Without the listing's own.
 numbers = [n for n in numbers if n != server.fileno() and os.path.exists(f"/proc/self/fd/{{n}}")]
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(number, lambda number, frame: server.send(b"%d" % number))
+
+def pass_on(number, frame):
+    try:
+        server.send(b"%d" % number)
+    except OSError:
+        pass  # The program has ended.
+
+passed = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+for number in passed:
+    signal.signal(number, pass_on)
 socket.send_fds(
     server, [marshal.dumps((rest, dict(os.environ), os.getcwd(), numbers))], numbers
 )
+signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
 code = int(server.recv(16) or b"1")
 if code < 0:
     # Without a dump of this process, whose fault it is not.
@@ -88,7 +100,7 @@ def python() -> str:
         assert server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
         atexit.register(place.cleanup)
-        atexit.register(server.wait)
+        atexit.register(server.wait, 10)
         # It ends then.
         atexit.register(server.stdin.close)
         os.environ[_CLIENT_AT] = str(Path(place.name, "python"))
@@ -127,12 +139,12 @@ class Program:
         elif how == "-c":
             sys.argv = ["-c", *rest[1:]]
             sys.path.insert(0, "")
-            exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+            exec(compile(rest[0], "<string>", "exec", dont_inherit=True), main.__dict__)
         else:
             sys.argv = [how, *rest]
             sys.path.insert(0, str(Path(how).resolve().parent))
             main.__file__ = how
-            exec(compile(Path(how).read_bytes(), how, "exec"), main.__dict__)
+            exec(compile(Path(how).read_bytes(), how, "exec", dont_inherit=True), main.__dict__)
 
 
 def serve(place: str) -> Program | None:
@@ -169,6 +181,8 @@ def serve(place: str) -> Program | None:
 def _keep(connection: socket.socket, client: str) -> Program:
     """Fork the program, in which this returns, and see to it."""
     message, fds, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, _HIGH)
+    if not message:
+        os._exit(0)  # Its client was killed.
     argv, environment, directory, numbers = marshal.loads(message)
     child = os.fork()
     if not child:

@@ -439,6 +439,28 @@ def test_a_signal_listens_as_the_host_leaves(forge: Forge, backend: str, slow_se
             assert not rank.stderr
 
 
+def test_a_host_with_a_signal_goes_to_another_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal's thread goes on, with c10d's clients; they do not keep the server that ended."""
+    monkeypatch.setenv(BY_THREADS, "1")
+    barrier = TCPStoreBarrier(0, 1, PREFIX, 20, True, free_port(), "127.0.0.1", 5)
+    stop = StepSignal(barrier)
+
+    async def stands() -> bool:
+        return stop._agent._barrier._session.stands
+
+    async def first() -> None:
+        await barrier.execute_barrier("x")
+        assert not await stop.reached(0)
+        await until(stands)
+
+    async def again() -> None:
+        await barrier.execute_barrier("x")
+        await barrier.aclose()
+
+    asyncio.run(first())
+    asyncio.run(again())
+
+
 @as_processes
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_host_leaves_after_what_another_rank_publishes(forge: Forge, backend: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -19,7 +20,6 @@ import anyio
 import pytest
 from anyio.to_thread import run_sync as in_thread
 from blocking_world import World as BlockingWorld
-from fork_server import python
 from processes import PATIENCE_SECS, StartJob, until
 from torch.distributed import HashStore
 from worlds import Tasks, gather
@@ -662,7 +662,7 @@ anyio.run(main)
 @pytest.mark.parametrize("what", ["upload", "publish"])
 def test_a_plain_function_that_hangs_does_not_keep_the_process(what: str, tmp_path: Path) -> None:
     """The interpreter exits within 2 s of the cancellation (law 8)."""
-    command = [python(), "-c", HANGING, what, str(tmp_path)]
+    command = [sys.executable, "-c", HANGING, what, str(tmp_path)]
 
     def secs_to_exit() -> float:
         ran = subprocess.run(command, capture_output=True, timeout=30, check=True, text=True)

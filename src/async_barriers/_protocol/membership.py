@@ -222,9 +222,8 @@ async def not_joined(store: Store, membership: Membership) -> tuple[int, ...]:
 
 async def still_holds(store: Store, membership: Membership) -> bool:
     """Whether the store still knows this life, and its generation is in force."""
-    found, held = await store.call(
-        Read(membership.keys.state), Read(membership.keys.member(membership.rank))
-    )
+    keys = membership.keys
+    found, held = await store.call(Read(keys.state), Read(keys.member(membership.rank)))
     return bool(found == membership.state.encoded and held == membership.claim.encoded)
 
 

@@ -33,8 +33,8 @@ _BY_THREADS = "ASYNC_BARRIERS_WORKER_THREADS"
 _RETRY_SECS = 0.2
 # How long a store that was passed in may be busy before it is cloned.
 _BUSY_SECS = 0.3
-# How long a server of this process takes to free its port.
-_CLOSING_SECS = 0.5
+# How long a server of this process takes to free its port, and a thread that makes no call to end.
+_CLOSING_SECS, _IDLE_SECS = 0.5, 0.02
 
 
 class CannotHost(BarrierConnectionError):
@@ -118,9 +118,8 @@ class PassedIn:
         return str(asked.result())
 
     async def hosts(self, loop: Loop) -> bool:
-        if self._tcp is None:
-            return False
-        return bool(await in_thread(loop, "host", partial(hosted_here, self._tcp.port)))
+        port = None if self._tcp is None else self._tcp.port
+        return port is not None and bool(await in_thread(loop, "host", partial(hosted_here, port)))
 
     def let_go(self) -> None:
         """The store belongs to the caller."""
@@ -161,8 +160,7 @@ class StoreAt:
     async def open(self, loop: Loop, deadline: float) -> Connection:
         host, port = self.address
         if self._hosts:
-            if self._server is None:
-                self._server = await self._host(loop, deadline)
+            self._server = await self._host(loop, deadline)
             # A name may lead to another machine from here.
             port = self._server.port
         return await _reach(self, loop, host, port, deadline)
@@ -209,9 +207,13 @@ class StoreAt:
 
     def let_go(self) -> None:
         server, self._server = self._server, None
-        for ended in (each for client in self.clients.latest_first() for each in client.ended):
+        clients = self.clients.latest_first() if server is not None else []
+        secs = _IDLE_SECS
+        for ended in (each for client in clients if client.lost for each in client.ended):
             # c10d prints what a thread says to a server that has gone.
-            ended.when_settled(partial(id, server))
+            if not ended.wait(secs):
+                secs = 0.0
+                ended.when_settled(partial(id, server))
 
     def client(self) -> StoreAt:
         """A source that leads to the same store and does not host it."""
