@@ -30,6 +30,8 @@ import sys
 import tempfile
 import types
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 CLIENT = """#!{real} -IS
@@ -107,47 +109,38 @@ def python() -> str:
     return os.environ[_CLIENT_AT]
 
 
-class Program:
-    """What the server was asked to run."""
-
-    def __init__(self, client: str, argv: list[str], environment: dict[str, str], cwd: str) -> None:
-        self._client = client
-        self._argv = argv
-        self._environment = environment
-        self._directory = cwd
-
-    def run(self) -> None:
-        """As the interpreter would; this returns to its end."""
-        paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        ours = {str(Path(__file__).parent), *map(os.path.abspath, paths)}
-        kept = [path for path in sys.path if os.path.abspath(path) not in ours]
-        os.chdir(self._directory)
-        os.environ.clear()
-        os.environ.update(self._environment)
-        sys.executable = self._client
-        multiprocessing.set_executable(self._client)
-        theirs = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-        sys.path[:] = [*map(os.path.abspath, theirs), *kept]
-        for option in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
-            warnings._setoption(option)  # type: ignore[attr-defined]
-        how, *rest = self._argv
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        if how == "-m":
-            sys.argv = ["-m", *rest[1:]]
-            sys.path.insert(0, os.getcwd())
-            runpy._run_module_as_main(rest[0])  # type: ignore[attr-defined]
-        elif how == "-c":
-            sys.argv = ["-c", *rest[1:]]
-            sys.path.insert(0, "")
-            exec(compile(rest[0], "<string>", "exec", dont_inherit=True), main.__dict__)
-        else:
-            sys.argv = [how, *rest]
-            sys.path.insert(0, str(Path(how).resolve().parent))
-            main.__file__ = how
-            exec(compile(Path(how).read_bytes(), how, "exec", dont_inherit=True), main.__dict__)
+def run(client: str, argv: list[str], environment: dict[str, str], directory: str) -> None:
+    """As the interpreter would; this returns to its end."""
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    ours = {str(Path(__file__).parent), *map(os.path.abspath, paths)}
+    kept = [path for path in sys.path if os.path.abspath(path) not in ours]
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.executable = client
+    multiprocessing.set_executable(client)
+    theirs = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [*map(os.path.abspath, theirs), *kept]
+    for option in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
+        warnings._setoption(option)  # type: ignore[attr-defined]
+    how, *rest = argv
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if how == "-m":
+        sys.argv = ["-m", *rest[1:]]
+        sys.path.insert(0, os.getcwd())
+        runpy._run_module_as_main(rest[0])  # type: ignore[attr-defined]
+    elif how == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, "")
+        exec(compile(rest[0], "<string>", "exec", dont_inherit=True), main.__dict__)
+    else:
+        sys.argv = [how, *rest]
+        sys.path.insert(0, str(Path(how).resolve().parent))
+        main.__file__ = how
+        exec(compile(Path(how).read_bytes(), how, "exec", dont_inherit=True), main.__dict__)
 
 
-def serve(place: str) -> Program | None:
+def serve(place: str) -> Callable[[], None] | None:
     """Fork when asked to. Returns in each program, and in the server at its end."""
     for module in MODULES:
         importlib.import_module(module)
@@ -178,7 +171,7 @@ def serve(place: str) -> Program | None:
         connection.close()
 
 
-def _keep(connection: socket.socket, client: str) -> Program:
+def _keep(connection: socket.socket, client: str) -> Callable[[], None]:
     """Fork the program, in which this returns, and see to it."""
     message, fds, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, _HIGH)
     if not message:
@@ -192,7 +185,7 @@ def _keep(connection: socket.socket, client: str) -> Program:
         for fd, number in zip(high, numbers, strict=True):
             os.dup2(fd, number)
             os.close(fd)
-        return Program(client, argv, environment, directory)
+        return partial(run, client, argv, environment, directory)
     os.closerange(0, 3)
     for fd in fds:
         os.close(fd)
@@ -215,4 +208,4 @@ def _keep(connection: socket.socket, client: str) -> Program:
 
 if __name__ == "__main__":
     if program := serve(sys.argv[1]):
-        program.run()
+        program()

@@ -210,7 +210,7 @@ class StoreAt:
         clients = self.clients.latest_first() if server is not None else []
         secs = _IDLE_SECS
         for ended in (each for client in clients if client.lost for each in client.ended):
-            # c10d prints what a thread says to a server that has gone.
+            # c10d prints what a thread says to a server that has gone: keep it until then.
             if not ended.wait(secs):
                 secs = 0.0
                 ended.when_settled(partial(id, server))
